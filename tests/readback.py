@@ -1,0 +1,136 @@
+"""Reads back, without a network, what a finished run of a tracker holds. None of this uses verl_valgen's own code."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+
+def read_wandb(run_dir: str | Path, timeout_s: float = 60.0) -> dict[int, dict[str, Any]]:
+    """{step: {key: value}} of an offline run's folder (`wandb.run.settings.sync_dir`); tables as {"columns", "data"}.
+
+    Waits for the run's end to be written: `finish` returns a little earlier.
+    """
+    run_dir = Path(run_dir)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        records = [record for path in run_dir.glob("*.wandb") for record in _wandb_records(path.read_bytes())]
+        if any(record.HasField("exit") for record in records):
+            break
+        assert time.monotonic() < deadline, f"the run in {run_dir} was not finished"
+        time.sleep(0.1)
+    history: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if record.HasField("history"):
+            row = _history_row(record.history.item)
+            values = {key: _load_table(run_dir, value) for key, value in row.items()}
+            history.setdefault(row["_step"], {}).update(values)
+    return history
+
+
+def _history_row(items: Any) -> dict[str, Any]:
+    """{key: value}; what was logged as a dict, a table's description too, is stored as one item per leaf."""
+    row: dict[str, Any] = {}
+    for item in items:
+        *parents, key = item.nested_key or [item.key]
+        target = row
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[key] = json.loads(item.value_json)
+    return row
+
+
+def _wandb_records(data: bytes) -> list[Any]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    records, payload, offset = [], b"", 7  # after the file's header
+    while offset + 7 <= len(data):
+        num_left_in_block = 32768 - offset % 32768
+        if num_left_in_block < 7:
+            offset += num_left_in_block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, offset)
+        payload += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(Record.FromString(payload))
+            payload = b""
+    return records
+
+
+def _load_table(run_dir: Path, value: Any) -> Any:
+    if isinstance(value, dict) and value.get("_type") == "table-file":
+        table = json.loads((run_dir / "files" / value["path"]).read_text(encoding="utf-8"))
+        return {"columns": table["columns"], "data": table["data"]}
+    return value
+
+
+def read_swanlab(run_dir: str | Path) -> dict[int, dict[str, Any]]:
+    """{step: {key: value}} of a finished offline run's folder; tables as {"columns", "data"}, texts as str."""
+    from swanlab.proto.swanlab.record.v1.record_pb2 import Record
+    from swanlab.sdk.internal.core_python.store import DataStoreReader
+
+    run_dir = Path(run_dir)
+    history: dict[int, dict[str, Any]] = {}
+    for path in run_dir.glob("*.swanlab"):
+        reader = DataStoreReader()
+        reader.open(path)
+        for payload in reader:
+            record = Record.FromString(payload)
+            if record.HasField("scalar"):
+                history.setdefault(record.scalar.step, {})[record.scalar.key] = record.scalar.value.number
+            elif record.HasField("media"):
+                (item,) = record.media.value.items
+                history.setdefault(record.media.step, {})[record.media.key] = _load_media(run_dir, item.filename)
+        reader.close()
+    return history
+
+
+def _load_media(run_dir: Path, filename: str) -> Any:
+    if filename.endswith(".txt"):
+        return (run_dir / "media" / "text" / filename).read_bytes().decode("utf-8")
+    table = json.loads((run_dir / "media" / "echarts" / filename).read_text(encoding="utf-8"))
+    columns = [column["field"] for column in table["colDefs"]]
+    return {"columns": columns, "data": [[row[column] for column in columns] for row in table["rowData"]]}
+
+
+def read_mlflow(uri: str, run_id: str) -> dict[str, Any]:
+    """`tables` {step: {"columns", "data"}} from the csv files (all cells str), `latest`, `tags`, and `metrics`
+    {key: {step: value}} of a run."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    run = client.get_run(run_id)
+    tables, latest = {}, None
+    for artifact in client.list_artifacts(run_id, "val_samples"):
+        content = Path(client.download_artifacts(run_id, artifact.path)).read_bytes().decode("utf-8")
+        if artifact.path.endswith("latest.json"):
+            latest = json.loads(content)
+        else:
+            step = int(artifact.path.removeprefix("val_samples/step_").removesuffix(".csv"))
+            columns, *data = _read_csv(content)
+            tables[step] = {"columns": columns, "data": data}
+    metrics = {
+        key: {metric.step: metric.value for metric in client.get_metric_history(run_id, key)}
+        for key in run.data.metrics
+    }
+    return {"tables": tables, "latest": latest, "tags": dict(run.data.tags), "metrics": metrics}
+
+
+def _read_csv(content: str) -> list[list[str]]:
+    csv.field_size_limit(2**31 - 1)
+    return list(csv.reader(io.StringIO(content, newline="")))
+
+
+def read_jsonl(directory: str | Path) -> dict[int, list[dict[str, Any]]]:
+    """{step: records} of a `generations` folder."""
+    files = {int(path.stem.removeprefix("step_")): path for path in Path(directory).glob("step_*.jsonl")}
+    return {
+        step: [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        for step, path in files.items()
+    }

@@ -1,0 +1,188 @@
+"""Every destination behind one face: open a real run, hand out its tracker, read the run back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from readback import read_jsonl, read_mlflow, read_swanlab, read_wandb
+
+from verl_valgen.samples import Sample
+from verl_valgen.text import printable, storable
+from verl_valgen.trackers.base import Tracker
+from verl_valgen.trackers.console import ConsoleTracker
+from verl_valgen.trackers.jsonl import JsonlTracker
+from verl_valgen.trackers.mlflow import MlflowTracker
+from verl_valgen.trackers.swanlab import SwanlabTracker
+from verl_valgen.trackers.wandb import WandbTracker
+
+MAX_CHARS = 200_000
+
+
+def make_sample(step: int = 1, index: int = 0, **fields: Any) -> Sample:
+    values: dict[str, Any] = {
+        "step": step,
+        "index": index,
+        "row": index,
+        "strategy": "default",
+        "completion": 0,
+        "prompt": f"<|user|>question {index}",
+        "prompt_text": f"question {index}",
+        "generation": f"answer {index} at {step}",
+        "reference": f"reference {index}",
+        "finish_reason": "eos",
+        "num_prompt_tokens": 3,
+        "num_new_tokens": 4,
+        "seed": 0,
+        **fields,
+    }
+    return Sample(**values)
+
+
+@dataclass
+class Round:
+    """What a destination holds of one step."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """One per sample, by column."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """Texts and numbers under their own keys."""
+
+
+class Destination:
+    """What the contract needs to know of a destination."""
+
+    tracker: Tracker
+    has_table = True
+    has_texts = True
+    has_scalars = True
+    max_text_chars = MAX_CHARS
+    shown: Callable[[str], str] = staticmethod(storable)
+    """The form in which a text comes back."""
+
+    def cell(self, value: Any) -> Any:
+        """The form in which a table cell comes back."""
+        return value
+
+    def read(self) -> dict[int, Round]:
+        """Ends the run and reads it."""
+        raise NotImplementedError
+
+    def discard(self) -> None:
+        """Leaves nothing open."""
+
+
+class Console(Destination):
+    has_table = has_texts = has_scalars = False
+    shown = staticmethod(printable)
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.tracker = ConsoleTracker(MAX_CHARS)
+        self._capsys = capsys
+
+    def read(self) -> dict[int, Round]:
+        rounds: dict[int, Round] = {}
+        for block in self._capsys.readouterr().out.split("=== Validation Samples (Step ")[1:]:
+            header, *lines = block.rstrip("\n").split("\n")
+            pairs = zip(lines[0::3], lines[1::3], strict=True) if lines else ()
+            rounds[int(header.split(")")[0])] = Round(
+                [{"prompt_text": p.partition(": ")[2], "generation": g.partition(": ")[2]} for p, g in pairs]
+            )
+        return rounds
+
+
+class Jsonl(Destination):
+    has_texts = has_scalars = False
+
+    @staticmethod
+    def shown(text: str) -> str:
+        return text
+
+    def __init__(self, directory: Path) -> None:
+        self.tracker = JsonlTracker(directory)
+        self._directory = directory
+
+    def read(self) -> dict[int, Round]:
+        rounds = read_jsonl(self._directory)
+        return {step: Round([{**record, **record["scores"]} for record in rounds[step]]) for step in rounds}
+
+
+class Wandb(Destination):
+    def __init__(self, directory: Path) -> None:
+        import wandb
+
+        settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
+        self.run = wandb.init(project="test", dir=directory, mode="offline", settings=settings)
+        self.tracker = WandbTracker(MAX_CHARS)
+
+    def read(self) -> dict[int, Round]:
+        self.run.finish()
+        return {step: _round(values) for step, values in read_wandb(self.run.settings.sync_dir).items()}
+
+    def discard(self) -> None:
+        self.run.finish()
+
+
+class Swanlab(Destination):
+    def __init__(self, directory: Path) -> None:
+        import swanlab
+
+        swanlab.init(project="test", logdir=str(directory), mode="offline")
+        self._directory = directory
+        self.tracker = SwanlabTracker(MAX_CHARS)
+
+    def read(self) -> dict[int, Round]:
+        self.discard()
+        (run_dir,) = self._directory.glob("run-*")
+        return {step: _round(values) for step, values in read_swanlab(run_dir).items()}
+
+    def discard(self) -> None:
+        import swanlab
+
+        if swanlab.has_run():
+            swanlab.finish()
+
+
+class Mlflow(Destination):
+    max_text_chars = 5000
+
+    def __init__(self, uri: str) -> None:
+        import mlflow
+
+        mlflow.set_tracking_uri(uri)
+        self.uri = uri
+        self.run_id = mlflow.start_run(experiment_id=mlflow.set_experiment("test").experiment_id).info.run_id
+        self.tracker = MlflowTracker(MAX_CHARS)
+
+    def cell(self, value: Any) -> str:
+        return "" if value is None else str(value)
+
+    def read(self) -> dict[int, Round]:
+        self.tracker.close()
+        run = read_mlflow(self.uri, self.run_id)
+        rounds = {step: Round(_rows(table)) for step, table in run["tables"].items()}
+        if rounds:  # tags hold the latest round only
+            tags = {key: value for key, value in run["tags"].items() if key.startswith("val/")}
+            rounds[max(rounds)].values.update(tags)
+        for key, history in run["metrics"].items():
+            for step, value in history.items():
+                rounds.setdefault(step, Round()).values[key] = value
+        return rounds
+
+    def discard(self) -> None:
+        import mlflow
+
+        mlflow.set_tracking_uri(self.uri)
+        mlflow.end_run()
+
+
+def _rows(table: dict[str, Any]) -> list[dict[str, Any]]:
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
+def _round(values: dict[str, Any]) -> Round:
+    table = values.get("val/samples")
+    return Round(_rows(table) if table else [], {key: value for key, value in values.items() if key != "val/samples"})

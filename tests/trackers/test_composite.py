@@ -1,0 +1,125 @@
+"""The error policy: a tracker that fails costs a warning, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from destinations import make_sample
+
+from verl_valgen.trackers.base import Tracker
+from verl_valgen.trackers.composite import CompositeTracker
+
+
+class Recorder(Tracker):
+    """Remembers its calls, and raises `error` in those named in `failing`."""
+
+    def __init__(self, error: BaseException | None = None, failing: tuple[str, ...] = ("log_samples",)) -> None:
+        self.error, self.failing, self.calls = error, failing, []
+
+    def _called(self, method, step=None):
+        self.calls.append((method, step))
+        if self.error is not None and method in self.failing:
+            raise self.error
+
+    def log_samples(self, samples, step):
+        self._called("log_samples", step)
+
+    def log_scalars(self, scalars, step):
+        self._called("log_scalars", step)
+
+    def close(self):
+        self._called("close")
+
+
+def _log(composite, *steps):
+    for step in steps:
+        composite.log_samples([make_sample(step)], step)
+        composite.log_scalars({"val/gen/exact": 1.0}, step)
+
+
+@pytest.fixture
+def warnings(caplog):
+    caplog.set_level(logging.WARNING, "verl_valgen")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_every_call_reaches_every_tracker_in_order(warnings):
+    trackers = {"jsonl": Recorder(), "console": Recorder()}
+    composite = CompositeTracker(trackers)
+    _log(composite, 1, 2)
+    composite.close()
+    expected = [("log_samples", 1), ("log_scalars", 1), ("log_samples", 2), ("log_scalars", 2), ("close", None)]
+    assert [tracker.calls for tracker in trackers.values()] == [expected, expected]
+    assert list(composite.trackers) == ["jsonl", "console"]
+    assert warnings() == []
+
+
+def test_failing_tracker_warns_once_and_is_given_up_after_three(warnings):
+    bad, good = Recorder(ConnectionError("down")), Recorder()
+    composite = CompositeTracker({"wandb": bad, "mlflow": good})
+    _log(composite, 1, 2, 3, 4, 5)
+    composite.close()
+    assert [step for method, step in bad.calls if method == "log_samples"] == [1, 2, 3]
+    assert [step for method, step in good.calls if method == "log_samples"] == [1, 2, 3, 4, 5]
+    assert list(composite.trackers) == ["mlflow"]
+    first, second = warnings()
+    assert first == "wandb: samples were not recorded: ConnectionError: down"
+    assert second == "wandb: disabled after 3 failures in a row; the samples are in the JSONL files"
+
+
+def test_success_between_failures_starts_the_count_anew(warnings):
+    tracker = Recorder()
+    composite = CompositeTracker({"wandb": tracker})
+    for step in range(1, 10):
+        tracker.error = ConnectionError("down") if step % 3 else None
+        _log(composite, step)
+    assert list(composite.trackers) == ["wandb"]
+    assert len(warnings()) == 1
+
+
+def test_each_kind_of_error_is_warned_of(warnings):
+    tracker = Recorder(ValueError("a"))
+    composite = CompositeTracker({"wandb": tracker})
+    _log(composite, 1)
+    tracker.error = KeyError("b")
+    _log(composite, 2)
+    assert [message.rpartition("recorded: ")[2] for message in warnings()] == ["ValueError: a", "KeyError: 'b'"]
+
+
+def test_source_of_truth_is_never_given_up(warnings):
+    tracker = Recorder(OSError(28, "No space left on device"))
+    composite = CompositeTracker({"jsonl": tracker})
+    _log(composite, 1, 2, 3, 4, 5)
+    assert [step for method, step in tracker.calls if method == "log_samples"] == [1, 2, 3, 4, 5]
+    assert len(warnings()) == 1
+
+
+def test_failing_scalars_and_close_are_caught_too(warnings):
+    tracker = Recorder(TimeoutError("slow"), failing=("log_scalars", "close"))
+    composite = CompositeTracker({"mlflow": tracker})
+    _log(composite, 1)
+    composite.close()
+    assert tracker.calls[-1] == ("close", None)
+    assert len(warnings()) == 1
+
+
+def test_hostile_message_is_cut_and_made_printable(warnings):
+    _log(CompositeTracker({"wandb": Recorder(ValueError("\x1b[2J\n\u202e" + "x" * 5000))}), 1)
+    (message,) = warnings()
+    assert "ValueError: \\x1b[2J\\n\\u202exxx" in message
+    assert len(message) < 400
+
+
+def test_message_that_cannot_be_made_is_survived(warnings):
+    class Unspeakable(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    _log(CompositeTracker({"wandb": Recorder(Unspeakable())}), 1)
+    assert "Unspeakable" in warnings()[0]
+
+
+def test_ctrl_c_passes():
+    with pytest.raises(KeyboardInterrupt):
+        _log(CompositeTracker({"wandb": Recorder(KeyboardInterrupt())}), 1)

@@ -1,0 +1,120 @@
+"""What every tracker must do, checked on real runs that are read back."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from destinations import Destination, make_sample
+
+from verl_valgen.text import truncate
+
+HOSTILE_TEXTS = [
+    "",
+    "日本語 naïve 😀👩‍👩‍👧",
+    "007",
+    "2021-01-01",
+    "1e5",
+    "NaN",
+    "<script>alert(1)</script>",
+    "[bold]x[/bold] %s {} \\nabla",
+    "\"double\" 'single' `back`, comma; =1+1",
+    "line\nline\r\nline\rline\ttab\u2028end",
+    "x" * 100_000,
+    "lone\rreturn",
+    "lone \ud83d surrogate",
+    "\x1b[2J\x1b[31mred\x07 \u202e",
+    "nul \x00 byte",
+    "--x_x--0_0-",
+]
+
+
+def test_text_comes_back_whole(destination: Destination):
+    samples = [
+        make_sample(index=i, prompt=text, prompt_text=text, generation=text, reference=text)
+        for i, text in enumerate(HOSTILE_TEXTS)
+    ]
+    destination.tracker.log_samples(samples, 1)
+    found = destination.read()[1]
+
+    expected = [destination.shown(text) for text in HOSTILE_TEXTS]
+    assert [row["generation"] for row in found.rows] == expected
+    for column in ("prompt", "reference") if destination.has_table else ("prompt_text",):
+        assert [row[column] for row in found.rows] == expected
+    if destination.has_texts:
+        for i, text in enumerate(HOSTILE_TEXTS, start=1):
+            cut = destination.shown(truncate(text, destination.max_text_chars))
+            assert found.values[f"val/sample_{i}_prompt"] == cut
+            assert found.values[f"val/sample_{i}_generation"] == cut
+
+
+def test_number_of_samples_may_change(destination: Destination):
+    for step, num_samples in [(1, 2), (2, 5), (3, 1), (4, 0)]:
+        destination.tracker.log_samples([make_sample(step, i) for i in range(num_samples)], step)
+    rounds = destination.read()
+    for step, num_samples in [(1, 2), (2, 5), (3, 1)]:
+        assert [row["generation"] for row in rounds[step].rows] == [f"answer {i} at {step}" for i in range(num_samples)]
+
+
+def test_fields_and_scores_stand_in_the_table(destination: Destination):
+    """Columns may change from step to step, and a score or a reference may be missing."""
+    destination.tracker.log_samples([make_sample(1, 0, reference=None)], 1)
+    destination.tracker.log_samples(
+        [
+            make_sample(2, 0, scores={"exact": 1.0, "overlap": None}, reference=None),
+            make_sample(2, 1, scores={"exact": 0.25, "bleu": 0.5}, finish_reason="length", strategy="greedy"),
+        ],
+        2,
+    )
+    destination.tracker.log_samples([make_sample(3, 0, scores={"exact": math.nan, "other": 2.5})], 3)
+    rounds = destination.read()
+    if not destination.has_table:
+        assert [len(rounds[step].rows) for step in (1, 2, 3)] == [1, 2, 1]
+        return
+
+    cell = destination.cell
+    assert rounds[1].rows[0]["reference"] == cell(None)
+    first, second = rounds[2].rows
+    for column, value in [("step", 2), ("index", 0), ("strategy", "default"), ("completion", 0), ("reference", None)]:
+        assert first[column] == cell(value)
+    for column, value in [("index", 1), ("strategy", "greedy"), ("finish_reason", "length"), ("num_new_tokens", 4)]:
+        assert second[column] == cell(value)
+    assert (first["exact"], first["overlap"], first.get("bleu")) in [(1.0, None, None), ("1.0", "", "")]
+    assert (second["exact"], second.get("overlap"), second["bleu"]) in [(0.25, None, 0.5), ("0.25", "", "0.5")]
+    assert (rounds[3].rows[0]["exact"], rounds[3].rows[0]["other"]) in [(None, 2.5), ("", "2.5")]
+
+
+def test_scalars_are_recorded_under_their_keys(destination: Destination):
+    scalars = {"val/gen/exact": 0.5, "val/gen/by_source/openai/gsm8k/exact": 1.0, "val/gen/num_new_tokens": 17}
+    for step in (1, 2):
+        destination.tracker.log_samples([make_sample(step)], step)
+        destination.tracker.log_scalars(scalars, step)
+    rounds = destination.read()
+    for step in (1, 2):
+        assert len(rounds[step].rows) == 1
+        if destination.has_scalars:
+            assert {key: rounds[step].values[key] for key in scalars} == scalars
+
+
+def test_late_round_is_recorded(destination: Destination):
+    """A round may end when the trainer is steps ahead; where it is filed is the destination's affair."""
+    destination.tracker.log_samples([make_sample(3)], 3)
+    destination.tracker.log_samples([make_sample(1, generation="late")], 1)
+    destination.tracker.log_scalars({"val/gen/exact": 0.5}, 1)
+    rounds = destination.read()
+    assert "late" in [row["generation"] for found in rounds.values() for row in found.rows]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_keys_per_sample_hold_the_first_answer_of_each_prompt(destination: Destination, order: int):
+    samples = [
+        make_sample(index=index, completion=completion, strategy=strategy, generation=f"{strategy} {completion}")
+        for index, (strategy, completion) in enumerate([("a", 0), ("a", 1), ("a", 0), ("b", 0)])
+    ]
+    destination.tracker.log_samples(samples[::order], 1)
+    found = destination.read()[1]
+    assert len(found.rows) == 4
+    if destination.has_texts:
+        generations = {key: value for key, value in found.values.items() if key.endswith("_generation")}
+        assert generations == {"val/sample_1_generation": "a 0", "val/sample_2_generation": "a 0"}
+        assert found.values["val/sample_2_prompt"] == "question 2"

@@ -1,0 +1,168 @@
+"""What is peculiar to MLflow: artifacts, tags, and a server that may be gone."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+from destinations import make_sample
+from readback import read_mlflow
+
+from verl_valgen.trackers import mlflow as mlflow_module
+from verl_valgen.trackers.mlflow import MlflowTracker, _metric_name, _with_latest
+from verl_valgen.trackers.table import build_table
+
+LATEST = {"path": "val_samples/latest.json", "type": "table"}
+
+
+@pytest.fixture
+def mlflow_run(open_destination):
+    return open_destination("mlflow")
+
+
+def _read(mlflow_run):
+    mlflow_run.tracker.close()
+    return read_mlflow(mlflow_run.uri, mlflow_run.run_id)
+
+
+def test_latest_round_is_offered_as_a_table(mlflow_run):
+    for step in (1, 2):
+        samples = [make_sample(step, generation="007", reference=None, scores={"exact": 1.0, "bleu": None})]
+        mlflow_run.tracker.log_samples(samples, step)
+    run = _read(mlflow_run)
+    columns, rows = build_table(samples, 100)
+    assert run["latest"] == {"columns": columns, "data": rows}
+    assert sorted(run["tables"]) == [1, 2]
+    assert json.loads(run["tags"]["mlflow.loggedArtifacts"]) == [LATEST]
+
+
+def test_tables_that_others_logged_stay_registered(mlflow_run):
+    from mlflow import MlflowClient
+
+    other = {"path": "other.json", "type": "table"}
+    MlflowClient().set_tag(mlflow_run.run_id, "mlflow.loggedArtifacts", json.dumps([other]))
+    for step in (1, 2):
+        mlflow_run.tracker.log_samples([make_sample(step)], step)
+    assert json.loads(_read(mlflow_run)["tags"]["mlflow.loggedArtifacts"]) == [other, LATEST]
+
+
+def test_registration_leaves_a_tag_alone_that_has_no_room():
+    assert _with_latest("[") == "["
+    full = json.dumps([{"path": "x" * 4990, "type": "table"}])
+    assert _with_latest(full) == full
+    assert _with_latest(json.dumps([LATEST])) == json.dumps([LATEST])
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("val/gen/by_source/openai/gsm8k/exact", "val/gen/by_source/openai/gsm8k/exact"),
+        ("val/gen/by_source/数据/exact", "val/gen/by_source/数据/exact"),
+        ("val/gen/by_source/a%b?/exact", "val/gen/by_source/a_b_/exact"),
+        ("val/gen/by_source/../exact", "val/gen/by_source_../exact"),
+        ("val/gen/by_source//exact", "val/gen/by_source_/exact"),
+        ("val/gen/", "val/gen_"),
+        ("val/" + "x" * 300, "val/" + "x" * 243 + "..."),
+    ],
+)
+def test_metric_names_are_made_acceptable(key, name):
+    from mlflow.utils.validation import _validate_metric_name
+
+    assert _metric_name(key) == name
+    _validate_metric_name(name)
+
+
+def test_close_leaves_the_run_open(mlflow_run):
+    from mlflow import MlflowClient
+
+    mlflow_run.tracker.log_samples([make_sample()], 1)
+    mlflow_run.tracker.close()
+    assert MlflowTracker.is_live()
+    assert MlflowClient().get_run(mlflow_run.run_id).info.status == "RUNNING"
+
+
+def test_run_of_another_thread_is_not_ours(mlflow_run):
+    seen = []
+
+    def look():
+        seen.append(MlflowTracker.is_live())
+        with pytest.raises(RuntimeError, match="no live run"):
+            MlflowTracker(100)
+        seen.append("refused")
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [False, "refused"]
+
+
+def _log_rounds(tracker, num_rounds):
+    for step in range(num_rounds):
+        tracker.log_samples([make_sample(step)], step)
+        tracker.log_scalars({"val/gen/exact": 1.0}, step)
+
+
+def test_server_that_never_answers_holds_nobody_up(mlflow_run, monkeypatch):
+    import mlflow
+
+    # For the thread that the test leaves behind.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    monkeypatch.setattr(mlflow_module, "_MAX_CLOSE_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # connects, and then stays silent
+        mlflow.set_tracking_uri(f"http://127.0.0.1:{server.getsockname()[1]}")
+        tracker = MlflowTracker(100)
+        start = time.monotonic()
+        with pytest.raises(TimeoutError, match="does not keep up"):
+            _log_rounds(tracker, mlflow_module._MAX_PENDING_CALLS)
+        with pytest.raises(TimeoutError, match="did not finish"):
+            tracker.close()
+        assert time.monotonic() - start < 10
+
+
+def test_error_comes_back_with_the_next_call(mlflow_run, monkeypatch):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    mlflow.set_tracking_uri(f"http://127.0.0.1:{port}")  # nobody listens there any more
+    tracker = MlflowTracker(100)
+    tracker.log_samples([make_sample()], 1)
+    with pytest.raises(mlflow.exceptions.MlflowException, match="Max retries exceeded"):
+        tracker.close()
+
+
+def test_process_ends_while_a_call_hangs(mlflow_uri):
+    """With MLflow's own timeouts and retries, which add up to minutes."""
+    program = f"""
+        import socket, sys, time
+        import mlflow
+        sys.path.insert(0, {str(mlflow_module.__file__.rsplit("/", 3)[0])!r})
+        from verl_valgen.samples import Sample
+        from verl_valgen.trackers.mlflow import MlflowTracker
+
+        mlflow.set_tracking_uri({mlflow_uri!r})
+        mlflow.set_experiment("test")
+        mlflow.start_run()
+        server = socket.create_server(("127.0.0.1", 0))
+        mlflow.set_tracking_uri(f"http://127.0.0.1:{{server.getsockname()[1]}}")
+        tracker = MlflowTracker(100)
+        sample = Sample(1, 0, 0, "default", 0, "p", "p", "g", None, "eos", 1, 1, 0)
+        tracker.log_samples([sample], 1)
+        server.accept()
+        mlflow.set_tracking_uri({mlflow_uri!r})  # MLflow itself ends the run at exit
+        print("end of main", flush=True)
+    """
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert "end of main" in done.stdout
+    assert time.monotonic() - start < 60

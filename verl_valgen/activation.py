@@ -1,0 +1,139 @@
+"""When and how verl's own command gets the trainer that generates.
+
+Hydra discovers `hydra_plugins.valgen` in every Hydra program of the environment and calls `activate` inside
+`@hydra.main`, before the task function: verl's trainer class is defined by then and not yet looked up. Where the
+program is one of verl's SFT trainers, its `run_sft` is wrapped; everywhere else nothing happens, and nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from verl_valgen.hosts import HOSTS, host_class_for, is_main_module, load_host_class
+from verl_valgen.patching import patched
+
+if TYPE_CHECKING:
+    from hydra.core.config_search_path import ConfigSearchPath
+    from omegaconf import DictConfig
+
+    from verl_valgen.hosts.base import Host
+
+logger = logging.getLogger("verl_valgen")
+
+
+def activate(search_path: ConfigSearchPath) -> None:
+    """Prepares the running program if it is one of verl's SFT trainers."""
+    verl_module = next((name for name in HOSTS if is_main_module(name)), None)
+    if verl_module is None:
+        return
+    search_path.append("verl-valgen", f"file://{config_directory()}")
+    # A user's YAML under `--config-path /anywhere` has verl's `sft_trainer` in its defaults.
+    search_path.append("verl-valgen", "pkg://verl.trainer.config")
+
+    main = sys.modules["__main__"]
+    run_verl = main.run_sft
+
+    def run_sft(config: DictConfig) -> None:
+        _run(config, load_host_class(verl_module), main, run_verl, trainer_class=None)
+
+    main.run_sft = run_sft  # type: ignore[attr-defined]
+
+
+def run_sft(config: DictConfig, trainer_class: type) -> None:
+    """verl's own `run_sft` with another trainer class, for programs of one's own.
+
+    Does for it what the package does for verl's command: checks the configuration first, supplies what torchrun would
+    for a single process, and runs on CPU where there is no accelerator.
+
+    Args:
+        config: verl's configuration.
+        trainer_class: Derives from one of verl's trainers.
+
+    Raises:
+        SystemExit: The configuration is wrong; the message has been printed on rank 0.
+        TypeError: `trainer_class` derives from none of verl's trainers.
+    """
+    host_class, module = host_class_for(trainer_class)
+    _run(config, host_class, module, module.run_sft, trainer_class)
+
+
+def _run(
+    config: DictConfig,
+    host_class: type[Host],
+    module: ModuleType,
+    run_verl: Callable[[DictConfig], None],
+    trainer_class: type | None,
+) -> None:
+    from verl_valgen.config import ConfigError, load_settings, task_overrides
+
+    try:
+        settings = load_settings(config, os.environ, task_overrides())
+    except ConfigError as e:
+        if is_rank_zero():
+            print(f"verl-valgen: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+    if trainer_class is None and settings.enabled:
+        trainer_class = _generating(getattr(module, host_class.trainer_name))
+    if trainer_class is None and host_class.has_accelerator(module):
+        return run_verl(config)
+    set_up_logging()
+    with ExitStack() as stack:
+        stack.enter_context(single_process_environment())
+        stack.enter_context(host_class.launch_support(module, config))
+        if trainer_class is not None:
+            stack.enter_context(patched(module, host_class.trainer_name, trainer_class))
+        return run_verl(config)
+
+
+def _generating(trainer_class: type) -> type:
+    """verl's trainer with the mixin before it, under its own name."""
+    from verl_valgen.mixin import ValidationGenerationMixin
+
+    return type(trainer_class.__name__, (ValidationGenerationMixin, trainer_class), {})
+
+
+@contextmanager
+def single_process_environment() -> Iterator[None]:
+    """What torchrun would set, for a program that was started without it: one process, rendezvous with itself."""
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        yield
+        return
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # port 0: any that is free
+    before = dict(os.environ)
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def set_up_logging() -> None:
+    """Rank 0 logs at the level that verl's SFT trainers read as well, INFO unless set; the other ranks warn only.
+
+    A handler is added only where the program has none: under Hydra it has.
+    """
+    level = os.environ.get("VERL_SFT_LOGGING_LEVEL", "INFO")
+    logger.setLevel(level if is_rank_zero() else logging.WARNING)
+    if not logger.hasHandlers():
+        logging.basicConfig(format="[%(asctime)s][%(name)s][%(levelname)s] - %(message)s")
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is rank 0, told before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def config_directory() -> Path:
+    """The folder of `sft_trainer_with_generation.yaml`: in the wheel inside the package, in a checkout beside it."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "config"

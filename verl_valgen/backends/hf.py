@@ -1,0 +1,152 @@
+"""Hugging Face's `generate` on a plain model.
+
+Sampling runs as greedy search over perturbed logits (`sampling.py`), so that one path serves both and torch's global
+random state is never used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from verl_valgen.backends.base import Backend
+from verl_valgen.samples import Completion, FinishReason, Request
+from verl_valgen.sampling import SAMPLING_FIELDS, GumbelNoise, logits_warpers
+
+MAX_BATCH_SIZE = 16
+"""Sequences decoded at once. A step reads all weights whatever the batch, so more would mostly cost cache memory."""
+
+
+class HFBackend(Backend):
+    """Args:
+    model: A plain model, in eval mode. Its `generation_config` must hold the special token ids and nothing else.
+    tokenizer: For stop strings alone.
+    params: `transformers.GenerationConfig` fields, checked. The model's own defaults do not leak in.
+    seed: Of the sampled tokens; see `sampling.gumbel_noise`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: Mapping[str, Any], seed: int
+    ) -> None:
+        self.model, self.tokenizer, self.params, self.seed = model, tokenizer, params, seed
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        completions: list[Completion | None] = [None] * len(requests)
+        for indices, max_new_tokens in self._batches(requests):
+            answers = self._generate_batch([requests[i] for i in indices], max_new_tokens)
+            for i, answer in zip(indices, answers, strict=True):
+                completions[i] = answer
+        return [completion for completion in completions if completion is not None]
+
+    def _batches(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], int]]:
+        """Indices of requests that run together, of similar length to keep padding short, and their token limit.
+
+        A learned position embedding has nothing beyond its last position (on CUDA an index out of range there ends
+        the process), so a request's own prompt bounds what can follow.
+        """
+        max_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+        limits = [int(min(self.params["max_new_tokens"], max_positions - len(r.input_ids))) for r in requests]
+        for limit in sorted(set(limits)):
+            group = [i for i in range(len(requests)) if limits[i] == limit]
+            group.sort(key=lambda i: len(requests[i].input_ids))
+            for start in range(0, len(group), MAX_BATCH_SIZE):
+                yield group[start : start + MAX_BATCH_SIZE], limit
+
+    def _generate_batch(self, requests: list[Request], max_new_tokens: int) -> list[Completion]:
+        if max_new_tokens <= 0:  # the prompt fills the model's context
+            return [Completion([], "length") for _ in requests]
+        device = self.model.device
+        input_ids, attention_mask = left_pad([request.input_ids for request in requests], device)  # (B, L) each
+        config = self._generation_config(max_new_tokens)
+
+        processors = LogitsProcessorList()
+        if self.params["do_sample"]:
+            processors += logits_warpers(self.params, device)
+            processors.append(GumbelNoise(self.seed, [r.key for r in requests], input_ids.shape[1], device))
+        stop = StopStrings(self.tokenizer, self.params["stop_strings"]) if self.params.get("stop_strings") else None
+
+        output_ids = self.model.generate(
+            input_ids,
+            attention_mask=attention_mask,
+            generation_config=config,
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+            synced_gpus=False,
+        )[:, input_ids.shape[1] :].tolist()  # (B, T)
+        eos_ids = as_id_set(config.eos_token_id)
+        stop_lengths = stop.lengths(input_ids.shape[1]) if stop else [None] * len(requests)
+        return [finish(ids, eos_ids, n, max_new_tokens) for ids, n in zip(output_ids, stop_lengths, strict=True)]
+
+    def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
+        ours = SAMPLING_FIELDS | {"do_sample", "stop_strings", "max_new_tokens"}
+        special_ids = {
+            name: getattr(self.model.generation_config, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")
+        }
+        params = {name: value for name, value in self.params.items() if name not in ours}
+        return GenerationConfig(**(special_ids | params), max_new_tokens=max_new_tokens, do_sample=False)
+
+
+class StopStrings(StoppingCriteria):
+    """transformers' stop strings, remembering where each sequence met one (`generate` itself does not tell)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: list[str]) -> None:
+        self.criteria = StopStringCriteria(tokenizer, stop_strings)
+        self.met_at: Tensor | None = None  # (B,) length of the sequence that met one; 0: not yet
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        met = self.criteria(input_ids, scores, **kwargs)  # (B,) bool
+        if self.met_at is None:
+            self.met_at = torch.zeros_like(met, dtype=torch.int64)
+        self.met_at = torch.where(met & (self.met_at == 0), input_ids.shape[1], self.met_at)
+        return met
+
+    def lengths(self, prompt_length: int) -> list[int | None]:
+        """Number of new tokens up to the one that completed a stop string, None where there is none."""
+        assert self.met_at is not None, "generate() calls its criteria at least once"
+        return [length - prompt_length if length else None for length in self.met_at.tolist()]
+
+
+def left_pad(sequences: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, (B, L) int64 each, padded on the left with id 0, which the mask hides."""
+    length = max(len(ids) for ids in sequences)
+    input_ids = torch.tensor([[0] * (length - len(ids)) + ids for ids in sequences], device=device)
+    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in sequences], device=device)
+    return input_ids, mask
+
+
+def as_id_set(token_ids: int | list[int] | None) -> set[int]:
+    """A token id field of a `GenerationConfig` (one, several or none) as a set."""
+    if token_ids is None:
+        return set()
+    return {token_ids} if isinstance(token_ids, int) else set(token_ids)
+
+
+def finish(output_ids: list[int], eos_ids: set[int], stop_length: int | None, max_new_tokens: int) -> Completion:
+    """Cuts the padding off one sequence of `generate`, and says why it ended.
+
+    Args:
+        output_ids: New tokens, padded behind the end with any id (that of end-of-sequence too).
+        stop_length: Number of new tokens up to a stop string, None without one.
+    """
+    eos_length = next((i + 1 for i, token in enumerate(output_ids) if token in eos_ids), None)
+    ends: list[tuple[int, FinishReason]] = []
+    if eos_length is not None:
+        ends.append((eos_length, "eos"))
+    if stop_length is not None:
+        ends.append((stop_length, "stop"))
+    if not ends:
+        ends.append((len(output_ids), "length" if len(output_ids) >= max_new_tokens else "time"))
+    length, reason = min(ends)  # of two at one length "eos" comes first
+    return Completion(output_ids[:length], reason)

@@ -1,0 +1,143 @@
+"""Checks of single configuration values: read one, say what is allowed, quote what came instead.
+
+This module owns `ConfigError` and how a value is read. It knows neither keys nor variables.
+
+A value from YAML has to have its type: `true` is no integer, and `5.0` neither. A text is read strictly and the same
+way whether it comes from an environment variable or from YAML: `temperature: ${oc.env:MY_TEMPERATURE}` is a text too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+# Python's own int() and float() also take "5_0", "٥" and "nan".
+_INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+_BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key or variable, the value, and what is allowed."""
+
+
+def quoted(value: object, max_chars: int = 80) -> str:
+    """`value` as an error message may hold it: ASCII without control characters, and short."""
+    try:
+        text = ascii(value)
+    except ValueError:  # Python does not print integers of more than 4300 digits
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= max_chars else text[: max_chars - 3] + "..."
+
+
+def plain(text: str, max_chars: int = 80) -> str:
+    """A name or a message of another library, as harmless as `quoted` makes a value, but without quotes around it."""
+    escaped = ascii(text)[1:-1]
+    return escaped if len(escaped) <= max_chars else escaped[: max_chars - 3] + "..."
+
+
+class Check(NamedTuple):
+    """What one value has to be."""
+
+    read: Callable[[Any], Any]
+    """Gives the value its type, or raises ValueError."""
+    accepts: Callable[[Any], bool]
+    allowed: str
+    """Completes the sentence "temperature must be ..."."""
+
+    def __call__(self, value: object, source: str) -> Any:
+        """The value in its proper type; raises `ConfigError` naming `source`, where the value comes from."""
+        try:
+            result = self.read(value)
+        except ValueError:
+            result = None
+        if result is None or not self.accepts(result):
+            raise ConfigError(f"{source} must be {self.allowed}, got {quoted(value)}")
+        return result
+
+
+def boolean() -> Check:
+    return Check(_read_boolean, lambda _: True, "a boolean (true or false)")
+
+
+def integer(allowed: str, accepts: Callable[[int], bool]) -> Check:
+    return Check(_read_integer, accepts, allowed)
+
+
+def at_least(least: int, meaning: str = "") -> Check:
+    return integer(f"an integer >= {least}" + (f" ({meaning})" if meaning else ""), lambda x: x >= least)
+
+
+def number(allowed: str, accepts: Callable[[float], bool]) -> Check:
+    return Check(_read_number, accepts, allowed)
+
+
+def one_of(*names: str, aliases: Mapping[str, str] | None = None) -> Check:
+    spellings = {name: name for name in names} | dict(aliases or {})
+    return Check(
+        lambda value: spellings.get(_read_text(value).lower()), lambda _: True, f"one of {', '.join(spellings)}"
+    )
+
+
+def texts() -> Check:
+    return Check(_read_texts, bool, "a text or a list of texts, none of them empty")
+
+
+def finite() -> Check:
+    """Anything at all, except for NaN and infinity within it."""
+    return Check(_read_anything, lambda _: True, "free of NaN and infinity")
+
+
+def _read_boolean(value: object) -> bool:
+    if isinstance(value, str) and value.strip().lower() in _BOOLEANS:
+        return _BOOLEANS[value.strip().lower()]
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _read_integer(value: object) -> int:
+    if isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError
+    return value
+
+
+def _read_number(value: object) -> float:
+    if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
+        raise ValueError
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError
+    try:
+        result = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        raise ValueError from None
+    if not math.isfinite(result):
+        raise ValueError
+    return result
+
+
+def _read_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value.strip()
+
+
+def _read_texts(value: object) -> list[str]:
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(isinstance(text, str) and text for text in listed):
+        raise ValueError
+    return listed
+
+
+def _read_anything(value: Any) -> Any:
+    inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value if isinstance(value, list) else []
+    for item in inner:
+        _read_anything(item)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError
+    return value

@@ -1,0 +1,305 @@
+"""The trainer's model, wherever its parameters lie, as a plain Hugging Face model on the ranks that generate.
+
+`generate` on the wrapped model either fails (inside `summon_full_params` the mixed precision dtypes clash) or gathers
+every layer for every token. So the parameters are gathered once, unit by unit, into a model of the original class that
+knows nothing of FSDP or PEFT. The trainer's model is only read. This module knows nothing of verl.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Wrappers that show up in parameter names: FSDP1, and torch's activation checkpointing.
+_WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+@torch.no_grad()
+def gather(
+    wrapped: nn.Module, *, dtype: torch.dtype, device: torch.device, keep: bool
+) -> PreTrainedModel | None:
+    """A plain copy of a sharded model. Collective: all ranks must call.
+
+    LoRA and other PEFT adapters are folded in with PEFT's own `merge`, in float32, before the cast.
+
+    Args:
+        wrapped: A model under FSDP1, FSDP2 or neither, with or without PEFT.
+        dtype: Of the copy's floating-point parameters.
+        device: Of the copy. With NCCL it must be the rank's own device.
+        keep: Whether this rank wants the copy. The others take part and keep nothing.
+
+    Returns:
+        The copy in eval mode, None where `keep` is false or where another rank could not prepare for it. Peak memory
+        above the level before: the copy plus one FSDP unit (one parameter under FSDP2) where `keep` is true, the unit
+        elsewhere.
+
+    Raises:
+        Exception: Whatever prevented the copy, on the rank concerned and only after the last collective.
+    """
+    start = time.perf_counter()
+    source = unwrap(wrapped)
+    plain: PlainCopy | None = None
+    error: Exception | None = None
+    if keep:
+        try:
+            plain = PlainCopy(source, dtype, device)
+            plain.check_memory()
+        except Exception as e:
+            error = e
+    if not agree(error is None, device):
+        if error is not None:
+            raise error
+        return None
+
+    tuned = tuner_parameter_names(source)
+    num_bytes = 0
+    for name, parameter in full_parameters(wrapped, dtype=dtype, device=device, uncast=tuned):
+        num_bytes += parameter.numel() * parameter.element_size()
+        if plain is not None and error is None:
+            try:
+                plain.receive(name, parameter)
+            except Exception as e:  # the other ranks are on their way to the next gather: so is this one
+                error, plain = e, None
+    if error is not None:
+        raise error
+    if plain is None:
+        return None
+    model = plain.finish()
+    logger.debug(
+        "gathered %.1f MB from %s on %d rank(s) into a %s copy of %s on %s in %.3f s",
+        num_bytes / 1e6, type(wrapped).__name__, world_size(), dtype, type(model).__name__, device,
+        time.perf_counter() - start,
+    )  # fmt: skip
+    return model
+
+
+def agree(ok: bool, device: torch.device) -> bool:
+    """Whether all ranks are ok. Collective: all ranks must call."""
+    if world_size() == 1:
+        return ok
+    flag = torch.tensor(int(ok), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def full_parameters(
+    wrapped: nn.Module, *, dtype: torch.dtype, device: torch.device, uncast: set[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of a sharded model, whole, one after the other. Collective: all ranks must exhaust it.
+
+    Args:
+        uncast: Names of parameters that must come in their own dtype; where it saves traffic the others are cast first.
+
+    Yields:
+        (name without wrappers, tensor). The tensor may be the trainer's own memory, valid until the next one is asked
+        for: copy it, do not write to it.
+    """
+    if isinstance(wrapped, FSDP):
+        yield from _full_parameters_fsdp1(wrapped)
+        return
+    # After a forward pass the root stays unsharded, with parameters in the compute dtype; its sharded ones are the
+    # originals. The next forward unshards it again.
+    for module in wrapped.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for name, parameter in wrapped.named_parameters():
+        name = clean_name(name)
+        target = dtype if parameter.is_floating_point() and name not in uncast else parameter.dtype
+        if isinstance(parameter, DTensor):
+            # Cast before the all-gather: half the traffic. The shard may be offloaded to host memory.
+            shard = parameter.to_local().to(device=device, dtype=target)
+            yield name, DTensor.from_local(
+                shard, parameter.device_mesh, parameter.placements, run_check=False,
+                shape=parameter.shape, stride=parameter.stride(),
+            ).full_tensor()  # fmt: skip
+        else:
+            yield name, parameter.to(device=device, dtype=target)
+
+
+def _full_parameters_fsdp1(root: FSDP) -> Iterator[tuple[str, Tensor]]:
+    # `named_modules` is in pre-order, and the order matters: summoned before the root's first forward, a child would
+    # be initialised as a root and break training ("Non-root FSDP instance's `_is_root` should not have been set yet").
+    units = [(name, module) for name, module in root.named_modules() if isinstance(module, FSDP)]
+    nested = {unit for _, unit in units}
+    for unit_name, unit in units:
+        with FSDP.summon_full_params(unit, recurse=False, writeback=False):
+            for module_name, module in unit.named_modules(memo=nested - {unit}, prefix=unit_name):
+                for name, parameter in module._parameters.items():
+                    if parameter is not None and name != "_flat_param":
+                        yield clean_name(f"{module_name}.{name}".removeprefix(".")), parameter
+
+
+class PlainCopy:
+    """A model of the source's class, without storage at first, that is filled parameter by parameter.
+
+    Args:
+        source: A transformers model, or a PEFT model around one; sharded in any way. Its structure, buffers and
+            generation config are read, its parameters are not.
+    """
+
+    def __init__(self, source: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        self.source, self.dtype, self.device = source, dtype, device
+        with torch.device("meta"):
+            self.model = _empty_like(source)
+        # A tied parameter has several names and several places, and is stored once.
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        self.places: dict[str, list[tuple[nn.Module, str]]] = {}
+        for prefix, module in self.model.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    shared = places.setdefault(id(parameter), [])
+                    shared.append((module, name))
+                    self.places[f"{prefix}.{name}".removeprefix(".")] = shared
+        self.tuner_layers = {
+            f"{prefix}.{name}": layer
+            for prefix, layer in _tuner_layers(self.model)
+            for name, _ in layer.named_parameters()
+        }
+
+    def check_memory(self) -> None:
+        """Raises MemoryError where the copy certainly does not fit on its device (told of CUDA only)."""
+        if self.device.type != "cuda":
+            return
+        num_bytes = sum(p.numel() for p in self.model.parameters()) * self.dtype.itemsize
+        free, _ = torch.cuda.mem_get_info(self.device)
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        if num_bytes > free:
+            raise MemoryError(
+                f"a {self.dtype} copy of the model needs {num_bytes / 2**30:.1f} GiB, {self.device} has "
+                f"{free / 2**30:.1f} GiB free"
+            )
+
+    def receive(self, name: str, parameter: Tensor) -> None:
+        """Copies one whole parameter in; merges a PEFT layer as soon as all of its parameters are there."""
+        places = self.places[name]
+        if not any(getattr(module, attribute).is_meta for module, attribute in places):
+            return  # tied, and here already under its other name
+        layer = self.tuner_layers.get(name)
+        merged_in = set() if layer is None else {id(module) for module in layer.modules()}
+        # What a PEFT layer will merge stays in float32 and is not shared: a weight tied to it must not change.
+        for group, dtype in (
+            ([place for place in places if id(place[0]) not in merged_in], self.dtype),
+            ([place for place in places if id(place[0]) in merged_in], torch.float32),
+        ):
+            if group:
+                dtype = dtype if parameter.is_floating_point() else parameter.dtype
+                value = parameter.detach().to(device=self.device, dtype=dtype, copy=True)
+                _place(nn.Parameter(value, requires_grad=False), group)
+        if layer is not None and not any(p.is_meta for p in layer.parameters()):
+            layer.merge()
+            for p in layer.get_base_layer().parameters():
+                p.data = p.data.to(self.dtype)
+
+    def finish(self) -> PreTrainedModel:
+        """The filled model, without PEFT, in eval mode, with the special token ids as its whole generation config."""
+        missing = sorted(name for name, places in self.places.items() if getattr(*places[0]).is_meta)
+        if missing:
+            raise RuntimeError(f"{len(missing)} parameters were not gathered, {missing[0]} first")
+        self._copy_tensors_that_are_not_parameters()
+        model: Any = self.model.unload() if hasattr(self.model, "peft_config") else self.model
+        return model.requires_grad_(False).eval()
+
+    def _copy_tensors_that_are_not_parameters(self) -> None:
+        # Rotary tables are buffers that no state dict holds, and the originals beside them plain attributes.
+        modules = dict(self.model.named_modules())
+        for name, source in self.source.named_modules():
+            target = modules.get(clean_name(name + ".").removesuffix("."))
+            if target is None:
+                continue
+            for key, buffer in source._buffers.items():
+                if buffer is not None and key in target._buffers:
+                    cast = buffer.is_floating_point() and key not in source._non_persistent_buffers_set
+                    dtype = self.dtype if cast else buffer.dtype
+                    target._buffers[key] = buffer.detach().to(device=self.device, dtype=dtype, copy=True)
+            for key, value in vars(source).items():
+                if isinstance(value, Tensor) and not value.is_meta and key not in target._parameters:
+                    setattr(target, key, value.detach().to(device=self.device, copy=True))
+
+
+def unwrap(wrapped: nn.Module) -> nn.Module:
+    """The model inside FSDP1's wrapper; FSDP2 has none."""
+    return wrapped.module if isinstance(wrapped, FSDP) else wrapped
+
+
+def base_model(source: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return source.get_base_model() if hasattr(source, "peft_config") and hasattr(source, "get_base_model") else source  # type: ignore[operator, return-value]
+
+
+def original_class(model: nn.Module) -> type[PreTrainedModel]:
+    """The class as it was before FSDP2 put a subclass in its place."""
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+
+
+def clean_name(name: str) -> str:
+    """A parameter's or module's name without the wrappers' parts."""
+    for prefix in _WRAPPER_PREFIXES:
+        name = name.replace(prefix, "")
+    return name
+
+
+def tuner_parameter_names(source: nn.Module) -> set[str]:
+    """Names of the parameters that PEFT layers merge: base weights and adapters."""
+    return {
+        f"{clean_name(prefix)}.{clean_name(name)}"
+        for prefix, layer in _tuner_layers(source)
+        for name, _ in layer.named_parameters()
+    }
+
+
+def _tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    if not hasattr(model, "peft_config"):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _empty_like(source: nn.Module) -> nn.Module:
+    """A new model of the source's structure. Call it under `torch.device("meta")`: nothing is initialised there."""
+    base = base_model(source)
+    cls = original_class(base)
+    config = copy.deepcopy(base.config)
+    # Not the trainer's attention: flash attention takes no float32, and verl patches it for sequence parallelism.
+    config._attn_implementation = "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
+    model = cls(config)
+    if base is source:
+        return model
+
+    from peft import PeftModel
+
+    peft_model: Any = None
+    for adapter, peft_config in source.peft_config.items():  # type: ignore[union-attr, operator]
+        peft_config = copy.deepcopy(peft_config)
+        if hasattr(peft_config, "init_lora_weights"):
+            peft_config.init_lora_weights = False  # some initialisations decompose the weights, which are not there
+        if peft_model is None:
+            peft_model = PeftModel(model, peft_config, adapter)
+        else:
+            peft_model.add_adapter(adapter, peft_config)
+    peft_model.base_model.set_adapter(source.active_adapters)
+    return peft_model
+
+
+def _place(parameter: nn.Parameter, places: list[tuple[nn.Module, str]]) -> None:
+    for module, attribute in places:
+        module._parameters[attribute] = parameter

@@ -1,0 +1,69 @@
+"""Which fields of `transformers.GenerationConfig` may be set, and which sets of values transformers accepts.
+
+This module knows transformers, and imports it only when it is asked. It does not know where a value comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from verl_valgen.checks import ConfigError, plain
+
+SAMPLING_ONLY = frozenset(
+    ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+)
+
+_RUNS_CODE = "it would load or run code from outside this run"
+_NO_BATCHES = "assisted decoding cannot answer prompts in batches"
+_ON_THE_HUB = "it belongs to a generation mode whose code transformers loads from the hub"
+_TEXT_ONLY = "only the generated text is kept"
+_ONE_COMPLETION = "each prompt is given one completion"
+
+REFUSED = {
+    "max_length": "it counts the prompt too; set generation.max_new_tokens",
+    "n": _ONE_COMPLETION,
+    "num_return_sequences": _ONE_COMPLETION,
+    "compile_config": "it is the backend that decides about compilation",
+    "generation_kwargs": "parameters are given flat, as generation.<name>",
+    **dict.fromkeys(("custom_generate", "trust_remote_code", "assistant_model", "assistant_tokenizer"), _RUNS_CODE),
+    **dict.fromkeys(("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer"), _RUNS_CODE),
+    **dict.fromkeys(("is_assistant", "assistant_early_exit", "assistant_confidence_threshold"), _NO_BATCHES),
+    **dict.fromkeys(("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_lookbehind"), _NO_BATCHES),
+    **dict.fromkeys(("target_lookbehind", "prompt_lookup_num_tokens", "max_matching_ngram_size"), _NO_BATCHES),
+    **dict.fromkeys(("penalty_alpha", "low_memory", "dola_layers", "num_beam_groups"), _ON_THE_HUB),
+    **dict.fromkeys(("diversity_penalty", "constraints", "force_words_ids"), _ON_THE_HUB),
+    **dict.fromkeys(("return_dict_in_generate", "return_legacy_cache", "output_attentions"), _TEXT_ONLY),
+    **dict.fromkeys(("output_hidden_states", "output_scores", "output_logits"), _TEXT_ONLY),
+}
+"""Why each of these is refused, by name and whatever the value."""
+
+
+def field_names() -> frozenset[str]:
+    """The fields of the installed transformers' `GenerationConfig` that may be set."""
+    from transformers import GenerationConfig
+
+    public = (name for name in vars(GenerationConfig()) if not name.startswith("_"))
+    return frozenset(public) - REFUSED.keys() - {"transformers_version"}
+
+
+def check(parameters: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` where transformers would refuse these parameters, or cannot decode with them here."""
+    from transformers import GenerationConfig
+    from transformers.generation import utils
+
+    try:
+        hf_config = GenerationConfig(**parameters)  # validates
+        mode = hf_config.get_generation_mode()
+    except Exception as error:  # transformers compares values of any type: not only its own ValueError comes out of it
+        raise ConfigError(f"generation: transformers refuses these parameters: {plain(str(error), 300)}") from error
+
+    if mode.value == "beam_sample":
+        raise ConfigError(
+            f"generation.num_beams must be 1 with do_sample=true, got {hf_config.num_beams}: "
+            "beam sampling draws from torch's global random state (set do_sample=false for beam search)"
+        )
+    # transformers moves modes that it drops to the hub (4.56 did with four); before, it had no such mapping.
+    home = getattr(utils, "GENERATION_MODES_MAPPING", {}).get(mode, "")
+    if "/" in home:
+        raise ConfigError(f"generation: these parameters select {plain(mode.value)}, but {_ON_THE_HUB} ({plain(home)})")

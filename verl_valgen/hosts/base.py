@@ -1,0 +1,64 @@
+"""What the rest of the package needs to know of a trainer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from verl_valgen.schedule import Schedule
+
+
+class Host(ABC):
+    """A built trainer, seen through one set of names."""
+
+    trainer_name: ClassVar[str]
+    """Name of the trainer class in verl's module."""
+
+    config: DictConfig
+    model: nn.Module
+    """The model as it is trained: sharded, possibly with adapters."""
+    tokenizer: PreTrainedTokenizerBase
+    val_dataset: Dataset
+    device: torch.device
+    """The device that this rank computes on."""
+    compute_dtype: torch.dtype
+    """The dtype of verl's mixed precision."""
+    is_logging_rank: bool
+    """Whether this is the rank that owns verl's trackers."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    @abstractmethod
+    def schedule(self) -> Schedule: ...
+
+    @abstractmethod
+    def validation_rows(self, limit: int) -> list[int]:
+        """Rows of the data set that this rank's first validation batches hold, in their order, at most `limit`."""
+
+    @abstractmethod
+    def why_no_validation_batch(self) -> str | None:
+        """The reason for which a validation would see no batch, None where it sees one."""
+
+    @abstractmethod
+    def after_each_validation(self, hook: Callable[[int], None]) -> AbstractContextManager[None]:
+        """While it is open, every validation of `fit()` ends with `hook(step)`, on all ranks in step."""
+
+    @classmethod
+    @abstractmethod
+    def has_accelerator(cls, module: ModuleType) -> bool:
+        """Whether there is CUDA or NPU, as verl's trainer in `module` sees it."""
+
+    @classmethod
+    @abstractmethod
+    def launch_support(cls, module: ModuleType, config: DictConfig) -> AbstractContextManager[None]:
+        """What verl's trainer in `module` needs to run here, where it would fail otherwise. Says what it does."""

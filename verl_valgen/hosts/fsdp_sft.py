@@ -1,0 +1,98 @@
+"""`verl.trainer.fsdp_sft_trainer.FSDPSFTTrainer`, verl 0.5 to 0.7.0."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from types import ModuleType
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from verl_valgen.hosts import cpu
+from verl_valgen.hosts.base import Host
+from verl_valgen.hosts.loaders import CountingLoader, NotifyingLoader
+from verl_valgen.patching import patched
+from verl_valgen.schedule import Schedule
+
+logger = logging.getLogger(__name__)
+
+
+class FSDPSFTHost(Host):
+    trainer_name = "FSDPSFTTrainer"
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        self.config = trainer.config
+        self.model = trainer.fsdp_model
+        self.tokenizer = trainer.tokenizer
+        self.val_dataset = trainer.val_dataset
+        self.is_logging_rank = trainer.device_mesh.get_rank() == 0
+        device_type = trainer.device_mesh.device_type
+        on_cpu = device_type == "cpu"
+        self.device = torch.device("cpu") if on_cpu else torch.device(device_type, torch.accelerator.current_device_index())
+        self.compute_dtype = torch.bfloat16  # hard-coded in the trainer's mixed precision
+
+    def schedule(self) -> Schedule:
+        trainer_config = self.config.trainer
+        available_steps = len(self.trainer.train_dataloader) * trainer_config.total_epochs
+        total = trainer_config.total_training_steps
+        return Schedule(
+            start_step=self.trainer.resume_global_step,
+            available_steps=available_steps,
+            total_training_steps=available_steps if total is None else total,
+            test_freq=trainer_config.test_freq,
+        )
+
+    def validation_rows(self, limit: int) -> list[int]:
+        loader = self.trainer.val_dataloader
+        num_rows = min(limit, len(loader) * loader.batch_size)
+        return list(islice(iter(self.trainer.val_sampler), num_rows))
+
+    def why_no_validation_batch(self) -> str | None:
+        loader = self.trainer.val_dataloader
+        if len(loader) > 0:
+            return None
+        num_ranks = self.trainer.val_sampler.num_replicas
+        return (
+            f"data.val_files has {len(self.val_dataset)} rows, fewer than one batch on each of {num_ranks} data-parallel "  # type: ignore[arg-type]
+            f"ranks ({loader.batch_size} rows each, data.micro_batch_size_per_gpu), and verl drops incomplete batches"
+        )
+
+    @contextmanager
+    def after_each_validation(self, hook: Callable[[int], None]) -> Iterator[None]:
+        # `fit()` has no hook for it, so the loaders tell: see hosts/loaders.py.
+        trainer = self.trainer
+        counter = CountingLoader(trainer.train_dataloader, start=trainer.resume_global_step)
+        notifier = NotifyingLoader(trainer.val_dataloader, lambda: hook(counter.count))
+        with patched(trainer, "train_dataloader", counter), patched(trainer, "val_dataloader", notifier):
+            yield
+
+    @classmethod
+    @contextmanager
+    def launch_support(cls, module: ModuleType, config: DictConfig) -> Iterator[None]:
+        with ExitStack() as stack:
+            if not cls.has_accelerator(module):
+                stack.enter_context(cpu.fsdp_sft_support(module, config))
+            if importlib.util.find_spec("flash_attn") is None:
+                logger.info("flash-attn is not installed: the model is loaded with transformers' default attention (sdpa)")
+                stack.enter_context(patched(module, "AutoModelForCausalLM", _DefaultAttention(module.AutoModelForCausalLM)))
+            yield
+
+    @classmethod
+    def has_accelerator(cls, module: ModuleType) -> bool:
+        return module.is_cuda_available or module.is_npu_available
+
+
+class _DefaultAttention:
+    """`AutoModelForCausalLM` that ignores the trainer's hard-coded `attn_implementation="flash_attention_2"`."""
+
+    def __init__(self, auto_class: Any) -> None:
+        self.auto_class = auto_class
+
+    def from_pretrained(self, *args: Any, attn_implementation: str | None = None, **kwargs: Any) -> Any:
+        return self.auto_class.from_pretrained(*args, **kwargs)

@@ -1,0 +1,47 @@
+"""Data loaders that tell what the loop over them does.
+
+verl's `fit()` has validation written out in its body and no hook around it, but it takes its batches from loaders that
+are attributes of the trainer: an iterable in their place yields the same batches and learns when a loop is over. All
+that is not iteration (`len`, `state_dict`, ...) goes to the loader itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class _LoaderProxy:
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+class CountingLoader(_LoaderProxy):
+    """Counts the batches that were yielded, over all epochs: while a batch is in use, it is in the count."""
+
+    def __init__(self, loader: Any, start: int) -> None:
+        super().__init__(loader)
+        self.count = start
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            self.count += 1
+            yield batch
+
+
+class NotifyingLoader(_LoaderProxy):
+    """Calls `at_end` when the loop asks for the batch after the last one; a loop that is left early calls nothing."""
+
+    def __init__(self, loader: Any, at_end: Callable[[], None]) -> None:
+        super().__init__(loader)
+        self.at_end = at_end
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.loader
+        self.at_end()

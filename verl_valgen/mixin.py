@@ -1,0 +1,48 @@
+"""`ValidationGenerationMixin`: the trainer that answers its validation prompts.
+
+It only ties verl's trainer to a `ValidationRounds`; `fit()` is verl's own.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from verl_valgen.config import load_settings, task_overrides
+from verl_valgen.hosts import host_class_for
+from verl_valgen.rounds import ValidationRounds
+
+
+class ValidationGenerationMixin:
+    """Goes before one of verl's SFT trainers: `class MyTrainer(ValidationGenerationMixin, FSDPSFTTrainer)`.
+
+    `fit()` records samples at every validation when generation is enabled; `generate_samples` works at any time after
+    construction.
+
+    Raises:
+        ConfigError: The configuration is wrong; before the model is loaded.
+        TypeError: The class behind the mixin is none of verl's trainers that are known here.
+    """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        host_class, _ = host_class_for(type(self))
+        settings = load_settings(config, os.environ, task_overrides())
+        super().__init__(config, *args, **kwargs)
+        self._rounds = ValidationRounds(host_class(self), settings)
+
+    def fit(self) -> Any:
+        with self._rounds:
+            return super().fit()  # type: ignore[misc]
+
+    def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
+        """Answers the prompts of a batch of the validation loader. Collective: all ranks must call.
+
+        Args:
+            batch: Every rank passes its own, rank 0's is used: a dict or TensorDict with `input_ids`, `attention_mask`
+                and `loss_mask`, (B, L) int64 each, or nested tensors. Without `loss_mask` all is prompt.
+
+        Returns:
+            (prompts, generations) in batch order on rank 0, ([], []) elsewhere. Prompts are decoded with special
+            tokens, generations without.
+        """
+        return self._rounds.generate_samples(batch)

@@ -1,0 +1,218 @@
+"""Where a prompt ends and its answer begins: rows of a data set, or batches of a loader, become `Prompt`s.
+
+Owns what is known of loss masks and of verl's data sets; knows neither the trainer nor how an answer is generated.
+It reads only: no random number is drawn here, and data set, batch and tokenizer stay as they are. verl is never
+imported: whoever holds one of its data sets has its module loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from verl_valgen.samples import Prompt
+
+
+def prompts_from_dataset(dataset: Any, rows: Sequence[int], tokenizer: Any) -> tuple[list[Prompt], list[int]]:
+    """Read `rows` of `dataset`; return their prompts, and those rows that have none as truncation left no answer.
+
+    A prompt is everything before the last assistant turn, the generation prompt included. Rows of verl's own data sets
+    are tokenized anew, as the data set does it; in the items of any other one, the loss mask tells where the answer is.
+    `truncation=left` does not shorten the prompts of verl's data sets: at inference nothing is cut off either. Images
+    and videos are not passed on.
+
+    Raises `ValueError` where an item of another data set has no `input_ids`, and whatever data set and template raise.
+    """
+    read: Callable[[Any, int, Any], Prompt | None]
+    if mask_is_shifted(dataset):
+        read = _from_single_turn
+    elif _is_verls(dataset, "multiturn_sft_dataset", "MultiTurnSFTDataset"):
+        read = _from_conversation
+    else:
+        read = _from_item
+    prompts = [(row, read(dataset, row, tokenizer)) for row in rows]
+    return [prompt for _, prompt in prompts if prompt], [row for row, prompt in prompts if not prompt]
+
+
+def prompts_from_batch(batch: Any, tokenizer: Any, *, shifted: bool) -> list[Prompt]:
+    """Take a batch of a validation loader apart: one prompt per row, in order, with `row=None`.
+
+    `batch`: a dict or TensorDict of `input_ids` and, where it has them, `attention_mask` and `loss_mask`: each padded,
+    on either side, to (batch, length), or nested. `shifted`: what `mask_is_shifted` says of the data set. The answer is
+    the last run of ones in the loss mask; a row without any (verl's `validation_step` pops the mask) is all prompt.
+
+    verl's `SFTDataset` with `truncation=left` computes its mask from the untruncated length, so that it begins too
+    late. There a row that has lost its beginning is cut after its generation prompt. Should that be lost too, or should
+    `apply_chat_template_kwargs` change it, then the prompt is too long or too short by a few tokens.
+    """
+    input_ids = batch["input_ids"].unbind()
+    masks = [batch.get(key, None) for key in ("attention_mask", "loss_mask")]
+    unbound = [[None] * len(input_ids) if mask is None else mask.unbind() for mask in masks]
+    opening, generation_prompt = _chat_markers(tokenizer) if shifted else (None, [])
+    prompts = []
+    for row in zip(input_ids, *unbound, strict=True):
+        ids, mask = _without_padding(*row)
+        start, end = _answer_span(mask, len(ids), shifted)
+        lost_beginning = len(ids) == len(row[0]) > 0 and ids[0] != opening
+        if shifted and mask is not None and lost_beginning:
+            start = _end_of_last(generation_prompt, ids[:start])
+        prompts.append(_split(ids, start, end, tokenizer, None))
+    return prompts
+
+
+def mask_is_shifted(dataset: Any) -> bool:
+    """Whether the items' loss mask lies one to the left of the answer's tokens, as it does in verl's `SFTDataset`."""
+    return _is_verls(dataset, "sft_dataset", "SFTDataset")
+
+
+def decode(tokenizer: Any, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+    """The text of `token_ids` as it is: no space before a punctuation mark is cleaned up."""
+    return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+
+# verl's data sets
+
+
+def _is_verls(dataset: Any, module: str, name: str) -> bool:
+    """Whether `dataset` makes its items as verl's class does: it is one, or its class inherits `__getitem__`."""
+    verls = getattr(sys.modules.get(f"verl.utils.dataset.{module}"), name, None)  # verl >= 0.7.1 has no SFTDataset
+    return verls is not None and getattr(type(dataset), "__getitem__", None) is verls.__getitem__
+
+
+def _from_single_turn(dataset: Any, row: int, _: Any) -> Prompt | None:
+    """A row of verl's `SFTDataset`."""
+    question = dataset.prompts[row]
+    prompt = _render(dataset, [{"role": "user", "content": question}], add_generation_prompt=True)
+    input_ids = _encode(dataset.tokenizer, prompt)
+    if _answer_is_cut_off(dataset, input_ids):
+        return None
+    return Prompt(row, input_ids, _readable(question), dataset.responses[row].strip())
+
+
+def _from_conversation(dataset: Any, row: int, _: Any) -> Prompt | None:
+    """A row of verl's `MultiTurnSFTDataset`; without an assistant turn to leave out, the whole conversation."""
+    messages = _plain(dataset.messages[row])
+    if isinstance(messages, dict):  # verl <= 0.6 unpacks a conversation of a single message
+        messages = [messages]
+    turns = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "assistant"]
+    before = messages[: turns[-1]] if turns else messages
+    kwargs = _row_kwargs(dataset, row)
+
+    prompt = _render(dataset, before, add_generation_prompt=True, **kwargs)
+    input_ids = _encode(dataset.tokenizer, prompt)
+    questions = [message.get("content") for message in before if message["role"] == "user"]
+    text = _readable(questions[-1]) if questions else decode(dataset.tokenizer, input_ids, skip_special_tokens=True)
+    if not turns:
+        return Prompt(row, input_ids, text, reference=None)
+    if _answer_is_cut_off(dataset, input_ids):
+        return None
+
+    answer = messages[turns[-1]]
+    reference = answer.get("content")
+    if not isinstance(reference, str) or not reference or answer.get("tool_calls"):
+        whole = _render(dataset, [*before, answer], add_generation_prompt=False, **kwargs)
+        # A template need not continue its own generation prompt (think blocks): the answer begins where they part.
+        rendered = whole[len(os.path.commonprefix([prompt, whole])) :]  # noqa: RUF071 (character by character is meant)
+        reference = decode(dataset.tokenizer, _encode(dataset.tokenizer, rendered), skip_special_tokens=True)
+    return Prompt(row, input_ids, text, reference.strip())
+
+
+def _row_kwargs(dataset: Any, row: int) -> dict[str, Any]:
+    """What verl's `MultiTurnSFTDataset` passes to the chat template for this row alone."""
+    kwargs: dict[str, Any] = {"tools": None if dataset.tools is None else dataset.tools[row]}
+    column, default = dataset.enable_thinking, getattr(dataset, "enable_thinking_default", None)  # verl >= 0.9
+    thinking = default if column is None else column[row]
+    # verl <= 0.6 passes None too, and for a template that asks whether `enable_thinking` is defined, it then is.
+    if thinking is not None or hasattr(dataset, "_process_message_tokens"):
+        kwargs["enable_thinking"] = thinking
+    return kwargs
+
+
+def _render(dataset: Any, messages: list[dict], *, add_generation_prompt: bool, **kwargs: Any) -> str:
+    kwargs = {**(getattr(dataset, "apply_chat_template_kwargs", None) or {}), **kwargs}  # verl 0.5 has none
+    return dataset.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=add_generation_prompt, tokenize=False, **kwargs
+    )
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the chat template has put them in
+
+
+def _answer_is_cut_off(dataset: Any, prompt_ids: list[int]) -> bool:
+    cuts_right = dataset.truncation == "right" or getattr(dataset, "pad_mode", None) == "no_padding"
+    return cuts_right and len(prompt_ids) >= dataset.max_length
+
+
+def _plain(value: Any) -> Any:
+    """Nested arrays, as parquet gives them, as lists: for a template, an array of two is neither true nor false."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _readable(content: Any) -> str:
+    """The text of a message's content, be it a string or a list of parts such as `{"type": "text", "text": ...}`."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    return "".join(part.get("text") or "" for part in parts if isinstance(part, dict))
+
+
+# Loss masks
+
+
+def _from_item(dataset: Any, row: int, tokenizer: Any) -> Prompt | None:
+    """A row of a data set that is not verl's."""
+    item = dataset[row]
+    keys = ("input_ids", "attention_mask", "loss_mask")
+    input_ids, *masks = (item.get(key, None) for key in keys) if hasattr(item, "get") else (None,)
+    if input_ids is None:
+        raise ValueError(f"an item of {type(dataset).__name__} must be a mapping with `input_ids`, got {item!r:.200}")
+    ids, mask = _without_padding(input_ids, *masks)
+    if mask is not None and not any(mask):
+        return None
+    return _split(ids, *_answer_span(mask, len(ids), shifted=False), tokenizer, row)
+
+
+def _without_padding(input_ids: Any, attention_mask: Any, loss_mask: Any) -> tuple[list[int], list[bool] | None]:
+    """One row's tokens and loss mask, each (length,), where the attention mask, if there is one, is set."""
+    ids = torch.as_tensor(input_ids).flatten()
+    real = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask).flatten()
+    mask = None if loss_mask is None else torch.as_tensor(loss_mask).flatten()[real.bool()].bool().tolist()
+    return ids[real.bool()].tolist(), mask
+
+
+def _answer_span(mask: list[bool] | None, num_tokens: int, shifted: bool) -> tuple[int, int]:
+    """Start and end of the answer: the last run of ones; (num_tokens, num_tokens) where there is none."""
+    if not mask or not any(mask):
+        return num_tokens, num_tokens
+    end = num_tokens - mask[::-1].index(True)
+    start = end - [*mask[:end][::-1], False].index(False)
+    return min(start + shifted, num_tokens), min(end + shifted, num_tokens)
+
+
+def _split(ids: list[int], start: int, end: int, tokenizer: Any, row: int | None) -> Prompt:
+    """The prompt before the answer `ids[start:end]`; what follows the answer belongs to neither."""
+    reference = decode(tokenizer, ids[start:end], skip_special_tokens=True).strip() if start < end else None
+    return Prompt(row, ids[:start], decode(tokenizer, ids[:start], skip_special_tokens=True), reference)
+
+
+def _chat_markers(tokenizer: Any) -> tuple[int, list[int]]:
+    """The token that a rendered conversation begins with, and the tokens of the generation prompt."""
+    messages = [{"role": "user", "content": ""}]
+    opened, closed = (
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=g) for g in (True, False)
+    )
+    return _encode(tokenizer, opened)[0], _encode(tokenizer, opened[len(closed) :])
+
+
+def _end_of_last(needle: list[int], ids: list[int]) -> int:
+    """Where the last occurrence of `needle` in `ids` ends; `len(ids)` if there is none."""
+    starts = range(len(ids) - len(needle), -1, -1)
+    return next((i + len(needle) for i in starts if ids[i : i + len(needle)] == needle), len(ids))

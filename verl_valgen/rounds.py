@@ -1,0 +1,216 @@
+"""Rounds of generation: which prompts, when, and what becomes of the answers.
+
+A round begins with a gather, in which all ranks take part, and ends with samples in the trackers on the logging rank.
+Whatever fails in a round costs a warning: this is the one place in which that is caught.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from verl_valgen.backends import backend_class
+from verl_valgen.config import GenerationSettings
+from verl_valgen.gather import agree, base_model, gather, unwrap
+from verl_valgen.hosts.base import Host
+from verl_valgen.prompts import decode, mask_is_shifted, prompts_from_batch, prompts_from_dataset
+from verl_valgen.random_state import preserved_random_state
+from verl_valgen.samples import Completion, Prompt, Request, Sample
+from verl_valgen.trackers import open_trackers
+from verl_valgen.trackers.composite import CompositeTracker
+from verl_valgen.trackers.jsonl import set_aside
+
+logger = logging.getLogger(__name__)
+
+
+class ValidationRounds:
+    """The rounds of one trainer; as a context manager around its `fit()`."""
+
+    def __init__(self, host: Host, settings: GenerationSettings) -> None:
+        self.host, self.settings = host, settings
+        self.prompts: list[Prompt] = []
+        self.trackers: CompositeTracker | None = None
+        self.warned: set[str] = set()
+        self.stack = ExitStack()
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.host.config.trainer.default_local_dir) / "generations"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if self.settings.dtype != "auto":
+            return getattr(torch, self.settings.dtype)
+        return torch.float32 if self.host.device.type == "cpu" else self.host.compute_dtype
+
+    def __enter__(self) -> None:
+        """Collective: all ranks must call."""
+        if self._prepare():
+            self.stack.enter_context(self.host.after_each_validation(self.run))
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stack.close()
+        if self.trackers is not None:
+            self.trackers.close()
+
+    def _prepare(self) -> bool:
+        """Says on the logging rank when samples will come, or why none will. Collective: all ranks must call.
+
+        Returns:
+            Whether there will be any, the same on all ranks.
+        """
+        if not self.settings.enabled:
+            if self.host.is_logging_rank:
+                logger.info("no samples: generation is not configured, or switched off")
+            return False
+        if self.host.is_logging_rank:
+            try:
+                self._read_prompts()
+            except Exception as e:
+                self._warn("the validation prompts could not be read, so there will be no samples", e)
+        return agree(bool(self.prompts) or not self.host.is_logging_rank, self.host.device)
+
+    def _read_prompts(self) -> None:
+        host, schedule = self.host, self.host.schedule()
+        model_class = type(base_model(unwrap(host.model)))
+        if (reason := host.why_no_validation_batch()) is not None:
+            return logger.warning("no samples: %s", reason)
+        if not (hasattr(model_class, "generate") and model_class.can_generate()):
+            return logger.warning("no samples: the model class %s has no `generate`", model_class.__name__)
+        with preserved_random_state(host.device):
+            rows = host.validation_rows(self.settings.max_val_samples)
+            self.prompts, truncated = prompts_from_dataset(host.val_dataset, rows, host.tokenizer)
+        if truncated:
+            logger.warning(
+                "rows %s of the validation data have no answer left within data.max_length: skipped", truncated
+            )
+        if not self.prompts:
+            return logger.warning("no samples: no answer of the first %d validation rows is left", len(rows))
+        logger.info("%d samples %s, in %s", len(self.prompts), schedule, self.directory)
+        if (old := set_aside(self.directory, schedule.start_step)) is not None:
+            logger.info("samples of an earlier run beyond step %d were moved to %s", schedule.start_step, old)
+        return None
+
+    def run(self, step: int) -> None:
+        """One round; never raises. Collective: all ranks must call."""
+        try:
+            with preserved_random_state(self.host.device):
+                completions = self._complete(self.prompts)
+                if completions is not None:
+                    self._log(self._samples(completions, step), step)
+        except Exception as e:
+            advice = "lower generation.max_new_tokens or trainer.max_val_samples" if is_out_of_memory(e) else ""
+            self._warn("no samples at this validation", e, advice)
+
+    def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
+        """See `ValidationGenerationMixin.generate_samples`. Collective: all ranks must call."""
+        host = self.host
+        prompts: list[Prompt] = []
+        with preserved_random_state(host.device):
+            model = self._gather()
+            if model is None:
+                return [], []
+            prompts = prompts_from_batch(batch, host.tokenizer, shifted=mask_is_shifted(host.val_dataset))
+            completions = self._generate(model, prompts)
+        return (
+            [decode(host.tokenizer, prompt.input_ids, skip_special_tokens=False) for prompt in prompts],
+            [decode(host.tokenizer, c.output_ids, skip_special_tokens=True) for c in completions],
+        )
+
+    def _complete(self, prompts: Sequence[Prompt]) -> list[Completion] | None:
+        """The answers on the logging rank, None elsewhere. Collective: all ranks must call."""
+        model = self._gather()
+        return None if model is None else self._generate(model, prompts)
+
+    def _gather(self) -> PreTrainedModel | None:
+        host = self.host
+        model = gather(host.model, dtype=self.dtype, device=host.device, keep=host.is_logging_rank)
+        if model is not None:
+            own = base_model(unwrap(host.model)).generation_config
+            model.generation_config = special_tokens(own, host.tokenizer)
+        return model
+
+    def _generate(self, model: PreTrainedModel, prompts: Sequence[Prompt]) -> list[Completion]:
+        start = time.perf_counter()
+        backend = backend_class(self.settings.backend)(
+            model, self.host.tokenizer, self.settings.parameters, self.settings.seed
+        )
+        requests = [
+            Request(prompt.input_ids, key=(index if prompt.row is None else prompt.row, 0))
+            for index, prompt in enumerate(prompts)
+        ]
+        with torch.no_grad():
+            completions = backend.generate(requests)
+        num_tokens = sum(len(completion.output_ids) for completion in completions)
+        seconds = time.perf_counter() - start
+        logger.debug("generated %d tokens for %d prompts in %.3f s", num_tokens, len(requests), seconds)
+        return completions
+
+    def _samples(self, completions: Sequence[Completion], step: int) -> list[Sample]:
+        tokenizer, settings = self.host.tokenizer, self.settings
+        params = settings.parameters | {"dtype": str(self.dtype).removeprefix("torch.")}
+        return [
+            Sample(
+                step=step,
+                index=index,
+                row=prompt.row,
+                strategy="default",
+                completion=0,
+                prompt=decode(tokenizer, prompt.input_ids, skip_special_tokens=False),
+                prompt_text=prompt.text,
+                generation=decode(tokenizer, completion.output_ids, skip_special_tokens=True),
+                reference=prompt.reference,
+                finish_reason=completion.finish_reason,
+                num_prompt_tokens=len(prompt.input_ids),
+                num_new_tokens=len(completion.output_ids),
+                seed=settings.seed,
+                params=params,
+            )
+            for index, (prompt, completion) in enumerate(zip(self.prompts, completions, strict=True))
+        ]
+
+    def _log(self, samples: Sequence[Sample], step: int) -> None:
+        if self.trackers is None:  # verl opens its runs inside `fit()`
+            loggers = self.host.config.trainer.logger
+            self.trackers = open_trackers(
+                [loggers] if isinstance(loggers, str) else list(loggers),
+                directory=self.directory,
+                max_log_chars=self.settings.max_log_chars,
+                max_tracker_chars=self.settings.max_tracker_chars,
+            )
+        self.trackers.log_samples(samples, step)
+
+    def _warn(self, what: str, error: Exception, advice: str = "") -> None:
+        """Warns once per cause; the traceback and repetitions are for DEBUG."""
+        cause = f"{type(error).__name__}: {error}"
+        if cause not in self.warned:
+            self.warned.add(cause)
+            logger.warning("%s: %s%s; training goes on", what, cause, f"; {advice}" if advice else "")
+        logger.debug("%s", what, exc_info=error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def special_tokens(model_config: GenerationConfig | None, tokenizer: Any) -> GenerationConfig:
+    """A generation config with the special token ids of the model's own, else of the tokenizer, and nothing else.
+
+    Where there is no padding token the end-of-sequence token serves: padding is hidden by the attention mask.
+    """
+    own = model_config or GenerationConfig()
+    ids = {}
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        value = getattr(own, name)
+        ids[name] = getattr(tokenizer, name) if value is None else value
+    if ids["pad_token_id"] is None:
+        eos = ids["eos_token_id"]
+        ids["pad_token_id"] = eos[0] if isinstance(eos, list) else eos if eos is not None else 0
+    return GenerationConfig(**ids)

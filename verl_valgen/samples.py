@@ -1,0 +1,73 @@
+"""The records that travel: a `Request` to a backend, a `Completion` back, a `Sample` on to the trackers.
+
+This module owns their fields and their order in a JSONL line. It knows neither models nor trackers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["eos", "stop", "length", "time"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the validation data, ready to be answered."""
+
+    row: int | None
+    """Row of the data set; None where the prompt does not come from one."""
+    input_ids: list[int]
+    """What the model is given, up to and including the generation prompt; no padding."""
+    text: str
+    """What a person reads: the last user message, or the prompt without special tokens."""
+    reference: str | None
+    """The expected answer without special tokens, stripped; None if there is none."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a backend is asked to complete."""
+
+    input_ids: list[int]
+    key: tuple[int, int]
+    """(row, completion): with the seed and the position it determines every sampled token."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a backend answers to one `Request`."""
+
+    output_ids: list[int]
+    """New tokens, the end-of-sequence token included."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion of one prompt, as it is recorded. The order of the fields is the order in the JSONL file."""
+
+    step: int
+    index: int
+    """0-based place in the round."""
+    row: int | None
+    strategy: str
+    completion: int
+    """0-based number among the completions of the same prompt."""
+    prompt: str
+    """Decoded with special tokens: exactly what the model was given."""
+    prompt_text: str
+    generation: str
+    """Decoded without special tokens."""
+    reference: str | None
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_new_tokens: int
+    """The end-of-sequence token is counted."""
+    seed: int
+    params: dict[str, Any] = field(default_factory=dict)
+    """The generation parameters that were in force, `dtype` included."""
+    scores: dict[str, float | None] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

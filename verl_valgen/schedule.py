@@ -1,0 +1,48 @@
+"""At which steps verl's `fit()` validates, told before it runs. Pure functions on its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The numbers that verl's loop decides by."""
+
+    start_step: int
+    """The step that the run resumes from, 0 for a new one."""
+    available_steps: int
+    """Steps that the data gives: steps per epoch times epochs."""
+    total_training_steps: int
+    """The step at which verl exits early, after a validation; the available steps unless configured."""
+    test_freq: int
+    """Validate every so many steps; 0 or less: only before the early exit."""
+
+    def validation_steps(self) -> list[int]:
+        exit_step = max(self.total_training_steps, self.start_step + 1)
+        last_step = min(exit_step, self.available_steps)
+        steps = set()
+        if self.test_freq > 0:
+            first = (self.start_step // self.test_freq + 1) * self.test_freq
+            steps.update(range(first, last_step + 1, self.test_freq))
+        if self.start_step < exit_step <= self.available_steps:
+            steps.add(exit_step)
+        return sorted(steps)
+
+    def __str__(self) -> str:
+        """The steps in words, or why there is none."""
+        steps = self.validation_steps()
+        if not steps:
+            if self.start_step >= self.available_steps:
+                return f"at no step: step {self.start_step}, from which the run resumes, is the last one of the data"
+            return (
+                f"at no step: trainer.test_freq is {self.test_freq}, and step {self.total_training_steps} "
+                f"(trainer.total_training_steps) lies beyond the data's {self.available_steps} steps"
+            )
+        if len(steps) == 1:
+            only = f"at step {steps[0]} only"
+            return only if self.test_freq > 0 else f"{only}, the last one (trainer.test_freq is {self.test_freq})"
+        shown = [str(step) for step in steps]
+        if len(steps) > 4:
+            shown[2:-1] = ["..."]
+        return f"at steps {', '.join(shown[:-1])} and {shown[-1]}"

@@ -1,0 +1,56 @@
+"""Text that nobody has vouched for: what a model says, what a data set holds, what an exception quotes.
+
+This module owns cutting, showing and storing such text. All functions are pure; none knows where the text goes.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_ELLIPSIS = "..."
+
+# Control, format (bidi overrides, zero-width characters), surrogate, line and paragraph separator.
+_INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+# Lone surrogates cannot be encoded as UTF-8. NUL is refused by PostgreSQL, on which tracking servers run.
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+def truncate(text: str, max_chars: int) -> str:
+    """At most `max_chars` characters of `text`; a cut text ends in `...`, which is counted."""
+    if len(text) <= max_chars:
+        return text
+    return text[: max(0, max_chars - len(_ELLIPSIS))] + _ELLIPSIS[:max_chars]
+
+
+def printable(text: str, max_chars: int | None = None) -> str:
+    r"""`text` for one line of a terminal: a newline becomes `\n`, ESC `\x1b`, a bidi override `\u202e`, and so on.
+
+    Accents, CJK and emoji stay. With `max_chars` the result is that long at most, as `truncate` would have it, but is
+    cut between escapes, never inside one. A backslash in `text` stays as it is: the result is to be read, not parsed.
+    """
+    # Every character yields at least one: what lies beyond `max_chars` cannot be shown, so it is not looked at.
+    head = text if max_chars is None else text[: max_chars + 1]
+    pieces = [_visible(char) for char in head]
+    if max_chars is None or sum(map(len, pieces)) <= max_chars:
+        return "".join(pieces)
+    num_left = max_chars - len(_ELLIPSIS)
+    kept = []
+    for piece in pieces:
+        num_left -= len(piece)
+        if num_left < 0:
+            break
+        kept.append(piece)
+    return "".join(kept) + _ELLIPSIS[:max_chars]
+
+
+def storable(text: str) -> str:
+    """`text` with every lone surrogate and NUL replaced by U+FFFD, so that every tracker takes it; of equal length."""
+    return _UNSTORABLE.sub("\ufffd", text)
+
+
+def _visible(char: str) -> str:
+    if unicodedata.category(char) in _INVISIBLE_CATEGORIES:
+        return char.encode("unicode_escape").decode("ascii")
+    return char

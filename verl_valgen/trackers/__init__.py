@@ -1,0 +1,71 @@
+"""Trackers: where finished samples go.
+
+This module owns the list of destinations and which of them a run uses. A new one is a module with a `Tracker` that
+takes `max_chars` and has `is_live()`, and a line in `TRACKERS`. Importing it loads no tracker's package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from verl_valgen.trackers.base import Tracker
+from verl_valgen.trackers.composite import SOURCE_OF_TRUTH, CompositeTracker, describe
+from verl_valgen.trackers.console import ConsoleTracker
+from verl_valgen.trackers.jsonl import JsonlTracker, set_aside
+
+__all__ = ["TRACKERS", "CompositeTracker", "Tracker", "open_trackers", "set_aside"]
+
+logger = logging.getLogger(__name__)
+
+TRACKERS = {
+    "wandb": "verl_valgen.trackers.wandb:WandbTracker",
+    "swanlab": "verl_valgen.trackers.swanlab:SwanlabTracker",
+    "mlflow": "verl_valgen.trackers.mlflow:MlflowTracker",
+}
+"""Class for each of verl's logger names, as `module:class`."""
+
+_RENAMED = {"tracking": "wandb"}
+"""Old logger names that verl still takes."""
+
+_LOCAL = ("console", "file")
+"""verl's loggers that have nothing to add: samples go to the console and to files anyway."""
+
+
+def open_trackers(
+    loggers: str | Sequence[str], *, directory: str | os.PathLike[str], max_log_chars: int, max_tracker_chars: int
+) -> CompositeTracker:
+    """JSONL files in `directory`, the console, and each tracker among `loggers` (`trainer.logger`) that has a live run.
+
+    To be called on the trainer's thread once verl has opened its runs. Raises nothing for a tracker that cannot be
+    opened: that is a warning.
+    """
+    trackers: dict[str, Tracker] = {SOURCE_OF_TRUTH: JsonlTracker(directory), "console": ConsoleTracker(max_log_chars)}
+    names = [loggers] if isinstance(loggers, str) else loggers
+    for name in dict.fromkeys(_RENAMED.get(name, name) for name in names):
+        if name in _LOCAL:
+            continue
+        try:
+            tracker = _open_tracker(name, max_tracker_chars)
+        except Exception as error:
+            logger.warning("%s: no samples there, they are in the JSONL files: %s", name, describe(error))
+            continue
+        if tracker is not None:
+            trackers[name] = tracker
+    return CompositeTracker(trackers)
+
+
+def _open_tracker(name: str, max_chars: int) -> Tracker | None:
+    """The tracker of verl's logger `name`, or None, with a line that says why."""
+    if name not in TRACKERS:
+        logger.info("no samples in %s: there is no adapter for it; they are in the JSONL files", name)
+        return None
+    module_name, class_name = TRACKERS[name].split(":")
+    tracker_class: Any = getattr(importlib.import_module(module_name), class_name)
+    if not tracker_class.is_live():
+        logger.info("no samples in %s: it has no live run; they are in the JSONL files", name)
+        return None
+    return tracker_class(max_chars)

@@ -1,0 +1,118 @@
+"""Samples in MLflow, in the run that verl opened.
+
+A server that does not answer blocks one call for four minutes, so every call is made in the background; an error comes
+back as the error of a later call. In that thread `mlflow.log_*` would silently open a new run: hence `MlflowClient`
+and the run's id throughout. `MlflowClient.log_table` is not used: it turns "007" into 7.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import posixpath
+import re
+import sys
+import time
+from collections.abc import Sequence
+
+from verl_valgen.samples import Sample
+from verl_valgen.text import truncate
+from verl_valgen.trackers.background import BackgroundQueue
+from verl_valgen.trackers.base import Tracker
+from verl_valgen.trackers.table import Cell, build_table, sample_texts
+
+_LATEST = "val_samples/latest.json"
+
+_LOGGED_ARTIFACTS_TAG = "mlflow.loggedArtifacts"
+"""JSON list of the tables that the run's page offers."""
+
+# MLflow's own limits. For tags, every store takes 5000 characters; only newer servers take 8000.
+_MAX_TAG_CHARS = 5000
+_MAX_METRIC_NAME_CHARS = 250
+
+_MAX_PENDING_CALLS = 64
+_MAX_CLOSE_S = 10.0
+
+
+class MlflowTracker(Tracker):
+    """Writes a csv artifact per step; the latest round also as a table, its texts as tags; scalars as metrics."""
+
+    def __init__(self, max_chars: int) -> None:
+        """Takes hold of this thread's live run. Raises ImportError without the package, RuntimeError without a run."""
+        try:
+            import mlflow
+        except ImportError as error:
+            raise ImportError("samples in mlflow need the package: pip install verl-valgen[mlflow]") from error
+        run = mlflow.active_run()
+        if run is None:
+            raise RuntimeError("mlflow has no live run in this thread")
+        self._run_id = run.info.run_id
+        self._client = mlflow.MlflowClient()
+        self._new_metric = mlflow.entities.Metric
+        self._queue = BackgroundQueue("mlflow", _MAX_PENDING_CALLS)
+        self._is_registered = False
+        self._max_chars = max_chars
+
+    @classmethod
+    def is_live(cls) -> bool:
+        """Whether this thread opened a run; does not import the package."""
+        mlflow = sys.modules.get("mlflow")
+        return mlflow is not None and mlflow.active_run() is not None
+
+    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
+        columns, rows = build_table(samples, self._max_chars)
+        texts = sample_texts(samples, min(self._max_chars, _MAX_TAG_CHARS))
+        self._queue.submit(lambda: self._write_samples(columns, rows, texts, step))
+
+    def log_scalars(self, scalars: dict[str, float], step: int) -> None:
+        now_ms = int(time.time() * 1000)
+        metrics = [self._new_metric(_metric_name(key), float(value), now_ms, step) for key, value in scalars.items()]
+        self._queue.submit(lambda: self._client.log_batch(self._run_id, metrics=metrics))
+
+    def close(self) -> None:
+        self._queue.drain(_MAX_CLOSE_S)
+
+    def _write_samples(self, columns: list[str], rows: list[list[Cell]], texts: dict[str, str], step: int) -> None:
+        latest = json.dumps({"columns": columns, "data": rows}, ensure_ascii=False, allow_nan=False)
+        self._client.log_text(self._run_id, _to_csv(columns, rows), f"val_samples/step_{step:08d}.csv")
+        self._client.log_text(self._run_id, latest, _LATEST)
+        # One by one: a batch is refused beyond 100 tags or a megabyte.
+        for key, text in texts.items():
+            self._client.set_tag(self._run_id, key, text)
+        if not self._is_registered:
+            self._register_latest()
+            self._is_registered = True
+
+    def _register_latest(self) -> None:
+        """Adds `latest.json` to the tables that the run's page offers."""
+        tag = self._client.get_run(self._run_id).data.tags.get(_LOGGED_ARTIFACTS_TAG, "[]")
+        merged = _with_latest(tag)
+        if merged != tag:
+            self._client.set_tag(self._run_id, _LOGGED_ARTIFACTS_TAG, merged)
+
+
+def _with_latest(tag: str) -> str:
+    """The value `tag` of `mlflow.loggedArtifacts` with `latest.json` in it; `tag` itself where it cannot be added."""
+    try:
+        tables = json.loads(tag)
+    except ValueError:
+        return tag  # MLflow cut it: somebody logged more tables than it can hold
+    entry = {"path": _LATEST, "type": "table"}
+    merged = tag if entry in tables else json.dumps([*tables, entry])
+    return merged if len(merged) <= _MAX_TAG_CHARS else tag
+
+
+def _to_csv(columns: list[str], rows: list[list[Cell]]) -> str:
+    buffer = io.StringIO()
+    # Text is always quoted: a lone carriage return in an unquoted field cannot be read back.
+    writer = csv.writer(buffer, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    writer.writerows([columns, *rows])
+    return buffer.getvalue()
+
+
+def _metric_name(key: str) -> str:
+    """`key` as MLflow takes it: one forbidden name would cost the whole batch."""
+    allowed = truncate(re.sub(r"[^\w./ :-]", "_", key), _MAX_METRIC_NAME_CHARS)
+    # Names are paths there, and must be in normal form.
+    return allowed if allowed == posixpath.normpath(allowed) else re.sub(r"/(?=[./])|/$", "_", allowed)

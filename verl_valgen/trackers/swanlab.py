@@ -1,0 +1,58 @@
+"""Samples in SwanLab, in the run that verl opened.
+
+SwanLab does not raise: what it refuses (str, None, a step that is not an int) it drops with a printed line. So only
+what it takes is handed over: `Text`, an ECharts table, float.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from verl_valgen.samples import Sample
+from verl_valgen.trackers.base import Tracker
+from verl_valgen.trackers.table import TABLE_KEY, Cell, build_table, sample_texts
+
+
+class SwanlabTracker(Tracker):
+    """Logs a `Text` per sample and one table per step."""
+
+    def __init__(self, max_chars: int) -> None:
+        """Takes hold of the live run. Raises ImportError without the package, RuntimeError without a run."""
+        try:
+            import swanlab
+        except ImportError as error:
+            raise ImportError("samples in swanlab need the package: pip install verl-valgen[swanlab]") from error
+        if not self.is_live():
+            raise RuntimeError("swanlab has no live run")
+        self._run = swanlab.get_run()
+        self._new_text = swanlab.Text
+        self._new_table = swanlab.echarts.Table
+        self._max_chars = max_chars
+
+    @classmethod
+    def is_live(cls) -> bool:
+        """Whether somebody opened a run in this process; does not import the package."""
+        swanlab = sys.modules.get("swanlab")
+        if swanlab is None:
+            return False
+        # `has_run` came after 0.7, where `get_run` answered None; now `get_run` raises without a run.
+        return swanlab.has_run() if hasattr(swanlab, "has_run") else swanlab.get_run() is not None
+
+    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
+        columns, rows = build_table(samples, self._max_chars)
+        table = self._new_table().add(columns, [list(map(_chartable, row)) for row in rows])
+        texts = {key: self._new_text(text) for key, text in sample_texts(samples, self._max_chars).items()}
+        # All in one call: a second value for the same key and step is ignored.
+        self._run.log({**texts, TABLE_KEY: table}, step=int(step))
+
+    def log_scalars(self, scalars: dict[str, float], step: int) -> None:
+        self._run.log({key: float(value) for key, value in scalars.items()}, step=int(step))
+
+
+# pyecharts removes this mark, and a quotation mark beside it, from the finished JSON, which it then breaks.
+_PYECHARTS_MARK = "--x_x--0_0--"
+
+
+def _chartable(cell: Cell) -> Cell:
+    return cell.replace(_PYECHARTS_MARK, "--x_x-- 0_0--") if isinstance(cell, str) else cell

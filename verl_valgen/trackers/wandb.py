@@ -1,0 +1,54 @@
+"""Samples in Weights & Biases, in the run that verl opened.
+
+Logged on the trainer's thread, at the step that verl logs its validation loss at right afterwards.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from verl_valgen.samples import Sample
+from verl_valgen.trackers.base import Tracker
+from verl_valgen.trackers.table import TABLE_KEY, build_table, sample_texts
+
+
+class WandbTracker(Tracker):
+    """Logs plain strings per sample, and one table per step under one key."""
+
+    def __init__(self, max_chars: int) -> None:
+        """Takes hold of the live run. Raises ImportError without the package, RuntimeError without a run."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("samples in wandb need the package: pip install verl-valgen[wandb]") from error
+        if wandb.run is None:
+            raise RuntimeError("wandb has no live run")
+        self._run = wandb.run
+        self._new_table: Any = wandb.Table
+        self._max_chars = max_chars
+
+    @classmethod
+    def is_live(cls) -> bool:
+        """Whether somebody opened a run in this process; does not import the package."""
+        wandb = sys.modules.get("wandb")
+        return getattr(wandb, "run", None) is not None
+
+    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
+        columns, rows = build_table(samples, self._max_chars)
+        # A fresh table per step: a table that grows is uploaded whole each time, and one that was logged before stores
+        # only the rows it had then.
+        table = self._new_table(columns=columns, data=rows)
+        self._log({**sample_texts(samples, self._max_chars), TABLE_KEY: table}, step)
+
+    def log_scalars(self, scalars: dict[str, float], step: int) -> None:
+        self._log({key: float(value) for key, value in scalars.items()}, step)
+
+    def _log(self, data: dict[str, Any], step: int) -> None:
+        # wandb drops a step that lies behind, so such data joins the row that is open. `commit=False` leaves that row
+        # open: a `log` with neither step nor commit would close it, and verl's later log at that step would be lost.
+        if step >= self._run.step:
+            self._run.log(data, step=step)
+        else:
+            self._run.log(data, commit=False)
