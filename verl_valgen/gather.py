@@ -30,9 +30,7 @@ _WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 @torch.no_grad()
-def gather(
-    wrapped: nn.Module, *, dtype: torch.dtype, device: torch.device, keep: bool
-) -> PreTrainedModel | None:
+def gather(wrapped: nn.Module, *, dtype: torch.dtype, device: torch.device, keep: bool) -> PreTrainedModel | None:
     """A plain copy of a sharded model. Collective: all ranks must call.
 
     LoRA and other PEFT adapters are folded in with PEFT's own `merge`, in float32, before the cast.
@@ -139,13 +137,24 @@ def _full_parameters_fsdp1(root: FSDP) -> Iterator[tuple[str, Tensor]]:
     # `named_modules` is in pre-order, and the order matters: summoned before the root's first forward, a child would
     # be initialised as a root and break training ("Non-root FSDP instance's `_is_root` should not have been set yet").
     units = [(name, module) for name, module in root.named_modules() if isinstance(module, FSDP)]
-    nested = {unit for _, unit in units}
+    all_units: set[nn.Module] = {unit for _, unit in units}
     for unit_name, unit in units:
+        modules = list(unit.named_modules(memo=all_units - {unit}, prefix=unit_name))
+        # Between forward passes the modules hold views left over from the last one. They are not to be computed with,
+        # but PEFT's DoRA takes a dtype from one, and summoning would leave others behind.
+        views = [(module, _tensor_attributes(module)) for _, module in modules]
         with FSDP.summon_full_params(unit, recurse=False, writeback=False):
-            for module_name, module in unit.named_modules(memo=nested - {unit}, prefix=unit_name):
+            for module_name, module in modules:
                 for name, parameter in module._parameters.items():
                     if parameter is not None and name != "_flat_param":
                         yield clean_name(f"{module_name}.{name}".removeprefix(".")), parameter
+        for module, attributes in views:
+            vars(module).update(attributes)
+
+
+def _tensor_attributes(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors that a module holds as plain attributes, neither parameters nor buffers."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
 
 
 class PlainCopy:
@@ -210,12 +219,14 @@ class PlainCopy:
                 p.data = p.data.to(self.dtype)
 
     def finish(self) -> PreTrainedModel:
-        """The filled model, without PEFT, in eval mode, with the special token ids as its whole generation config."""
+        """The filled model, without PEFT, in eval mode."""
         missing = sorted(name for name, places in self.places.items() if getattr(*places[0]).is_meta)
         if missing:
             raise RuntimeError(f"{len(missing)} parameters were not gathered, {missing[0]} first")
         self._copy_tensors_that_are_not_parameters()
-        model: Any = self.model.unload() if hasattr(self.model, "peft_config") else self.model
+        model: Any = self.model
+        if hasattr(model, "peft_config"):
+            model = model.unload()
         return model.requires_grad_(False).eval()
 
     def _copy_tensors_that_are_not_parameters(self) -> None:
@@ -230,8 +241,8 @@ class PlainCopy:
                     cast = buffer.is_floating_point() and key not in source._non_persistent_buffers_set
                     dtype = self.dtype if cast else buffer.dtype
                     target._buffers[key] = buffer.detach().to(device=self.device, dtype=dtype, copy=True)
-            for key, value in vars(source).items():
-                if isinstance(value, Tensor) and not value.is_meta and key not in target._parameters:
+            for key, value in _tensor_attributes(source).items():
+                if not value.is_meta and key not in target._parameters:
                     setattr(target, key, value.detach().to(device=self.device, copy=True))
 
 
@@ -240,14 +251,15 @@ def unwrap(wrapped: nn.Module) -> nn.Module:
     return wrapped.module if isinstance(wrapped, FSDP) else wrapped
 
 
-def base_model(source: nn.Module) -> PreTrainedModel:
+def base_model(source: Any) -> PreTrainedModel:
     """The transformers model inside a PEFT model, or the model itself."""
-    return source.get_base_model() if hasattr(source, "peft_config") and hasattr(source, "get_base_model") else source  # type: ignore[operator, return-value]
+    return source.get_base_model() if hasattr(source, "get_base_model") else source
 
 
 def original_class(model: nn.Module) -> type[PreTrainedModel]:
     """The class as it was before FSDP2 put a subclass in its place."""
-    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+    classes: Any = type(model).__mro__
+    return next(cls for cls in classes if not issubclass(cls, FSDPModule))
 
 
 def clean_name(name: str) -> str:
@@ -274,7 +286,7 @@ def _tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
-def _empty_like(source: nn.Module) -> nn.Module:
+def _empty_like(source: Any) -> nn.Module:
     """A new model of the source's structure. Call it under `torch.device("meta")`: nothing is initialised there."""
     base = base_model(source)
     cls = original_class(base)
@@ -288,7 +300,7 @@ def _empty_like(source: nn.Module) -> nn.Module:
     from peft import PeftModel
 
     peft_model: Any = None
-    for adapter, peft_config in source.peft_config.items():  # type: ignore[union-attr, operator]
+    for adapter, peft_config in source.peft_config.items():
         peft_config = copy.deepcopy(peft_config)
         if hasattr(peft_config, "init_lora_weights"):
             peft_config.init_lora_weights = False  # some initialisations decompose the weights, which are not there

@@ -63,6 +63,8 @@ def check(parameters: Mapping[str, Any]) -> None:
             f"generation.num_beams must be 1 with do_sample=true, got {hf_config.num_beams}: "
             "beam sampling draws from torch's global random state (set do_sample=false for beam search)"
         )
+    if mode.value == "beam_search" and hf_config.stop_strings:
+        raise ConfigError("generation.stop_strings cannot be combined with generation.num_beams > 1")
     # transformers moves modes that it drops to the hub (4.56 did with four); before, it had no such mapping.
     home = getattr(utils, "GENERATION_MODES_MAPPING", {}).get(mode, "")
     if "/" in home:

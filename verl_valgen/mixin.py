@@ -27,7 +27,7 @@ class ValidationGenerationMixin:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         host_class, _ = host_class_for(type(self))
         settings = load_settings(config, os.environ, task_overrides())
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self._rounds = ValidationRounds(host_class(self), settings)
 
     def fit(self) -> Any:

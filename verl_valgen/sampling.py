@@ -24,7 +24,7 @@ _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 # The fields that shape the distribution a token is drawn from, with transformers' class, the parameter of its
 # constructor and the test for "has an effect", in the order in which `GenerationMixin._get_logits_processor` applies
 # them.
-_WARPERS: tuple[tuple[str, str, str, Any], ...] = (
+WARPERS: tuple[tuple[str, str, str, Any], ...] = (
     ("temperature", "TemperatureLogitsWarper", "temperature", lambda x: x != 1.0),
     ("top_h", "TopHLogitsWarper", "top_h", lambda x: True),
     ("top_k", "TopKLogitsWarper", "top_k", lambda x: x != 0),
@@ -34,8 +34,6 @@ _WARPERS: tuple[tuple[str, str, str, Any], ...] = (
     ("epsilon_cutoff", "EpsilonLogitsWarper", "epsilon", lambda x: 0.0 < x < 1.0),
     ("eta_cutoff", "EtaLogitsWarper", "epsilon", lambda x: 0.0 < x < 1.0),
 )
-SAMPLING_FIELDS = frozenset(name for name, *_ in _WARPERS)
-"""The fields of `transformers.GenerationConfig` that mean something only where `do_sample` is true."""
 
 
 def philox_4x32(counter: Sequence[Tensor | int], key: tuple[int, int], num_rounds: int = 10) -> list[Tensor]:
@@ -119,7 +117,7 @@ def logits_warpers(params: Mapping[str, Any], device: torch.device) -> LogitsPro
     transformers builds them only for its own sampling loop, which draws from torch's global generator.
     """
     warpers = LogitsProcessorList()
-    for name, class_name, argument, has_effect in _WARPERS:
+    for name, class_name, argument, has_effect in WARPERS:
         value = params.get(name)
         if value is not None and has_effect(value):
             extra = {"device": device} if name == "eta_cutoff" else {}

@@ -21,7 +21,7 @@ class Schedule:
     def validation_steps(self) -> list[int]:
         exit_step = max(self.total_training_steps, self.start_step + 1)
         last_step = min(exit_step, self.available_steps)
-        steps = set()
+        steps: set[int] = set()
         if self.test_freq > 0:
             first = (self.start_step // self.test_freq + 1) * self.test_freq
             steps.update(range(first, last_step + 1, self.test_freq))

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl_valgen.samples import Completion, Request
 
 
 class Backend(ABC):
-    """Completes requests, with the weights and the parameters that it was made with. Not collective."""
+    """Completes requests, with the weights and the parameters that it was made with. Not collective.
+
+    Args:
+        model: A plain model, in eval mode. Its `generation_config` must hold the special token ids and nothing else.
+        tokenizer: For stop strings alone.
+        params: `transformers.GenerationConfig` fields, checked. The model's own defaults do not leak in.
+        seed: Of the sampled tokens; see `sampling.gumbel_noise`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: Mapping[str, Any], seed: int
+    ) -> None:
+        self.model, self.tokenizer, self.params, self.seed = model, tokenizer, params, seed
 
     @abstractmethod
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

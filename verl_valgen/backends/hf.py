@@ -6,7 +6,7 @@ random state is never used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -22,25 +21,16 @@ from transformers import (
 )
 
 from verl_valgen.backends.base import Backend
+from verl_valgen.hf_parameters import SAMPLING_ONLY
 from verl_valgen.samples import Completion, FinishReason, Request
-from verl_valgen.sampling import SAMPLING_FIELDS, GumbelNoise, logits_warpers
+from verl_valgen.sampling import GumbelNoise, logits_warpers
 
 MAX_BATCH_SIZE = 16
 """Sequences decoded at once. A step reads all weights whatever the batch, so more would mostly cost cache memory."""
 
 
 class HFBackend(Backend):
-    """Args:
-    model: A plain model, in eval mode. Its `generation_config` must hold the special token ids and nothing else.
-    tokenizer: For stop strings alone.
-    params: `transformers.GenerationConfig` fields, checked. The model's own defaults do not leak in.
-    seed: Of the sampled tokens; see `sampling.gumbel_noise`.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: Mapping[str, Any], seed: int
-    ) -> None:
-        self.model, self.tokenizer, self.params, self.seed = model, tokenizer, params, seed
+    """Hugging Face's own loop, whatever it takes: sampling, beams, stop strings, any cache."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         completions: list[Completion | None] = [None] * len(requests)
@@ -77,7 +67,8 @@ class HFBackend(Backend):
             processors.append(GumbelNoise(self.seed, [r.key for r in requests], input_ids.shape[1], device))
         stop = StopStrings(self.tokenizer, self.params["stop_strings"]) if self.params.get("stop_strings") else None
 
-        output_ids = self.model.generate(
+        model: Any = self.model  # mypy does not see `generate` through transformers' lazy imports
+        output_ids = model.generate(
             input_ids,
             attention_mask=attention_mask,
             generation_config=config,
@@ -90,9 +81,10 @@ class HFBackend(Backend):
         return [finish(ids, eos_ids, n, max_new_tokens) for ids, n in zip(output_ids, stop_lengths, strict=True)]
 
     def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
-        ours = SAMPLING_FIELDS | {"do_sample", "stop_strings", "max_new_tokens"}
+        ours = SAMPLING_ONLY | {"do_sample", "stop_strings", "max_new_tokens"}
         special_ids = {
-            name: getattr(self.model.generation_config, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")
+            name: getattr(self.model.generation_config, name)
+            for name in ("eos_token_id", "pad_token_id", "bos_token_id")
         }
         params = {name: value for name, value in self.params.items() if name not in ours}
         return GenerationConfig(**(special_ids | params), max_new_tokens=max_new_tokens, do_sample=False)

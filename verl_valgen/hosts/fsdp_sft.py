@@ -34,7 +34,9 @@ class FSDPSFTHost(Host):
         self.is_logging_rank = trainer.device_mesh.get_rank() == 0
         device_type = trainer.device_mesh.device_type
         on_cpu = device_type == "cpu"
-        self.device = torch.device("cpu") if on_cpu else torch.device(device_type, torch.accelerator.current_device_index())
+        self.device = (
+            torch.device("cpu") if on_cpu else torch.device(device_type, torch.accelerator.current_device_index())
+        )
         self.compute_dtype = torch.bfloat16  # hard-coded in the trainer's mixed precision
 
     def schedule(self) -> Schedule:
@@ -57,10 +59,10 @@ class FSDPSFTHost(Host):
         loader = self.trainer.val_dataloader
         if len(loader) > 0:
             return None
-        num_ranks = self.trainer.val_sampler.num_replicas
+        num_rows, num_ranks = len(self.trainer.val_dataset), self.trainer.val_sampler.num_replicas
         return (
-            f"data.val_files has {len(self.val_dataset)} rows, fewer than one batch on each of {num_ranks} data-parallel "  # type: ignore[arg-type]
-            f"ranks ({loader.batch_size} rows each, data.micro_batch_size_per_gpu), and verl drops incomplete batches"
+            f"data.val_files has {num_rows} rows, fewer than one batch on each of {num_ranks} data-parallel ranks "
+            f"({loader.batch_size} rows each, data.micro_batch_size_per_gpu), and verl drops incomplete batches"
         )
 
     @contextmanager
@@ -79,8 +81,12 @@ class FSDPSFTHost(Host):
             if not cls.has_accelerator(module):
                 stack.enter_context(cpu.fsdp_sft_support(module, config))
             if importlib.util.find_spec("flash_attn") is None:
-                logger.info("flash-attn is not installed: the model is loaded with transformers' default attention (sdpa)")
-                stack.enter_context(patched(module, "AutoModelForCausalLM", _DefaultAttention(module.AutoModelForCausalLM)))
+                logger.info(
+                    "flash-attn is not installed: the model is loaded with transformers' default attention (sdpa)"
+                )
+                stack.enter_context(
+                    patched(module, "AutoModelForCausalLM", _DefaultAttention(module.AutoModelForCausalLM))
+                )
             yield
 
     @classmethod

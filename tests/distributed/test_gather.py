@@ -1,0 +1,239 @@
+"""The gathered copy is the model, bit for bit, under verl's own wrapping; and no rank waits for one that failed."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed.testing import run_distributed
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from verl_valgen import gather as gather_module
+from verl_valgen.gather import PlainCopy, agree, gather
+
+CPU = torch.device("cpu")
+SIZES = {
+    # 37 rows on two ranks: uneven shards.
+    "vocab_size": 37, "hidden_size": 16, "intermediate_size": 50, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+LORA = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear", "bias": "none", "task_type": "CAUSAL_LM"}
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=False), None),
+    "tied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True), None),
+    "dynamic-rope": (
+        LlamaForCausalLM,
+        LlamaConfig(**SIZES, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
+        None,
+    ),
+    "lora": (LlamaForCausalLM, LlamaConfig(**SIZES), LORA),
+    "lora-tied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True), LORA),
+    "rslora-with-trained-head": (
+        LlamaForCausalLM,
+        LlamaConfig(**SIZES),
+        LORA | {"use_rslora": True, "target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]},
+    ),
+    "dora": (LlamaForCausalLM, LlamaConfig(**SIZES), LORA | {"use_dora": True}),
+}
+CASES = [(name, strategy) for name in MODELS for strategy in ("fsdp", "fsdp2")]
+# FSDP1 flattens a unit's parameters: those of one unit must all be trainable or all frozen.
+UNSUPPORTED_BY_FSDP1 = {"rslora-with-trained-head"}
+
+
+def build(name: str) -> nn.Module:
+    """A model with random weights, adapters included (PEFT's own begin at zero), the same on every rank."""
+    cls, config, lora = MODELS[name]
+    torch.manual_seed(0)
+    model = cls(copy.deepcopy(config))
+    if lora is not None:
+        model = get_peft_model(model, LoraConfig(**lora))
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def wrap(model: nn.Module, strategy: str) -> nn.Module:
+    """As `FSDPSFTTrainer._build_model_optimizer` does, mixed precision and wrap policy included."""
+    from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict, get_fsdp_wrap_policy
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("fsdp",))
+    if strategy == "fsdp":
+        return FSDP(
+            model,
+            use_orig_params=False,
+            auto_wrap_policy=get_fsdp_wrap_policy(model, config={}, is_lora=hasattr(model, "peft_config")),
+            device_id=CPU,
+            sharding_strategy=ShardingStrategy.FULL_SHARD,
+            mixed_precision=MixedPrecision(torch.bfloat16, reduce_dtype=torch.float32, buffer_dtype=torch.float32),
+            device_mesh=mesh,
+        )
+    state = model.state_dict()
+    policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=True)
+    apply_fsdp2(model, {"mesh": mesh, "mp_policy": policy, "offload_policy": None, "reshard_after_forward": True}, {})
+    fsdp2_load_full_state_dict(model, state, mesh, None)
+    return model
+
+
+def merged(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """What the copy must be: PEFT's own merge in float32, then the cast."""
+    plain = model.merge_and_unload() if hasattr(model, "peft_config") else model
+    rotary = {name: buffer for name, buffer in plain.named_buffers() if "inv_freq" in name}
+    plain = plain.to(dtype).eval()
+    for name, buffer in rotary.items():  # as `from_pretrained(dtype=...)` leaves them
+        plain.get_submodule(name.rpartition(".")[0])._buffers["inv_freq"] = buffer
+    return plain
+
+
+def differences(actual: nn.Module, expected: nn.Module) -> list[str]:
+    """Names of the tensors that are not bit for bit those expected."""
+    tensors = [
+        {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        for model in (actual, expected)
+    ]
+    missing = tensors[0].keys() ^ tensors[1].keys()
+    return sorted(missing) + [
+        name
+        for name in tensors[0].keys() & tensors[1].keys()
+        if tensors[0][name].dtype != tensors[1][name].dtype or not torch.equal(tensors[0][name], tensors[1][name])
+    ]
+
+
+def forward(model: nn.Module, *, train: bool) -> torch.Tensor:
+    ids = torch.arange(12)[None] % 37
+    model.train(train)
+    with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        if train:
+            logits.float().logsumexp(-1).mean().backward()
+    return logits.detach()
+
+
+def gather_case(name: str, strategy: str) -> dict[str, Any]:
+    """One case on one rank: gathers before the first forward, after an evaluation, and in bfloat16."""
+    expected = build(name)
+    wrapped, control = wrap(build(name), strategy), wrap(build(name), strategy)
+    keep = dist.get_rank() == 0
+    result: dict[str, Any] = {}
+
+    def compare(label: str, dtype: torch.dtype) -> None:
+        state = torch.get_rng_state()
+        plain = gather(wrapped, dtype=dtype, device=CPU, keep=keep)
+        result[f"{label}: kept"] = plain is not None
+        result[f"{label}: random state"] = torch.equal(state, torch.get_rng_state())
+        if plain is not None:
+            result[f"{label}: differences"] = differences(plain, merged(copy.deepcopy(expected), dtype))
+            result[f"{label}: training"] = plain.training
+            result[f"{label}: class"] = type(plain).__name__
+            result[f"{label}: tied"] = plain.lm_head.weight is plain.model.embed_tokens.weight
+
+    compare("before the first forward", torch.float32)
+    result["forward"] = torch.equal(forward(wrapped, train=False), forward(control, train=False))
+    compare("after an evaluation", torch.float32)
+    compare("in bfloat16", torch.bfloat16)
+    # A training step afterwards is that of a model that was never gathered.
+    result["train"] = torch.equal(forward(wrapped, train=True), forward(control, train=True))
+    grads = [[p.grad for p in model.parameters() if p.grad is not None] for model in (wrapped, control)]
+    local = [[g.to_local() if hasattr(g, "to_local") else g for g in some] for some in grads]
+    result["gradients"] = bool(local[0]) and all(torch.equal(a, b) for a, b in zip(*local, strict=True))
+    compare("after a training step", torch.float32)
+    return result
+
+
+def gather_cases() -> dict[tuple[str, str], dict[str, Any]]:
+    return {
+        (name, strategy): gather_case(name, strategy)
+        for name, strategy in CASES
+        if not (strategy == "fsdp" and name in UNSUPPORTED_BY_FSDP1)
+    }
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=lambda n: f"{n}-ranks")
+def gathered(request, tmp_path_factory) -> list[dict]:
+    return run_distributed(gather_cases, request.param, tmp_path_factory.mktemp("gather"))
+
+
+@pytest.mark.parametrize(("name", "strategy"), CASES)
+def test_the_copy_is_the_model(gathered, name, strategy):
+    if strategy == "fsdp" and name in UNSUPPORTED_BY_FSDP1:
+        pytest.skip("FSDP1 itself refuses it")
+    for rank, results in enumerate(gathered):
+        result = results[name, strategy]
+        labels = [key.removesuffix(": kept") for key in result if key.endswith(": kept")]
+        assert len(labels) == 4
+        for label in labels:
+            assert result[f"{label}: kept"] == (rank == 0)
+            assert result[f"{label}: random state"], f"{label}: the gather drew random numbers"
+            if rank == 0:
+                assert result[f"{label}: differences"] == []
+                assert result[f"{label}: training"] is False
+                assert result[f"{label}: class"] == MODELS[name][0].__name__
+                assert result[f"{label}: tied"] == MODELS[name][1].tie_word_embeddings
+        assert result["forward"], f"rank {rank}: evaluation differs after a gather"
+        assert result["train"], f"rank {rank}: training differs after a gather"
+        assert result["gradients"], f"rank {rank}: gradients differ after a gather"
+
+
+def fail_at(stage: str) -> tuple[str, bool]:
+    """Rank 0 fails while it prepares or while it receives; both ranks then do one more collective."""
+    wrapped = wrap(build("llama"), "fsdp2")
+    if dist.get_rank() == 0:
+
+        class Failing(PlainCopy):
+            def check_memory(self) -> None:
+                if stage == "prepare":
+                    raise MemoryError("planted")
+
+            def receive(self, name: str, parameter: torch.Tensor) -> None:
+                if stage == "receive" and "layers.1" in name:
+                    raise torch.OutOfMemoryError("planted")
+                super().receive(name, parameter)
+
+        gather_module.PlainCopy = Failing  # type: ignore[misc]
+    try:
+        outcome = repr(gather(wrapped, dtype=torch.float32, device=CPU, keep=dist.get_rank() == 0))
+    except Exception as e:
+        outcome = f"{type(e).__name__}: {e}"
+    return outcome, agree(True, CPU)
+
+
+@pytest.mark.parametrize(
+    ("stage", "error"), [("prepare", "MemoryError: planted"), ("receive", "OutOfMemoryError: planted")]
+)
+def test_a_failure_is_raised_where_it_happened_and_no_rank_waits(tmp_path: Path, stage: str, error: str):
+    assert run_distributed(fail_at, 2, tmp_path, stage) == [(error, True), ("None", True)]
+
+
+def agree_on(rank_that_refuses: int | None) -> bool:
+    return agree(dist.get_rank() != rank_that_refuses, CPU)
+
+
+@pytest.mark.parametrize(("refusing", "expected"), [(None, True), (0, False), (1, False)])
+def test_ranks_agree(tmp_path, refusing, expected):
+    assert run_distributed(agree_on, 2, tmp_path, refusing) == [expected, expected]
+
+
+def test_a_parameter_that_never_came_is_named():
+    plain = PlainCopy(build("llama"), torch.float32, CPU)
+    plain.receive("lm_head.weight", torch.zeros(37, 16))
+    with pytest.raises(RuntimeError, match=r"20 parameters were not gathered, model\.embed_tokens\.weight first"):
+        plain.finish()
+
+
+def test_the_copy_shares_no_memory_with_the_model():
+    source = build("llama")
+    before = copy.deepcopy(source.state_dict())
+    plain = gather(source, dtype=torch.float32, device=CPU, keep=True)
+    with torch.no_grad():
+        for tensor in (*plain.parameters(), *plain.buffers()):
+            tensor.add_(1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in source.state_dict().items())
