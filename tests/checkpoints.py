@@ -1,0 +1,56 @@
+"""Reads the sharded checkpoints of verl's FSDP trainers, and makes plain models of them.
+
+Written without the package's own gather, to judge it by.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+def read_sharded(directory: Path) -> dict[str, Tensor]:
+    """The whole parameters of `global_step_<N>/`, in the dtype in which they are trained."""
+    shards = [torch.load(path, weights_only=False) for path in sorted(directory.glob("model_world_size_*_rank_*.pt"))]
+    return {name: _whole([shard[name] for shard in shards]) for name in shards[0]}
+
+
+def _whole(parts: list[Any]) -> Tensor:
+    if isinstance(parts[0], DTensor):
+        (placement,) = parts[0].placements
+        return torch.cat([part.to_local() for part in parts], dim=placement.dim)
+    if hasattr(parts[0], "local_shards"):
+        return torch.cat([shard.tensor for part in parts for shard in part.local_shards()])
+    return parts[0]
+
+
+def plain_model(checkpoint: Path, model_directory: Path, lora: dict[str, Any] | None = None) -> PreTrainedModel:
+    """The checkpoint as a plain float32 model; adapters are merged by PEFT."""
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    if lora is not None:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(**lora))
+    missing = model.load_state_dict(read_sharded(checkpoint), strict=False)
+    assert not missing.missing_keys, missing
+    assert not missing.unexpected_keys, missing
+    return (model.merge_and_unload() if lora is not None else model).eval()
+
+
+def plain_greedy(model: PreTrainedModel, input_ids: list[int], max_new_tokens: int) -> list[int]:
+    """New tokens of Hugging Face's greedy search on one unpadded prompt."""
+    with torch.no_grad():
+        output = model.generate(
+            torch.tensor([input_ids]),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+    return output[0, len(input_ids) :].tolist()

@@ -1,0 +1,255 @@
+"""The ways in besides verl's plain command, and what must not happen where generation is off."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import plain_greedy, plain_model, read_sharded
+from end_to_end.trainer import Assets, run
+from transformers import AutoTokenizer
+
+from verl_valgen.schedule import Schedule
+
+ROOT = Path(__file__).resolve().parents[2]
+GREEDY = {"VERL_GENERATION_DO_SAMPLE": "false", "VERL_GENERATION_MAX_NEW_TOKENS": "8"}
+
+# Imported by verl inside the trainer's process (`model.external_lib`): seeds it, and reports at its end.
+OBSERVER = """
+import atexit, json, random, sys
+import numpy as np, torch
+torch.manual_seed(0); np.random.seed(0); random.seed(0)
+
+def report():
+    main = sys.modules["__main__"]
+    json.dump({
+        "trainer": [cls.__name__ for cls in main.FSDPSFTTrainer.__mro__],
+        "loaded": sorted(name for name in sys.modules if name.startswith("verl_valgen")),
+        "random": [torch.get_rng_state().sum().item(), np.random.get_state()[1].tolist(), random.getstate()[1][:5]],
+    }, open("observed.json", "w"))
+
+atexit.register(report)
+"""
+
+
+def observed_run(directory: Path, assets: Assets, environment: dict[str, str], *overrides: str):
+    """A run that seeds itself, and what it saw at its end."""
+    directory.mkdir()
+    (directory / "observer.py").write_text(OBSERVER)
+    result = run(
+        directory,
+        [*assets.overrides(multiturn=True), "model.external_lib=observer", *overrides],
+        environment={"PYTHONPATH": str(directory)} | environment,
+    )
+    assert result.returncode == 0, result.output[-5000:]
+    return result, json.loads((directory / "observed.json").read_text())
+
+
+@pytest.mark.parametrize("overrides", [["model.strategy=fsdp2"], ["model.strategy=fsdp", "model.lora_rank=4"]])
+def test_training_is_the_same_with_generation_and_without(tmp_path, assets, overrides):
+    sampling = {"VERL_GENERATION_MAX_NEW_TOKENS": "8"}
+    on, seen_on = observed_run(tmp_path / "on", assets, sampling, *overrides, "trainer.test_freq=1")
+    off, seen_off = observed_run(tmp_path / "off", assets, {}, *overrides, "trainer.test_freq=1")
+    assert len(on.samples(1)) == 5
+    assert not off.generations.exists()
+
+    for key in ("train/loss", "val/loss"):
+        assert len(on.logged(key)) == 3
+        assert on.logged(key) == off.logged(key)
+    parameters = [read_sharded(result.checkpoints / "global_step_3") for result in (on, off)]
+    assert parameters[0].keys() == parameters[1].keys()
+    assert all(torch.equal(parameters[0][name], parameters[1][name]) for name in parameters[0])
+    assert seen_on["random"] == seen_off["random"]
+
+    # Off means that verl's own class trains, and that nothing of ours that generates is even loaded.
+    assert seen_on["trainer"][:3] == ["FSDPSFTTrainer", "ValidationGenerationMixin", "FSDPSFTTrainer"]
+    assert seen_off["trainer"] == ["FSDPSFTTrainer", "object"]
+    heavy = {"mixin", "rounds", "gather", "sampling", "prompts", "backends", "trackers"}
+    assert {name.split(".")[1] for name in seen_off["loaded"] if "." in name}.isdisjoint(heavy)
+
+
+def test_a_users_own_yaml_anywhere_on_disk(tmp_path, assets):
+    folder = tmp_path / "somewhere else"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(
+        "defaults: [sft_trainer, _self_]\n"
+        "generation: {do_sample: false, max_new_tokens: 7}\n"
+        "trainer: {max_val_samples: 3}\n"
+    )
+    arguments = ["--config-dir", str(folder), "--config-name", "mine", *assets.overrides(multiturn=False)]
+    # Environment beats YAML, the command line beats both.
+    arguments += ["generation.max_new_tokens=4"]
+    environment = {"VERL_MAX_VAL_SAMPLES": "2", "VERL_GENERATION_MAX_NEW_TOKENS": "9"}
+    result = run(tmp_path / "run", arguments, environment=environment)
+    assert result.returncode == 0, result.output[-5000:]
+    samples = result.samples(3)
+    assert len(samples) == 2
+    assert samples[0]["params"] == {"do_sample": False, "max_new_tokens": 4, "dtype": "float32"}
+
+
+def test_config_path_of_a_users_own_folder(tmp_path, assets):
+    (tmp_path / "mine.yaml").write_text("defaults: [sft_trainer, _self_]\ngeneration: {do_sample: false}\n")
+    arguments = ["--config-path", str(tmp_path), "--config-name", "mine", "--cfg", "job"]
+    result = run(tmp_path / "run", [*arguments, *assets.overrides(multiturn=False)])
+    assert result.returncode == 0, result.output[-5000:]
+    assert "do_sample: false" in result.stdout
+
+
+def test_a_dora_adapter_is_merged(tmp_path, assets):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "use_dora": True}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(assets.model), LoraConfig(**lora, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    result = run(
+        tmp_path / "run",
+        [*assets.overrides(multiturn=True), f"+model.lora_adapter_path={tmp_path}/adapter"],
+        environment=GREEDY,
+        num_ranks=2,
+    )
+    assert result.returncode == 0, result.output[-5000:]
+    plain = plain_model(result.checkpoints / "global_step_3", assets.model, lora | {"task_type": "CAUSAL_LM"})
+    tokenizer = AutoTokenizer.from_pretrained(assets.model)
+    samples = result.samples(3)
+    assert len(samples) == 5
+    for sample in samples:
+        prompt_ids = tokenizer(sample["prompt"], add_special_tokens=False)["input_ids"]
+        output_ids = plain_greedy(plain, prompt_ids, 8)
+        assert sample["generation"] == tokenizer.decode(output_ids, skip_special_tokens=True)
+
+
+SUBCLASS = """
+import hydra
+from verl.trainer.fsdp_sft_trainer import FSDPSFTTrainer
+from verl_valgen import ValidationGenerationMixin, run_sft
+
+class MyTrainer(ValidationGenerationMixin, FSDPSFTTrainer):
+    def fit(self):
+        import json
+        batches = list(self.val_dataloader)
+        before = [self.generate_samples(batch) for batch in batches]
+        rank = self.device_mesh.get_rank()
+        super().fit()
+        after = self.generate_samples(batches[0])
+        json.dump({"before": before, "after": after}, open(f"answers_{rank}.json", "w"))
+
+@hydra.main(config_path="pkg://verl.trainer.config", config_name="sft_trainer", version_base=None)
+def main(config):
+    run_sft(config, MyTrainer)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_a_subclass_generates_before_after_and_during_fit(tmp_path, assets, strategy):
+    """On single-turn data: the batches' loss mask is shifted."""
+    program = tmp_path / "program.py"
+    program.write_text(SUBCLASS)
+    result = run(
+        tmp_path / "run",
+        [*assets.overrides(multiturn=False), f"model.strategy={strategy}"],
+        environment=GREEDY,
+        num_ranks=2,
+        program=[str(program)],
+    )
+    assert result.returncode == 0, result.output[-5000:]
+    answers = [json.loads((result.directory / f"answers_{rank}.json").read_text()) for rank in range(2)]
+    assert answers[1] == {"before": [[[], []]] * 2, "after": [[], []]}
+    prompts, generations = answers[0]["after"]
+    assert len(prompts) == 4  # rank 0's own batch
+    samples = result.samples(3)
+    assert prompts == [sample["prompt"] for sample in samples[:4]]
+    assert generations == [sample["generation"] for sample in samples[:4]]
+
+    # Before any training the model is the one on disk.
+    tokenizer = AutoTokenizer.from_pretrained(assets.model)
+    from transformers import AutoModelForCausalLM
+
+    fresh = AutoModelForCausalLM.from_pretrained(assets.model, dtype=torch.float32).eval()
+    for prompt, generation in zip(*answers[0]["before"][0], strict=True):
+        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert generation == tokenizer.decode(plain_greedy(fresh, prompt_ids, 8), skip_special_tokens=True)
+    assert answers[0]["before"][0][1] != generations
+
+
+def test_resuming_counts_on_and_sets_samples_of_a_longer_run_aside(tmp_path, assets):
+    arguments = [*assets.overrides(multiturn=True), "trainer.test_freq=1"]
+    first = run(tmp_path, arguments, environment=GREEDY)
+    assert first.returncode == 0, first.output[-5000:]
+    stale = first.generations / "step_00000009.jsonl"
+    stale.write_text(json.dumps({"from": "a longer run"}) + "\n")
+    before = (first.generations / "step_00000003.jsonl").read_bytes()
+    second = run(tmp_path, [*arguments, "trainer.total_training_steps=5"], environment=GREEDY)
+    assert second.returncode == 0, second.output[-5000:]
+    assert sorted(path.name for path in second.generations.glob("*.jsonl")) == [
+        f"step_{step:08d}.jsonl" for step in range(1, 6)
+    ]
+    assert (second.generations / "step_00000003.jsonl").read_bytes() == before
+    assert (second.generations / "old-1" / stale.name).exists()
+    assert second.samples(5)[0]["step"] == 5
+    assert str(Schedule(3, 5, 5, 1)) in second.output
+
+
+UNRELATED = """
+import sys
+import hydra
+
+@hydra.main(config_path=None, version_base=None)
+def main(config):
+    pass
+
+main()
+print(sorted(name for name in sys.modules if name.split(".")[0] in ("torch", "verl", "transformers", "verl_valgen")))
+"""
+
+
+def test_an_unrelated_hydra_program_loads_next_to_nothing(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(UNRELATED)
+    environment = {**os.environ, "VERL_GENERATION_TEMPERATURE": "1.0"}
+    done = subprocess.run(
+        [sys.executable, program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    loaded = set(eval(done.stdout))
+    assert loaded == {"verl_valgen", "verl_valgen.activation", "verl_valgen.hosts", "verl_valgen.patching"}
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    heavy = ("torch", "verl", "transformers", "wandb", "swanlab", "mlflow", "hydra", "omegaconf")
+    code = f"import sys, verl_valgen; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_wheel_works_in_an_empty_environment(tmp_path, assets):
+    """Built, installed beside nothing else, and used; the peers come from this environment's site-packages."""
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True)
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    assert not (site / "config").exists()
+    # A folder named in a .pth file is searched, but its own .pth files (an editable install) are not read.
+    peers = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "peers.pth").write_text("\n".join(peers) + "\n")
+    where = subprocess.run(
+        [python, "-c", "import verl_valgen; print(verl_valgen.__file__)"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert str(site) in where.stdout
+
+    arguments = ["--config-path", "config", "--config-name", "sft_trainer_with_generation", "generation=greedy"]
+    arguments += ["generation.max_new_tokens=4", *assets.overrides(multiturn=True)]
+    result = run(tmp_path / "run", arguments, python=str(python))
+    assert result.returncode == 0, result.output[-5000:]
+    assert len(result.samples(2)) == 5

@@ -1,0 +1,111 @@
+"""Runs verl's own trainer as a subprocess, as a user does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VERL_MODULE = "verl.trainer.fsdp_sft_trainer"
+TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Assets:
+    """A small model and its data."""
+
+    directory: Path
+
+    @property
+    def model(self) -> Path:
+        return self.directory / "model"
+
+    def overrides(self, *, multiturn: bool) -> list[str]:
+        """verl's overrides for a run of 3 steps with validations at step 2 and, early exit, step 3."""
+        kind = "multiturn" if multiturn else "singleturn"
+        return [
+            f"data.train_files={self.directory}/{kind}/train.parquet",
+            f"data.val_files={self.directory}/{kind}/val.parquet",
+            "data.train_batch_size=8",
+            "data.micro_batch_size_per_gpu=4",
+            "data.max_length=256",
+            *(["data.multiturn.enable=true"] if multiturn else []),
+            f"model.partial_pretrain={self.model}",
+            "model.enable_gradient_checkpointing=false",
+            "optim.lr=1e-2",
+            "trainer.total_epochs=1",
+            "trainer.total_training_steps=3",
+            "trainer.test_freq=2",
+            "trainer.project_name=project",
+            "trainer.experiment_name=experiment",
+            "trainer.logger=[console]",
+        ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    directory: Path
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    @property
+    def generations(self) -> Path:
+        return self.checkpoints / "generations"
+
+    def samples(self, step: int) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.generations / f"step_{step:08d}.jsonl").read_text().splitlines()]
+
+    def logged(self, key: str) -> list[str]:
+        """What verl's console logger printed under a key, step by step, as text: every digit counts."""
+        prefix = f"{key}:"
+        return [
+            part.removeprefix(prefix)
+            for line in self.stdout.splitlines()
+            for part in line.split(" - ")
+            if part.startswith(prefix)
+        ]
+
+
+def run(
+    directory: Path,
+    arguments: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    num_ranks: int | None = None,
+    program: Sequence[str] = ("-m", VERL_MODULE),
+    python: str = sys.executable,
+) -> Run:
+    """One run in `directory`; `num_ranks=None` runs without torchrun."""
+    directory.mkdir(parents=True, exist_ok=True)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "WANDB_", "MLFLOW_"))}
+    launcher = [python]
+    if num_ranks is not None:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    process = subprocess.run(
+        [*launcher, *program, *arguments, "trainer.default_local_dir=checkpoints", "hydra.run.dir=hydra"],
+        cwd=directory,
+        env=clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    (directory / "stdout.txt").write_text(process.stdout)
+    (directory / "stderr.txt").write_text(process.stderr)
+    return Run(directory, process.returncode, process.stdout, process.stderr)
