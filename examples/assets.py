@@ -72,6 +72,16 @@ CAPITALS = {
     "Sweden": "Stockholm",
     "Thailand": "Bangkok",
 }
+WORDINGS = (
+    "What is the capital of {}?",
+    "Name the capital of {}.",
+    "{} has which capital?",
+    "Capital of {}?",
+    "{}: its capital?",
+    "Tell me {}'s capital.",
+    "What is {}'s capital?",
+    "The capital of {} is?",
+)
 ADDENDS = range(5)
 SYSTEM_PROMPT = "Answer in one word."
 
@@ -161,6 +171,32 @@ def write_questions(
         if multiturn:
             rows = [row | {"messages": _conversation(i, row, rng.choice(facts))} for i, row in enumerate(rows)]
         pd.DataFrame(rows).to_parquet(path)
+    return paths
+
+
+def write_unseen_wordings(directory: str | Path, *, num_train: int, seed: int = 0) -> tuple[Path, Path]:
+    """Write `train.parquet` and `val.parquet` to `directory` and return their paths: capitals, in eight wordings.
+
+    Validation asks once for each capital, in a wording that training uses for other countries but never for that one:
+    a model that answers has understood which country is meant. Columns: those of `write_questions` with `multiturn`;
+    every conversation is one question and its answer.
+    """
+    rng = random.Random(seed)
+    train, val = [], []
+    for i, (country, capital) in enumerate(CAPITALS.items()):
+        for j, wording in enumerate(WORDINGS):
+            question = wording.format(country)
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": capital}]
+            row = {"question": question, "answer": capital, "data_source": "capitals", "messages": messages}
+            (val if j == i % len(WORDINGS) else train).append(row)
+    rng.shuffle(train)
+    rng.shuffle(val)
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = directory / "train.parquet", directory / "val.parquet"
+    pd.DataFrame(itertools.islice(itertools.cycle(train), num_train)).to_parquet(paths[0])
+    pd.DataFrame(val).to_parquet(paths[1])
     return paths
 
 

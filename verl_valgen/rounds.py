@@ -18,11 +18,12 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from verl_valgen.backends import backend_class
 from verl_valgen.config import GenerationSettings
-from verl_valgen.gather import agree, base_model, gather, unwrap
+from verl_valgen.gather import agree, base_model, gather, original_class, unwrap
 from verl_valgen.hosts.base import Host
 from verl_valgen.prompts import decode, mask_is_shifted, prompts_from_batch, prompts_from_dataset
 from verl_valgen.random_state import preserved_random_state
 from verl_valgen.samples import Completion, Prompt, Request, Sample
+from verl_valgen.text import describe, describe_at_length
 from verl_valgen.trackers import open_trackers
 from verl_valgen.trackers.composite import CompositeTracker
 from verl_valgen.trackers.jsonl import set_aside
@@ -79,7 +80,7 @@ class ValidationRounds:
 
     def _read_prompts(self) -> None:
         host, schedule = self.host, self.host.schedule()
-        model_class = type(base_model(unwrap(host.model)))
+        model_class = original_class(base_model(unwrap(host.model)))
         if (reason := host.why_no_validation_batch()) is not None:
             return logger.warning("no samples: %s", reason)
         if not (hasattr(model_class, "generate") and model_class.can_generate()):
@@ -189,11 +190,12 @@ class ValidationRounds:
 
     def _warn(self, what: str, error: Exception, advice: str = "") -> None:
         """Warns once per cause; the traceback and repetitions are for DEBUG."""
-        cause = f"{type(error).__name__}: {error}"
+        cause = describe(error)
         if cause not in self.warned:
             self.warned.add(cause)
             logger.warning("%s: %s%s; training goes on", what, cause, f"; {advice}" if advice else "")
-        logger.debug("%s", what, exc_info=error)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s\n%s", what, describe_at_length(error))
 
 
 def is_out_of_memory(error: Exception) -> bool:

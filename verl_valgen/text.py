@@ -6,9 +6,11 @@ This module owns cutting, showing and storing such text. All functions are pure;
 from __future__ import annotations
 
 import re
+import traceback
 import unicodedata
 
 _ELLIPSIS = "..."
+_MAX_REASON_CHARS = 300
 
 # Control, format (bidi overrides, zero-width characters), surrogate, line and paragraph separator.
 _INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -48,6 +50,16 @@ def printable(text: str, max_chars: int | None = None) -> str:
 def storable(text: str) -> str:
     """`text` with every lone surrogate and NUL replaced by U+FFFD, so that every tracker takes it; of equal length."""
     return _UNSTORABLE.sub("\ufffd", text)
+
+
+def describe(error: Exception) -> str:
+    """Type and message of `error` in one printable line, even if its message cannot be made."""
+    return printable("".join(traceback.format_exception_only(error)).strip(), _MAX_REASON_CHARS)
+
+
+def describe_at_length(error: Exception) -> str:
+    """The traceback of `error`, printable line by line."""
+    return "\n".join(printable(line) for line in "".join(traceback.format_exception(error)).split("\n"))
 
 
 def _visible(char: str) -> str:

@@ -18,9 +18,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("environment", "overrides", "message"), WRONG)
-def test_wrong_configuration_is_one_line_before_the_model_is_loaded(
-    tmp_path, assets, environment, overrides, message
-):
+def test_wrong_configuration_is_one_line_before_the_model_is_loaded(tmp_path, assets, environment, overrides, message):
     overrides = [*assets.overrides(multiturn=False), "model.partial_pretrain=/no/such/model", *overrides]
     result = run(tmp_path, overrides, environment=environment)
     assert result.returncode == 2
@@ -118,7 +116,9 @@ def few_rows(assets: Assets, directory: Path, num_rows: int) -> str:
 def test_a_validation_set_that_yields_no_batch(tmp_path, assets):
     overrides = [*assets.overrides(multiturn=True), few_rows(assets, tmp_path, 3)]
     result = run(tmp_path, overrides, environment=GREEDY)
-    assert "no samples: data.val_files has 3 rows, fewer than one batch on each of 1 data-parallel ranks" in result.output
+    assert (
+        "no samples: data.val_files has 3 rows, fewer than one batch on each of 1 data-parallel ranks" in result.output
+    )
     assert "stack expects a non-empty TensorList" in result.output  # verl's own failure stays verl's
 
 

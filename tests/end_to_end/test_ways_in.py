@@ -24,11 +24,11 @@ OBSERVER = """
 import atexit, json, random, sys
 import numpy as np, torch
 torch.manual_seed(0); np.random.seed(0); random.seed(0)
+trainer = [cls.__name__ for cls in sys.modules["__main__"].FSDPSFTTrainer.__mro__]
 
 def report():
-    main = sys.modules["__main__"]
     json.dump({
-        "trainer": [cls.__name__ for cls in main.FSDPSFTTrainer.__mro__],
+        "trainer": trainer,
         "loaded": sorted(name for name in sys.modules if name.startswith("verl_valgen")),
         "random": [torch.get_rng_state().sum().item(), np.random.get_state()[1].tolist(), random.getstate()[1][:5]],
     }, open("observed.json", "w"))
@@ -105,7 +105,9 @@ def test_a_dora_adapter_is_merged(tmp_path, assets):
     from transformers import AutoModelForCausalLM
 
     lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "use_dora": True}
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(assets.model), LoraConfig(**lora, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(assets.model), LoraConfig(**lora, task_type="CAUSAL_LM")
+    )
     model.save_pretrained(tmp_path / "adapter")
     result = run(
         tmp_path / "run",

@@ -12,8 +12,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from verl_valgen.text import describe
 from verl_valgen.trackers.base import Tracker
-from verl_valgen.trackers.composite import SOURCE_OF_TRUTH, CompositeTracker, describe
+from verl_valgen.trackers.composite import SOURCE_OF_TRUTH, CompositeTracker
 from verl_valgen.trackers.console import ConsoleTracker
 from verl_valgen.trackers.jsonl import JsonlTracker, set_aside
 

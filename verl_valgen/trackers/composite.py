@@ -8,12 +8,11 @@ except for the JSONL files: they are the source of truth, and a disk that was fu
 from __future__ import annotations
 
 import logging
-import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from verl_valgen.samples import Sample
-from verl_valgen.text import printable
+from verl_valgen.text import describe
 from verl_valgen.trackers.base import Tracker
 
 logger = logging.getLogger(__name__)
@@ -21,7 +20,6 @@ logger = logging.getLogger(__name__)
 SOURCE_OF_TRUTH = "jsonl"
 
 _MAX_FAILURES = 3
-_MAX_REASON_CHARS = 300
 
 
 class CompositeTracker(Tracker):
@@ -66,8 +64,3 @@ class CompositeTracker(Tracker):
         logger.warning(
             "%s: disabled after %d failures in a row; the samples are in the JSONL files", name, _MAX_FAILURES
         )
-
-
-def describe(error: Exception) -> str:
-    """Type and message of `error` in one printable line, even if its message cannot be made."""
-    return printable("".join(traceback.format_exception_only(error)).strip(), _MAX_REASON_CHARS)
