@@ -31,7 +31,7 @@ lint: $(INSTALLED)  ## checks style and types
 	$(BIN)/mypy
 
 clean:  ## removes the environment, the demonstration's files and all caches
-	rm -rf $(VENV) demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo outputs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A changed pin is installed over what is there.

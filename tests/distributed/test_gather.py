@@ -17,7 +17,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from verl_valgen import gather as gather_module
 from verl_valgen.gather import PlainCopy, agree, gather
 
 CPU = torch.device("cpu")
@@ -186,40 +185,37 @@ def test_the_copy_is_the_model(gathered, name, strategy):
 def fail_at(stage: str) -> tuple[str, bool]:
     """Rank 0 fails while it prepares or while it receives; both ranks then do one more collective."""
     wrapped = wrap(build("llama"), "fsdp2")
-    if dist.get_rank() == 0:
+    receive = PlainCopy.receive
 
-        class Failing(PlainCopy):
-            def check_memory(self) -> None:
-                if stage == "prepare":
-                    raise MemoryError("planted")
+    def failing_check(self: PlainCopy) -> None:
+        raise MemoryError("planted")
 
-            def receive(self, name: str, parameter: torch.Tensor) -> None:
-                if stage == "receive" and "layers.1" in name:
-                    raise torch.OutOfMemoryError("planted")
-                super().receive(name, parameter)
+    def failing_receive(self: PlainCopy, name: str, parameter: torch.Tensor) -> None:
+        if "layers.1" in name:
+            raise torch.OutOfMemoryError("planted")
+        receive(self, name, parameter)
 
-        gather_module.PlainCopy = Failing  # type: ignore[misc]
-    try:
-        outcome = repr(gather(wrapped, dtype=torch.float32, device=CPU, keep=dist.get_rank() == 0))
-    except Exception as e:
-        outcome = f"{type(e).__name__}: {e}"
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 0:
+            patch.setattr(PlainCopy, stage, {"check_memory": failing_check, "receive": failing_receive}[stage])
+        try:
+            outcome = repr(gather(wrapped, dtype=torch.float32, device=CPU, keep=dist.get_rank() == 0))
+        except Exception as e:
+            outcome = f"{type(e).__name__}: {e}"
     return outcome, agree(True, CPU)
 
 
-@pytest.mark.parametrize(
-    ("stage", "error"), [("prepare", "MemoryError: planted"), ("receive", "OutOfMemoryError: planted")]
-)
-def test_a_failure_is_raised_where_it_happened_and_no_rank_waits(tmp_path: Path, stage: str, error: str):
-    assert run_distributed(fail_at, 2, tmp_path, stage) == [(error, True), ("None", True)]
+def failures_and_agreements() -> dict[str, Any]:
+    agreements = {refusing: agree(dist.get_rank() != refusing, CPU) for refusing in (None, 0, 1)}
+    return {"agreements": agreements} | {stage: fail_at(stage) for stage in ("check_memory", "receive")}
 
 
-def agree_on(rank_that_refuses: int | None) -> bool:
-    return agree(dist.get_rank() != rank_that_refuses, CPU)
-
-
-@pytest.mark.parametrize(("refusing", "expected"), [(None, True), (0, False), (1, False)])
-def test_ranks_agree(tmp_path, refusing, expected):
-    assert run_distributed(agree_on, 2, tmp_path, refusing) == [expected, expected]
+def test_a_failure_is_raised_where_it_happened_and_no_rank_waits(tmp_path: Path):
+    first, second = run_distributed(failures_and_agreements, 2, tmp_path)
+    assert first["check_memory"] == ("MemoryError: planted", True)
+    assert first["receive"] == ("OutOfMemoryError: planted", True)
+    assert second["check_memory"] == second["receive"] == ("None", True)
+    assert first["agreements"] == second["agreements"] == {None: True, 0: False, 1: False}
 
 
 def test_a_parameter_that_never_came_is_named():

@@ -8,9 +8,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
+VERL_VERSION = Version(version("verl"))
 VERL_MODULE = "verl.trainer.fsdp_sft_trainer"
 TIMEOUT_S = 600
 

@@ -51,6 +51,8 @@ def fsdp_sft_support(module: ModuleType, config: DictConfig) -> Iterator[None]:
             (module, "FSDP", fsdp_on_cpu),
             (module, "StatefulDataLoader", loader_without_workers),
             (module, "get_init_weight_context_manager", weights_on_every_rank),
+            # verl 0.5.0 asks torch.cpu for its memory_allocated, which there is not.
+            (module, "log_gpu_memory_usage", lambda *args, **kwargs: None),
         ):
             stack.enter_context(patched(target, name, value))
         yield

@@ -1,0 +1,184 @@
+"""Rounds on two ranks: whatever fails on one, both go on, and the trainer sees nothing of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import assets
+import pytest
+import torch
+import torch.distributed as dist
+from distributed.test_gather import wrap
+from distributed.testing import run_distributed
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from verl_valgen import rounds as rounds_module
+from verl_valgen.backends.hf import HFBackend
+from verl_valgen.config import GenerationSettings
+from verl_valgen.gather import PlainCopy, agree
+from verl_valgen.hosts.base import Host
+from verl_valgen.rounds import ValidationRounds
+from verl_valgen.schedule import Schedule
+from verl_valgen.trackers.jsonl import JsonlTracker
+
+CPU = torch.device("cpu")
+
+
+class SmallHost(Host):
+    """A sharded model and four rows, without a trainer around them."""
+
+    trainer_name = "SmallTrainer"
+
+    def __init__(self, model_directory: Path, directory: Path, val_dataset: Any) -> None:
+        super().__init__(trainer=None)
+        self.config = OmegaConf.create({"trainer": {"default_local_dir": str(directory), "logger": ["console"]}})
+        self.model = wrap(AutoModelForCausalLM.from_pretrained(model_directory / "model"), "fsdp2")
+        self.tokenizer = AutoTokenizer.from_pretrained(model_directory / "model")
+        self.val_dataset = val_dataset
+        self.device, self.compute_dtype = CPU, torch.bfloat16
+        self.is_logging_rank = dist.get_rank() == 0
+        self.rounds: Callable[[int], None] = lambda step: None
+
+    def schedule(self) -> Schedule:
+        return Schedule(0, 4, 4, 1)
+
+    def validation_rows(self, limit: int) -> list[int]:
+        return list(range(min(limit, 4)))
+
+    def why_no_validation_batch(self) -> str | None:
+        return None
+
+    @contextmanager
+    def after_each_validation(self, hook: Callable[[int], None]) -> Iterator[None]:
+        self.rounds = hook
+        yield
+
+    has_accelerator = launch_support = None  # type: ignore[assignment]
+
+
+class Rows:
+    """Items with the exact loss mask, as a data set of one's own may give them."""
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.broken = broken
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        if self.broken:
+            raise OSError("a broken row \x1b[31m")
+        torch.rand(3)  # draws: the random state must be put back
+        return {"input_ids": torch.arange(5, 15 + row), "loss_mask": (torch.arange(10 + row) >= 6).long()}
+
+
+def fail(kind: str, patch: pytest.MonkeyPatch) -> None:
+    def planted(*args: Any, **kwargs: Any) -> Any:
+        raise (torch.OutOfMemoryError if kind == "oom" else RuntimeError)(f"planted in {kind}")
+
+    targets = {
+        "prepare": (PlainCopy, "__init__"),
+        "oom": (PlainCopy, "receive"),
+        "finish": (PlainCopy, "finish"),
+        "decode": (HFBackend, "generate"),
+        "trackers": (rounds_module, "open_trackers"),
+        "jsonl": (JsonlTracker, "log_samples"),
+    }
+    if kind in targets:
+        patch.setattr(*targets[kind], planted)
+
+
+def three_rounds(model_directory: Path, directory: Path, kind: str) -> dict[str, Any]:
+    """Three rounds with a fault on rank 0; afterwards both ranks must still meet."""
+    records: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("verl_valgen")
+    logger.addHandler(handler)
+    host = SmallHost(model_directory, directory, Rows(broken=kind == "rows" and dist.get_rank() == 0))
+    settings = GenerationSettings(enabled=True, max_new_tokens=4, max_val_samples=3)
+    state = torch.get_rng_state()
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 0:
+            fail(kind, patch)
+        with ValidationRounds(host, settings):
+            for step in (1, 2, 3):
+                host.rounds(step)
+    logger.removeHandler(handler)
+    return {
+        "warnings": records,
+        "met": agree(True, CPU),
+        "random": torch.equal(state, torch.get_rng_state()),
+        "files": sorted(path.name for path in (directory / "generations").glob("*")),
+    }
+
+
+FAULTS = {
+    "rows": "the validation prompts could not be read, so there will be no samples: OSError: a broken row \\x1b[31m",
+    "prepare": "no samples at this validation: RuntimeError: planted in prepare",
+    "oom": "no samples at this validation: torch.OutOfMemoryError: planted in oom",
+    "finish": "no samples at this validation: RuntimeError: planted in finish",
+    "decode": "no samples at this validation: RuntimeError: planted in decode",
+    "trackers": "no samples at this validation: RuntimeError: planted in trackers",
+    "jsonl": "jsonl: samples were not recorded: RuntimeError: planted in jsonl",
+}
+
+
+def all_faults(directory: Path) -> dict[str, dict[str, Any]]:
+    return {kind: three_rounds(directory, directory / kind, kind) for kind in ("none", *FAULTS)}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rounds")
+    assets.write_model(path / "model", hidden_size=32, intermediate_size=64)
+    return path
+
+
+@pytest.fixture(scope="module")
+def outcomes(directory) -> list[dict[str, dict[str, Any]]]:
+    return run_distributed(all_faults, 2, directory, directory)
+
+
+@pytest.mark.parametrize(("kind", "warning"), FAULTS.items())
+def test_a_fault_on_rank_0_costs_one_warning(outcomes, kind, warning):
+    first, second = (outcome[kind] for outcome in outcomes)
+    assert [text.partition(";")[0] for text in first["warnings"]] == [warning]
+    assert second["warnings"] == []
+    for result in (first, second):
+        assert result["met"]
+        assert result["random"]
+        assert result["files"] == []
+    if kind == "oom":
+        assert "lower generation.max_new_tokens or trainer.max_val_samples" in first["warnings"][0]
+
+
+def test_without_a_fault_every_round_is_written(outcomes, directory):
+    first, second = (outcome["none"] for outcome in outcomes)
+    assert first["warnings"] == second["warnings"] == []
+    assert first["random"]
+    assert second["random"]
+    assert first["files"] == [f"step_{step:08d}.jsonl" for step in (1, 2, 3)]
+    rounds = [(directory / "none" / "generations" / name).read_text().splitlines() for name in first["files"]]
+    texts = [[json.loads(line)["generation"] for line in lines] for lines in rounds]
+    assert len(texts[0]) == 3
+    assert texts[0] == texts[1] == texts[2]  # the weights are the same, so is what they say
+
+
+def samples_of_uneven_batches(directory: Path) -> tuple[list[str], list[str]]:
+    """Rank 0 passes two rows, rank 1 an empty batch."""
+    host = SmallHost(directory, directory, Rows())
+    num_rows = 2 if dist.get_rank() == 0 else 0
+    batch = {"input_ids": torch.arange(5, 15).repeat(num_rows, 1), "attention_mask": torch.ones(num_rows, 10).long()}
+    return ValidationRounds(host, GenerationSettings(enabled=False, max_new_tokens=4)).generate_samples(batch)
+
+
+def test_generate_samples_on_uneven_batches(directory):
+    first, second = run_distributed(samples_of_uneven_batches, 2, directory, directory)
+    assert second == ([], [])
+    prompts, generations = first
+    assert len(prompts) == len(generations) == 2
+    assert prompts[0] == prompts[1]
