@@ -39,6 +39,8 @@ def activate(search_path: ConfigSearchPath) -> None:
 
     main = sys.modules["__main__"]
     run_verl = main.run_sft
+    if run_verl.__module__ == __name__:
+        return  # Hydra makes a search path for every configuration that a program composes
 
     def run_sft(config: DictConfig) -> None:
         _run(config, load_host_class(verl_module), main, run_verl, trainer_class=None)

@@ -1,4 +1,4 @@
-"""Which fields of `transformers.GenerationConfig` may be set, and which sets of values transformers accepts.
+"""What may be set in `transformers.GenerationConfig`, and what of a model's own is taken over.
 
 This module knows transformers, and imports it only when it is asked. It does not know where a value comes from.
 """
@@ -6,7 +6,10 @@ This module knows transformers, and imports it only when it is asked. It does no
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 from verl_valgen.checks import ConfigError, plain
 
@@ -69,3 +72,21 @@ def check(parameters: Mapping[str, Any]) -> None:
     home = getattr(utils, "GENERATION_MODES_MAPPING", {}).get(mode, "")
     if "/" in home:
         raise ConfigError(f"generation: these parameters select {plain(mode.value)}, but {_ON_THE_HUB} ({plain(home)})")
+
+
+def special_tokens(model_config: GenerationConfig | None, tokenizer: Any) -> GenerationConfig:
+    """A generation config with the special token ids of the model's own, else of the tokenizer, and nothing else.
+
+    Where there is no padding token the end-of-sequence token serves: padding is hidden by the attention mask.
+    """
+    from transformers import GenerationConfig
+
+    own = model_config or GenerationConfig()
+    ids = {}
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        value = getattr(own, name)
+        ids[name] = getattr(tokenizer, name) if value is None else value
+    if ids["pad_token_id"] is None:
+        eos = ids["eos_token_id"]
+        ids["pad_token_id"] = eos[0] if isinstance(eos, list) else eos if eos is not None else 0
+    return GenerationConfig(**ids)

@@ -1,6 +1,6 @@
 """Where a prompt ends and its answer begins: rows of a data set, or batches of a loader, become `Prompt`s.
 
-Owns what is known of loss masks and of verl's data sets; knows neither the trainer nor how an answer is generated.
+Owns what is known of verl's data sets; knows neither the trainer nor how an answer is generated.
 It reads only: no random number is drawn here, and data set, batch and tokenizer stay as they are. verl is never
 imported: whoever holds one of its data sets has its module loaded.
 """
@@ -12,8 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
+from verl_valgen.loss_masks import answer_span, end_of_last, without_padding
 from verl_valgen.samples import Prompt
 
 
@@ -55,11 +54,11 @@ def prompts_from_batch(batch: Any, tokenizer: Any, *, shifted: bool) -> list[Pro
     opening, generation_prompt = _chat_markers(tokenizer) if shifted else (None, [])
     prompts = []
     for row in zip(input_ids, *unbound, strict=True):
-        ids, mask = _without_padding(*row)
-        start, end = _answer_span(mask, len(ids), shifted)
+        ids, mask = without_padding(*row)
+        start, end = answer_span(mask, len(ids), shifted)
         lost_beginning = len(ids) == len(row[0]) > 0 and ids[0] != opening
         if shifted and mask is not None and lost_beginning:
-            start = _end_of_last(generation_prompt, ids[:start])
+            start = end_of_last(generation_prompt, ids[:start])
         prompts.append(_split(ids, start, end, tokenizer, None))
     return prompts
 
@@ -164,7 +163,7 @@ def _readable(content: Any) -> str:
     return "".join(part.get("text") or "" for part in parts if isinstance(part, dict))
 
 
-# Loss masks
+# Other data sets
 
 
 def _from_item(dataset: Any, row: int, tokenizer: Any) -> Prompt | None:
@@ -174,27 +173,10 @@ def _from_item(dataset: Any, row: int, tokenizer: Any) -> Prompt | None:
     input_ids, *masks = (item.get(key, None) for key in keys) if hasattr(item, "get") else (None,)
     if input_ids is None:
         raise ValueError(f"an item of {type(dataset).__name__} must be a mapping with `input_ids`, got {item!r:.200}")
-    ids, mask = _without_padding(input_ids, *masks)
+    ids, mask = without_padding(input_ids, *masks)
     if mask is not None and not any(mask):
         return None
-    return _split(ids, *_answer_span(mask, len(ids), shifted=False), tokenizer, row)
-
-
-def _without_padding(input_ids: Any, attention_mask: Any, loss_mask: Any) -> tuple[list[int], list[bool] | None]:
-    """One row's tokens and loss mask, each (length,), where the attention mask, if there is one, is set."""
-    ids = torch.as_tensor(input_ids).flatten()
-    real = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask).flatten()
-    mask = None if loss_mask is None else torch.as_tensor(loss_mask).flatten()[real.bool()].bool().tolist()
-    return ids[real.bool()].tolist(), mask
-
-
-def _answer_span(mask: list[bool] | None, num_tokens: int, shifted: bool) -> tuple[int, int]:
-    """Start and end of the answer: the last run of ones; (num_tokens, num_tokens) where there is none."""
-    if not mask or not any(mask):
-        return num_tokens, num_tokens
-    end = num_tokens - mask[::-1].index(True)
-    start = end - [*mask[:end][::-1], False].index(False)
-    return min(start + shifted, num_tokens), min(end + shifted, num_tokens)
+    return _split(ids, *answer_span(mask, len(ids), shifted=False), tokenizer, row)
 
 
 def _split(ids: list[int], start: int, end: int, tokenizer: Any, row: int | None) -> Prompt:
@@ -210,9 +192,3 @@ def _chat_markers(tokenizer: Any) -> tuple[int, list[int]]:
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=g) for g in (True, False)
     )
     return _encode(tokenizer, opened)[0], _encode(tokenizer, opened[len(closed) :])
-
-
-def _end_of_last(needle: list[int], ids: list[int]) -> int:
-    """Where the last occurrence of `needle` in `ids` ends; `len(ids)` if there is none."""
-    starts = range(len(ids) - len(needle), -1, -1)
-    return next((i + len(needle) for i in starts if ids[i : i + len(needle)] == needle), len(ids))

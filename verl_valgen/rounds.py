@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from verl_valgen.backends import backend_class
 from verl_valgen.config import GenerationSettings
-from verl_valgen.gather import agree, base_model, gather, original_class, unwrap
+from verl_valgen.gather import agree, gather
+from verl_valgen.hf_parameters import special_tokens
 from verl_valgen.hosts.base import Host
+from verl_valgen.plain_copy import base_model, original_class, unwrap
 from verl_valgen.prompts import decode, mask_is_shifted, prompts_from_batch, prompts_from_dataset
 from verl_valgen.random_state import preserved_random_state
 from verl_valgen.samples import Completion, Prompt, Request, Sample
@@ -37,6 +39,7 @@ class ValidationRounds:
     def __init__(self, host: Host, settings: GenerationSettings) -> None:
         self.host, self.settings = host, settings
         self.prompts: list[Prompt] = []
+        """Answered at every round; on the logging rank alone."""
         self.trackers: CompositeTracker | None = None
         self.warned: set[str] = set()
         self.stack = ExitStack()
@@ -73,38 +76,53 @@ class ValidationRounds:
             return False
         if self.host.is_logging_rank:
             try:
-                self._read_prompts()
+                prompts, schedule = self._read_prompts(), self.host.schedule()
+                if prompts:
+                    logger.info("%d samples %s, in %s", len(prompts), schedule, self.directory)
+                    self._set_earlier_samples_aside(schedule.start_step)
+                self.prompts = prompts
             except Exception as e:
                 self._warn("the validation prompts could not be read, so there will be no samples", e)
         return agree(bool(self.prompts) or not self.host.is_logging_rank, self.host.device)
 
-    def _read_prompts(self) -> None:
-        host, schedule = self.host, self.host.schedule()
-        model_class = original_class(base_model(unwrap(host.model)))
+    def _read_prompts(self) -> list[Prompt]:
+        """The prompts of all rounds; [] after a warning that says why there are none."""
+        host = self.host
         if (reason := host.why_no_validation_batch()) is not None:
-            return logger.warning("no samples: %s", reason)
+            logger.warning("no samples: %s", reason)
+            return []
+        model_class = original_class(base_model(unwrap(host.model)))
         if not (hasattr(model_class, "generate") and model_class.can_generate()):
-            return logger.warning("no samples: the model class %s has no `generate`", model_class.__name__)
+            logger.warning("no samples: the model class %s has no `generate`", model_class.__name__)
+            return []
         with preserved_random_state(host.device):
             rows = host.validation_rows(self.settings.max_val_samples)
-            self.prompts, truncated = prompts_from_dataset(host.val_dataset, rows, host.tokenizer)
+            prompts, truncated = prompts_from_dataset(host.val_dataset, rows, host.tokenizer)
         if truncated:
             logger.warning(
                 "rows %s of the validation data have no answer left within data.max_length: skipped", truncated
             )
-        if not self.prompts:
-            return logger.warning("no samples: no answer of the first %d validation rows is left", len(rows))
-        logger.info("%d samples %s, in %s", len(self.prompts), schedule, self.directory)
-        if (old := set_aside(self.directory, schedule.start_step)) is not None:
-            logger.info("samples of an earlier run beyond step %d were moved to %s", schedule.start_step, old)
-        return None
+        if not prompts:
+            logger.warning("no samples: none of the first %d validation rows has an answer left", len(rows))
+        return prompts
+
+    def _set_earlier_samples_aside(self, start_step: int) -> None:
+        try:
+            folder = set_aside(self.directory, start_step)
+        except OSError as e:
+            self._warn(f"samples of an earlier run stay in {self.directory}", e)
+        else:
+            if folder is not None:
+                logger.info("samples of an earlier run beyond step %d were moved to %s", start_step, folder)
 
     def run(self, step: int) -> None:
         """One round; never raises. Collective: all ranks must call."""
         try:
             with preserved_random_state(self.host.device):
-                completions = self._complete(self.prompts)
-                if completions is not None:
+                model = self._gather()
+                if model is not None:
+                    completions = self._generate(model, self.prompts)
+                    del model  # its memory is free before anything else happens
                     self._log(self._samples(completions, step), step)
         except Exception as e:
             advice = "lower generation.max_new_tokens or trainer.max_val_samples" if is_out_of_memory(e) else ""
@@ -112,25 +130,21 @@ class ValidationRounds:
 
     def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
         """See `ValidationGenerationMixin.generate_samples`. Collective: all ranks must call."""
-        host = self.host
-        prompts: list[Prompt] = []
-        with preserved_random_state(host.device):
+        tokenizer = self.host.tokenizer
+        with preserved_random_state(self.host.device):
             model = self._gather()
             if model is None:
                 return [], []
-            prompts = prompts_from_batch(batch, host.tokenizer, shifted=mask_is_shifted(host.val_dataset))
+            # Behind the last collective: a batch that cannot be read raises here, and no rank waits.
+            prompts = prompts_from_batch(batch, tokenizer, shifted=mask_is_shifted(self.host.val_dataset))
             completions = self._generate(model, prompts)
         return (
-            [decode(host.tokenizer, prompt.input_ids, skip_special_tokens=False) for prompt in prompts],
-            [decode(host.tokenizer, c.output_ids, skip_special_tokens=True) for c in completions],
+            [decode(tokenizer, prompt.input_ids, skip_special_tokens=False) for prompt in prompts],
+            [decode(tokenizer, completion.output_ids, skip_special_tokens=True) for completion in completions],
         )
 
-    def _complete(self, prompts: Sequence[Prompt]) -> list[Completion] | None:
-        """The answers on the logging rank, None elsewhere. Collective: all ranks must call."""
-        model = self._gather()
-        return None if model is None else self._generate(model, prompts)
-
     def _gather(self) -> PreTrainedModel | None:
+        """A plain copy of the model on the logging rank, None elsewhere. Collective: all ranks must call."""
         host = self.host
         model = gather(host.model, dtype=self.dtype, device=host.device, keep=host.is_logging_rank)
         if model is not None:
@@ -200,19 +214,3 @@ class ValidationRounds:
 
 def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError)
-
-
-def special_tokens(model_config: GenerationConfig | None, tokenizer: Any) -> GenerationConfig:
-    """A generation config with the special token ids of the model's own, else of the tokenizer, and nothing else.
-
-    Where there is no padding token the end-of-sequence token serves: padding is hidden by the attention mask.
-    """
-    own = model_config or GenerationConfig()
-    ids = {}
-    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
-        value = getattr(own, name)
-        ids[name] = getattr(tokenizer, name) if value is None else value
-    if ids["pad_token_id"] is None:
-        eos = ids["eos_token_id"]
-        ids["pad_token_id"] = eos[0] if isinstance(eos, list) else eos if eos is not None else 0
-    return GenerationConfig(**ids)

@@ -17,7 +17,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from verl_valgen.gather import PlainCopy, agree, gather
+from verl_valgen.gather import agree, gather
+from verl_valgen.plain_copy import PlainCopy
 
 CPU = torch.device("cpu")
 SIZES = {

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl_valgen import rounds as rounds_module
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.config import GenerationSettings
-from verl_valgen.gather import PlainCopy, agree
+from verl_valgen.gather import agree
 from verl_valgen.hosts.base import Host
+from verl_valgen.plain_copy import PlainCopy
 from verl_valgen.rounds import ValidationRounds
 from verl_valgen.schedule import Schedule
 from verl_valgen.trackers.jsonl import JsonlTracker

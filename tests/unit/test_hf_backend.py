@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from verl_valgen.backends import BACKENDS, backend_class
 from verl_valgen.backends.hf import MAX_BATCH_SIZE, HFBackend, finish
-from verl_valgen.rounds import special_tokens
+from verl_valgen.hf_parameters import special_tokens
 from verl_valgen.samples import Completion, Request
 
 GREEDY = {"do_sample": False, "max_new_tokens": 9}

@@ -33,10 +33,10 @@ class FSDPSFTHost(Host):
         self.val_dataset = trainer.val_dataset
         self.is_logging_rank = trainer.device_mesh.get_rank() == 0
         device_type = trainer.device_mesh.device_type
-        on_cpu = device_type == "cpu"
-        self.device = (
-            torch.device("cpu") if on_cpu else torch.device(device_type, torch.accelerator.current_device_index())
-        )
+        if device_type == "cpu":
+            self.device = torch.device("cpu")
+        else:
+            self.device = torch.device(device_type, getattr(torch, device_type).current_device())
         self.compute_dtype = torch.bfloat16  # hard-coded in the trainer's mixed precision
 
     def schedule(self) -> Schedule:
