@@ -123,12 +123,17 @@ _ANYTHING = checks.finite()
 
 
 def load_settings(
-    config: DictConfig | Mapping[str, Any], environ: Mapping[str, str], overrides: Sequence[str] = ()
+    config: DictConfig | Mapping[str, Any],
+    environ: Mapping[str, str],
+    overrides: Sequence[str] = (),
+    *,
+    read_when_off: bool = False,
 ) -> GenerationSettings:
     """The settings of a run: `config` is verl's whole composed configuration, `overrides` what `task_overrides` gives.
 
-    Raises `ConfigError`. When generation is off, values are not looked at and the other fields are the defaults.
-    Misspelt variables are errors even then: the misspelt one may be what should have switched generation on.
+    Raises `ConfigError`. When generation is off, values are not looked at and the other fields are the defaults, unless
+    `read_when_off` is set. Misspelt variables are errors even then: the misspelt one may be what should have switched
+    generation on.
     """
     whole = as_omegaconf(config)
     in_block, in_trainer = keys_under("generation", whole), keys_under("trainer", whole)
@@ -151,15 +156,15 @@ def load_settings(
         enabled = checked("generation.enabled")
     else:
         enabled = in_block is not None or bool(in_environment)
-    if not enabled:
+    if enabled and "trainer.max_val_samples" in sources:
+        enabled = checked("trainer.max_val_samples") > 0
+    if not enabled and not read_when_off:
         return GenerationSettings(enabled=False)
-    if "trainer.max_val_samples" in sources and checked("trainer.max_val_samples") == 0:
-        return GenerationSettings(enabled=False, max_val_samples=0)
 
     _check_names(sources)
     own = {name: checked(key) for name, key in _KEYS.items() if key in sources}
     extra = {key.removeprefix("generation."): select(whole, key) for key in sources if key not in _KEYS.values()}
-    settings = GenerationSettings(**{**own, "enabled": True}, extra=extra)
+    settings = GenerationSettings(**{**own, "enabled": enabled}, extra=extra)
     hf_parameters.check(settings.parameters)
     return settings
 
@@ -189,10 +194,10 @@ def _refuse_misspelt(variable: str) -> None:
 
 
 def _hint_for_variable(variable: str) -> str:
-    hints = {name: f"it is set as +generation.{name}=..." for name in hf_parameters.field_names()}
+    hints = {name: f"it is set as ++generation.{name}=..." for name in hf_parameters.field_names()}
     for name, key in _KEYS.items():
         own = SETTINGS[key].variable
-        hints[name] = f"did you mean {own}?" if own else f"it is set as {key}=..."
+        hints[name] = f"did you mean {own}?" if own else f"it is set as ++{key}=..."
     name = variable.removeprefix("VERL_").removeprefix("GENERATION_").lower()
     close = difflib.get_close_matches(name[:100], hints, n=1, cutoff=0.7)
     return hints[close[0]] if close else f"there are {', '.join(_VARIABLES)}"

@@ -26,7 +26,8 @@ class ValidationGenerationMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         host_class, _ = host_class_for(type(self))
-        settings = load_settings(config, os.environ, task_overrides())
+        # Without rounds, `generate_samples` still wants its parameters.
+        settings = load_settings(config, os.environ, task_overrides(), read_when_off=True)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self._rounds = ValidationRounds(host_class(self), settings)
 

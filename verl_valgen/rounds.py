@@ -125,7 +125,8 @@ class ValidationRounds:
                     del model  # its memory is free before anything else happens
                     self._log(self._samples(completions, step), step)
         except Exception as e:
-            advice = "lower generation.max_new_tokens or trainer.max_val_samples" if is_out_of_memory(e) else ""
+            out_of_memory = isinstance(e, torch.OutOfMemoryError)
+            advice = "lower generation.max_new_tokens or trainer.max_val_samples" if out_of_memory else ""
             self._warn("no samples at this validation", e, advice)
 
     def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
@@ -210,7 +211,3 @@ class ValidationRounds:
             logger.warning("%s: %s%s; training goes on", what, cause, f"; {advice}" if advice else "")
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s\n%s", what, describe_at_length(error))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError)

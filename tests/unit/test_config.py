@@ -165,8 +165,15 @@ class TestSwitch:
         assert not load_with_hydra("~generation").enabled  # trainer.max_val_samples alone switches nothing on
 
     def test_zero_samples_switch_off(self):
-        loaded = load({"top_k": 3}, max_val_samples=0)
-        assert (loaded.enabled, loaded.max_val_samples) == (False, 0)
+        assert load({"top_k": 3}, max_val_samples=0) == GenerationSettings(enabled=False)
+
+    @pytest.mark.parametrize(("enabled", "max_val_samples"), [(False, 2), (True, 0)])
+    def test_values_are_read_when_off_for_whoever_generates_by_hand(self, enabled, max_val_samples):
+        config = {"generation": {"enabled": enabled, "top_k": 3}, "trainer": {"max_val_samples": max_val_samples}}
+        loaded = load_settings(config, {}, read_when_off=True)
+        assert (loaded.enabled, loaded.top_k, loaded.max_val_samples) == (False, 3, max_val_samples)
+        with pytest.raises(ConfigError, match="generation.top_k must be"):
+            load_settings({"generation": {"enabled": False, "top_k": -3}}, {}, read_when_off=True)
 
     def test_off_means_that_values_are_not_checked(self):
         block = {"enabled": False, "top_k": "x", "temperature": "${nowhere}", "temprature": "???"}
@@ -286,8 +293,8 @@ class TestErrors:
                 {"VERL_GENERATION_TEMPRATURE": "1"},
                 "unknown environment variable VERL_GENERATION_TEMPRATURE: did you mean VERL_GENERATION_TEMPERATURE?",
             ),
-            ({"VERL_GENERATION_MIN_P": "1"}, "VERL_GENERATION_MIN_P: it is set as +generation.min_p=..."),
-            ({"VERL_GENERATION_DTYPE": "1"}, "VERL_GENERATION_DTYPE: it is set as generation.dtype=..."),
+            ({"VERL_GENERATION_MIN_P": "1"}, "VERL_GENERATION_MIN_P: it is set as ++generation.min_p=..."),
+            ({"VERL_GENERATION_DTYPE": "1"}, "VERL_GENERATION_DTYPE: it is set as ++generation.dtype=..."),
             ({"VERL_GENERATION_MAX_VAL_SAMPLES": "1"}, "did you mean VERL_MAX_VAL_SAMPLES?"),
             ({"VERL_MAX_VAL_SAMPLE": "1"}, "did you mean VERL_MAX_VAL_SAMPLES?"),
             ({"VERL_MAX_SAMPLES": "1"}, "did you mean VERL_MAX_VAL_SAMPLES?"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.metadata import version
 
 import pandas as pd
 import pytest
@@ -11,16 +12,20 @@ from assets import PRINTABLE, SYSTEM_PROMPT, write_model, write_questions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from packaging.version import Version
 from tensordict import TensorDict
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer
 from verl.utils.dataset import SFTDataset
-from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 
 from verl_valgen.prompts import decode, mask_is_shifted, prompts_from_batch, prompts_from_dataset
 from verl_valgen.samples import Prompt
 
+VERL = Version(version("verl")).release
+since_verl_0_6 = pytest.mark.skipif(
+    VERL < (0, 6), reason="verl 0.5's data sets know neither apply_chat_template_kwargs nor pad_mode"
+)
 MAX_LENGTH = 600
 TOOL = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}
 
@@ -125,6 +130,7 @@ def test_single_turn_prompt_is_the_chat_template(tmp_path, tokenizer, rng_stays)
         assert (prompt.text, prompt.reference) == (question, answer)
 
 
+@since_verl_0_6
 def test_single_turn_passes_the_template_kwargs(tmp_path, tokenizer):
     dataset = single_turn(tmp_path, tokenizer, apply_chat_template_kwargs={"enable_thinking": False})
     prompt = only_prompt(dataset, tokenizer)
@@ -256,8 +262,9 @@ def test_enable_thinking_is_taken_from_its_column(tmp_path, tokenizer):
     assert hurried.input_ids == template_ids(tokenizer, talk("a?", "A", "b?"), enable_thinking=False)
     assert len(template_ids(tokenizer, talk("a?", "A", "b?"))) < len(hurried.input_ids)
     assert [thinking.reference, hurried.reference] == ["A", ""]
-    batch = prompts_from_batch(first_batch(dataset), tokenizer, shifted=False)
-    assert ids_and_references(batch) == ids_and_references([thinking, hurried])
+    if VERL < (0, 7):  # later the mask counts the closed think block among the answer
+        batch = prompts_from_batch(first_batch(dataset), tokenizer, shifted=False)
+        assert ids_and_references(batch) == ids_and_references([thinking, hurried])
 
 
 def test_answer_begins_where_the_template_leaves_its_generation_prompt(tmp_path, tokenizer):
@@ -279,7 +286,9 @@ def test_enable_thinking_none_is_passed_as_the_version_passes_it(tmp_path, token
     tokenizer.chat_template = "{{ messages[0].content }}{{ 'yes' if enable_thinking is defined else 'no' }}"
     dataset = multi_turn(tmp_path, tokenizer, [talk("a?", "A")])
     if later_verl:
-        monkeypatch.delattr(MultiTurnSFTDataset, "_process_message_tokens")
+        monkeypatch.delattr(MultiTurnSFTDataset, "_process_message_tokens", raising=False)
+    elif VERL >= (0, 7):
+        pytest.skip("of verl <= 0.6")
     prompt = only_prompt(dataset, tokenizer)
     assert decode(tokenizer, prompt.input_ids, skip_special_tokens=False) == ("a?no" if later_verl else "a?yes")
 
@@ -290,6 +299,7 @@ def test_enable_thinking_default_of_later_verl(tmp_path, tokenizer):
     assert only_prompt(dataset, tokenizer).input_ids == template_ids(tokenizer, talk("a?"), enable_thinking=False)
 
 
+@since_verl_0_6
 def test_conversation_passes_the_template_kwargs(tmp_path, tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{{ greeting }}" + tokenizer.chat_template
@@ -300,17 +310,18 @@ def test_conversation_passes_the_template_kwargs(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("override", [0, 1])
 def test_message_level_loss_mask_does_not_move_the_prompt(tmp_path, tokenizer, override):
-    """1 puts the generation prompt among the ones, 0 leaves the last turn without any."""
+    """With verl 0.6, 1 puts the generation prompt among the ones, 0 leaves the last turn without any."""
     messages = talk("a?", "A", "b?", "B")
     messages = [message | {"loss_mask": int(message["role"] == "assistant")} for message in messages]
     messages[-1]["loss_mask"] = override
     dataset = multi_turn(tmp_path, tokenizer, [messages])
-    assert prompts_from_batch(first_batch(dataset), tokenizer, shifted=False)[0].reference != "B"
+    if VERL[:2] == (0, 6):  # no other version reads it
+        assert prompts_from_batch(first_batch(dataset), tokenizer, shifted=False)[0].reference != "B"
     prompt = only_prompt(dataset, tokenizer)
     assert (prompt.input_ids, prompt.reference) == (template_ids(tokenizer, messages[:3]), "B")
 
 
-@pytest.mark.parametrize("pad_mode", ["right", "no_padding"])
+@pytest.mark.parametrize("pad_mode", ["right", pytest.param("no_padding", marks=since_verl_0_6)])
 @pytest.mark.parametrize("truncation", ["right", "left", "error"])
 def test_conversation_truncation(tmp_path, tokenizer, truncation, pad_mode):
     messages = talk("a?", "12345", "b?", "12345")
@@ -438,7 +449,10 @@ def test_item_without_input_ids_is_named(tokenizer, item):
 # Batches
 
 
+@since_verl_0_6
 def test_nested_batch_equals_rows(tmp_path, tokenizer):
+    from verl.utils.dataset.dataset_utils import SFTTensorCollator
+
     conversations = [talk("a?", "A"), talk("longer?", "B", "c?", "C")]
     dataset = multi_turn(tmp_path, tokenizer, conversations, pad_mode="no_padding")
     batch = first_batch(dataset, collate_fn=SFTTensorCollator("no_padding"))
