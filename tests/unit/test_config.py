@@ -172,7 +172,7 @@ class TestSwitch:
         config = {"generation": {"enabled": enabled, "top_k": 3}, "trainer": {"max_val_samples": max_val_samples}}
         loaded = load_settings(config, {}, read_when_off=True)
         assert (loaded.enabled, loaded.top_k, loaded.max_val_samples) == (False, 3, max_val_samples)
-        with pytest.raises(ConfigError, match="generation.top_k must be"):
+        with pytest.raises(ConfigError, match=r"generation\.top_k must be"):
             load_settings({"generation": {"enabled": False, "top_k": -3}}, {}, read_when_off=True)
 
     def test_off_means_that_values_are_not_checked(self):
