@@ -23,7 +23,7 @@ demo: $(INSTALLED)  ## trains a small model on CPU for two minutes and shows wha
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)  ## runs the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## checks style and types
 	$(BIN)/ruff check .

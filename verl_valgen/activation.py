@@ -59,7 +59,7 @@ def run_sft(config: DictConfig, trainer_class: type) -> None:
         trainer_class: Derives from one of verl's trainers.
 
     Raises:
-        SystemExit: The configuration is wrong; the message has been printed on rank 0.
+        SystemExit: The configuration is wrong; the message has been printed, once per node.
         TypeError: `trainer_class` derives from none of verl's trainers.
     """
     host_class, module = host_class_for(trainer_class)
@@ -76,9 +76,9 @@ def _run(
     from verl_valgen.config import ConfigError, load_settings, task_overrides
 
     try:
-        settings = load_settings(config, os.environ, task_overrides())
+        settings = load_settings(config, os.environ, task_overrides(), read_when_off=trainer_class is not None)
     except ConfigError as e:
-        if is_rank_zero():
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node: each has an environment of its own
             print(f"verl-valgen: {e}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -109,13 +109,17 @@ def single_process_environment() -> Iterator[None]:
         yield
         return
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # port 0: any that is free
-    before = dict(os.environ)
-    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address})
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def set_up_logging() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -45,18 +46,18 @@ def gather(wrapped: nn.Module, *, dtype: torch.dtype, device: torch.device, keep
         elsewhere.
 
     Raises:
-        Exception: Whatever prevented the copy, on the rank concerned and only after the last collective.
+        Exception: Whatever prevented the copy, on the rank concerned and only after the last collective. (What fails
+            inside a collective is raised at once: there the ranks are lost to each other anyway.)
     """
     start = time.perf_counter()
     source = unwrap(wrapped)
     plain: PlainCopy | None = None
     error: Exception | None = None
-    if keep:
-        try:
-            plain = PlainCopy(source, dtype, device)
-            plain.check_memory()
-        except Exception as e:
-            error = e
+    try:
+        plain = PlainCopy(source, dtype, device) if keep else None
+        check_memory(device, largest_unit_bytes(wrapped) + (plain.num_bytes if plain is not None else 0))
+    except Exception as e:
+        error = e
     if not agree(error is None, device):
         if error is not None:
             raise error
@@ -70,6 +71,7 @@ def gather(wrapped: nn.Module, *, dtype: torch.dtype, device: torch.device, keep
             try:
                 plain.receive(name, parameter)
             except Exception as e:  # the other ranks are on their way to the next gather: so is this one
+                traceback.clear_frames(e.__traceback__)  # they hold the copy, and memory may be what is missing
                 error, plain = e, None
     if error is not None:
         raise error
@@ -82,6 +84,28 @@ def gather(wrapped: nn.Module, *, dtype: torch.dtype, device: torch.device, keep
         time.perf_counter() - start,
     )  # fmt: skip
     return model
+
+
+def largest_unit_bytes(wrapped: nn.Module) -> int:
+    """Upper bound of what is whole at any one time besides the copy: an FSDP1 unit, or two copies of a parameter."""
+    sizes = [0]
+    for name, parameter in wrapped.named_parameters():
+        # An FSDP1 unit is one flat parameter of which each rank holds its share; a DTensor tells its full size.
+        factor = world_size() if name.endswith("_flat_param") else 2
+        sizes.append(parameter.numel() * parameter.element_size() * factor)
+    return max(sizes)
+
+
+def check_memory(device: torch.device, num_bytes: int) -> None:
+    """Raises MemoryError where so much certainly does not fit on the device (told of CUDA only)."""
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if num_bytes > free:
+        raise MemoryError(
+            f"gathering the model needs {num_bytes / 2**30:.1f} GiB on {device}, which has {free / 2**30:.1f} GiB free"
+        )
 
 
 def agree(ok: bool, device: torch.device) -> bool:
@@ -141,10 +165,12 @@ def _full_parameters_fsdp1(root: FSDP) -> Iterator[tuple[str, Tensor]]:
         # Between forward passes the modules hold views left over from the last one. They are not to be computed with,
         # but PEFT's DoRA takes a dtype from one, and summoning would leave others behind.
         views = [(module, tensor_attributes(module)) for _, module in modules]
-        with FSDP.summon_full_params(unit, recurse=False, writeback=False):
-            for module_name, module in modules:
-                for name, parameter in module._parameters.items():
-                    if parameter is not None and name != "_flat_param":
-                        yield clean_name(f"{module_name}.{name}".removeprefix(".")), parameter
-        for module, attributes in views:
-            vars(module).update(attributes)
+        try:
+            with FSDP.summon_full_params(unit, recurse=False, writeback=False):
+                for module_name, module in modules:
+                    for name, parameter in module._parameters.items():
+                        if parameter is not None and name != "_flat_param":
+                            yield clean_name(f"{module_name}.{name}".removeprefix(".")), parameter
+        finally:
+            for module, attributes in views:
+                vars(module).update(attributes)

@@ -25,7 +25,9 @@ _ONE_COMPLETION = "each prompt is given one completion"
 
 REFUSED = {
     "max_length": "it counts the prompt too; set generation.max_new_tokens",
+    "min_length": "it counts the prompt too; set generation.min_new_tokens",
     "n": _ONE_COMPLETION,
+    "token_healing": "it changes the prompt, which is shown as it is",
     "num_return_sequences": _ONE_COMPLETION,
     "compile_config": "it is the backend that decides about compilation",
     "generation_kwargs": "parameters are given flat, as generation.<name>",

@@ -48,18 +48,10 @@ class PlainCopy:
             for name, _ in layer.named_parameters()
         }
 
-    def check_memory(self) -> None:
-        """Raises MemoryError where the copy certainly does not fit on its device (told of CUDA only)."""
-        if self.device.type != "cuda":
-            return
-        num_bytes = sum(p.numel() for p in self.model.parameters()) * self.dtype.itemsize
-        free, _ = torch.cuda.mem_get_info(self.device)
-        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        if num_bytes > free:
-            raise MemoryError(
-                f"a {self.dtype} copy of the model needs {num_bytes / 2**30:.1f} GiB, {self.device} has "
-                f"{free / 2**30:.1f} GiB free"
-            )
+    @property
+    def num_bytes(self) -> int:
+        """Size of the parameters once they are here."""
+        return sum(parameter.numel() for parameter in self.model.parameters()) * self.dtype.itemsize
 
     def receive(self, name: str, parameter: Tensor) -> None:
         """Copies one whole parameter in; merges a PEFT layer as soon as all of its parameters are there."""

@@ -1,7 +1,7 @@
 """Rounds of generation: which prompts, when, and what becomes of the answers.
 
 A round begins with a gather, in which all ranks take part, and ends with samples in the trackers on the logging rank.
-Whatever fails in a round costs a warning: this is the one place in which that is caught.
+Whatever fails costs a warning: `run` catches what gathering and generating raise, the trackers see to themselves.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class ValidationRounds:
         self.stack.close()
         if self.trackers is not None:
             self.trackers.close()
+            self.trackers = None  # another `fit()` has runs of its own
 
     def _prepare(self) -> bool:
         """Says on the logging rank when samples will come, or why none will. Collective: all ranks must call.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from verl_valgen.gather import agree, gather
+from verl_valgen import gather as gather_module
+from verl_valgen.gather import agree, gather, largest_unit_bytes
 from verl_valgen.plain_copy import PlainCopy
 
 CPU = torch.device("cpu")
@@ -183,39 +186,59 @@ def test_the_copy_is_the_model(gathered, name, strategy):
         assert result["gradients"], f"rank {rank}: gradients differ after a gather"
 
 
-def fail_at(stage: str) -> tuple[str, bool]:
-    """Rank 0 fails while it prepares or while it receives; both ranks then do one more collective."""
-    wrapped = wrap(build("llama"), "fsdp2")
-    receive = PlainCopy.receive
+def fail_at(stage: str) -> tuple[str, bool, bool]:
+    """Rank 0 fails while it prepares or while it receives; both ranks then do one more collective.
 
-    def failing_check(self: PlainCopy) -> None:
+    Returns what came of it, whether the ranks met, and whether the failed copy was gone at the next parameter.
+    """
+    wrapped = wrap(build("llama"), "fsdp2")
+    receive, full_parameters = PlainCopy.receive, gather_module.full_parameters
+    copies: list[weakref.ref] = []
+    gone = True
+
+    def watched_parameters(*args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal gone
+        for item in full_parameters(*args, **kwargs):
+            yield item
+            gone = all(ref() is None for ref in copies)
+
+    def failing_check(device: torch.device, num_bytes: int) -> None:
         raise MemoryError("planted")
 
     def failing_receive(self: PlainCopy, name: str, parameter: torch.Tensor) -> None:
         if "layers.1" in name:
+            copies.append(weakref.ref(self))
             raise torch.OutOfMemoryError("planted")
         receive(self, name, parameter)
 
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 0:
-            patch.setattr(PlainCopy, stage, {"check_memory": failing_check, "receive": failing_receive}[stage])
+            if stage == "check_memory":
+                patch.setattr(gather_module, "check_memory", failing_check)
+            else:
+                patch.setattr(PlainCopy, "receive", failing_receive)
+                patch.setattr(gather_module, "full_parameters", watched_parameters)
         try:
             outcome = repr(gather(wrapped, dtype=torch.float32, device=CPU, keep=dist.get_rank() == 0))
         except Exception as e:
             outcome = f"{type(e).__name__}: {e}"
-    return outcome, agree(True, CPU)
+    return outcome, agree(True, CPU), gone
 
 
 def failures_and_agreements() -> dict[str, Any]:
     agreements = {refusing: agree(dist.get_rank() != refusing, CPU) for refusing in (None, 0, 1)}
-    return {"agreements": agreements} | {stage: fail_at(stage) for stage in ("check_memory", "receive")}
+    sizes = [largest_unit_bytes(wrap(build("llama"), strategy)) for strategy in ("fsdp", "fsdp2")]
+    return {"agreements": agreements, "sizes": sizes} | {stage: fail_at(stage) for stage in ("check_memory", "receive")}
 
 
 def test_a_failure_is_raised_where_it_happened_and_no_rank_waits(tmp_path: Path):
     first, second = run_distributed(failures_and_agreements, 2, tmp_path)
-    assert first["check_memory"] == ("MemoryError: planted", True)
-    assert first["receive"] == ("OutOfMemoryError: planted", True)
-    assert second["check_memory"] == second["receive"] == ("None", True)
+    assert first["check_memory"] == ("MemoryError: planted", True, True)
+    assert first["receive"] == ("OutOfMemoryError: planted", True, True)
+    assert second["check_memory"] == second["receive"] == ("None", True, True)
+    # In float32: under FSDP1 a decoder layer (attention, MLP, two norms), under FSDP2 twice a matrix of the MLP.
+    layer = 2 * 16 * 16 + 2 * 8 * 16 + 3 * 50 * 16 + 2 * 16
+    assert first["sizes"] == [4 * layer, 4 * 2 * 50 * 16]
     assert first["agreements"] == second["agreements"] == {None: True, 0: False, 1: False}
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import plain_greedy, plain_model, read_sharded
-from end_to_end.trainer import VERL_VERSION, Assets, run
+from end_to_end.trainer import VERL_VERSION, Assets, Run, run
 from transformers import AutoTokenizer
 
 from verl_valgen.schedule import Schedule
@@ -21,7 +23,7 @@ GREEDY = {"VERL_GENERATION_DO_SAMPLE": "false", "VERL_GENERATION_MAX_NEW_TOKENS"
 
 # Imported by verl inside the trainer's process (`model.external_lib`): seeds it, and reports at its end.
 OBSERVER = """
-import atexit, json, random, sys
+import atexit, json, os, random, sys
 import numpy as np, torch
 torch.manual_seed(0); np.random.seed(0); random.seed(0)
 trainer = [cls.__name__ for cls in sys.modules["__main__"].FSDPSFTTrainer.__mro__]
@@ -31,30 +33,36 @@ def report():
         "trainer": trainer,
         "loaded": sorted(name for name in sys.modules if name.startswith("verl_valgen")),
         "random": [torch.get_rng_state().sum().item(), np.random.get_state()[1].tolist(), random.getstate()[1][:5]],
-    }, open("observed.json", "w"))
+    }, open(f"observed_{os.environ['RANK']}.json", "w"))
 
 atexit.register(report)
 """
 
 
-def observed_run(directory: Path, assets: Assets, environment: dict[str, str], *overrides: str):
-    """A run that seeds itself, and what it saw at its end."""
+def observed_run(
+    directory: Path, assets: Assets, environment: dict[str, str], overrides: list[str], num_ranks: int
+) -> tuple[Run, list[dict[str, Any]]]:
+    """A run that seeds itself, and what each rank saw at its end."""
     directory.mkdir()
     (directory / "observer.py").write_text(OBSERVER)
     result = run(
         directory,
         [*assets.overrides(multiturn=True), "model.external_lib=observer", *overrides],
         environment={"PYTHONPATH": str(directory)} | environment,
+        num_ranks=num_ranks,
     )
     assert result.returncode == 0, result.output[-5000:]
-    return result, json.loads((directory / "observed.json").read_text())
+    return result, [json.loads((directory / f"observed_{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
-@pytest.mark.parametrize("overrides", [["model.strategy=fsdp2"], ["model.strategy=fsdp", "model.lora_rank=4"]])
-def test_training_is_the_same_with_generation_and_without(tmp_path, assets, overrides):
+@pytest.mark.parametrize(
+    ("overrides", "num_ranks"), [(["model.strategy=fsdp2"], 1), (["model.strategy=fsdp", "model.lora_rank=4"], 2)]
+)
+def test_training_is_the_same_with_generation_and_without(tmp_path, assets, overrides, num_ranks):
     sampling = {"VERL_GENERATION_MAX_NEW_TOKENS": "8"}
-    on, seen_on = observed_run(tmp_path / "on", assets, sampling, *overrides, "trainer.test_freq=1")
-    off, seen_off = observed_run(tmp_path / "off", assets, {}, *overrides, "trainer.test_freq=1")
+    overrides = [*overrides, "trainer.test_freq=1"]
+    on, seen_on = observed_run(tmp_path / "on", assets, sampling, overrides, num_ranks)
+    off, seen_off = observed_run(tmp_path / "off", assets, {}, overrides, num_ranks)
     assert len(on.samples(1)) == 5
     assert not off.generations.exists()
 
@@ -64,13 +72,13 @@ def test_training_is_the_same_with_generation_and_without(tmp_path, assets, over
     parameters = [read_sharded(result.checkpoints / "global_step_3") for result in (on, off)]
     assert parameters[0].keys() == parameters[1].keys()
     assert all(torch.equal(parameters[0][name], parameters[1][name]) for name in parameters[0])
-    assert seen_on["random"] == seen_off["random"]
-
-    # Off means that verl's own class trains, and that nothing of ours that generates is even loaded.
-    assert seen_on["trainer"][:3] == ["FSDPSFTTrainer", "ValidationGenerationMixin", "FSDPSFTTrainer"]
-    assert seen_off["trainer"] == ["FSDPSFTTrainer", "object"]
-    heavy = {"mixin", "rounds", "gather", "sampling", "prompts", "backends", "trackers"}
-    assert {name.split(".")[1] for name in seen_off["loaded"] if "." in name}.isdisjoint(heavy)
+    for rank_on, rank_off in zip(seen_on, seen_off, strict=True):
+        assert rank_on["random"] == rank_off["random"]
+        # Off means that verl's own class trains, and that nothing of ours that generates is even loaded.
+        assert rank_on["trainer"][:3] == ["FSDPSFTTrainer", "ValidationGenerationMixin", "FSDPSFTTrainer"]
+        assert rank_off["trainer"] == ["FSDPSFTTrainer", "object"]
+        heavy = {"mixin", "rounds", "gather", "plain_copy", "sampling", "prompts", "backends", "trackers"}
+        assert {name.split(".")[1] for name in rank_off["loaded"] if "." in name}.isdisjoint(heavy)
 
 
 def test_a_users_own_yaml_anywhere_on_disk(tmp_path, assets):
@@ -199,6 +207,28 @@ def test_resuming_counts_on_and_sets_samples_of_a_longer_run_aside(tmp_path, ass
     assert (second.generations / "old-1" / stale.name).exists()
     assert second.samples(5)[0]["step"] == 5
     assert str(Schedule(3, 5, 5, 1)) in second.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["bash", "environment.sh"], ["bash", "config.sh"], [sys.executable, "subclass.py"]],
+    ids=lambda command: command[1],
+)
+def test_the_examples_run_as_they_stand(tmp_path, command):
+    """In a copy, for they write beside themselves."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+    def call(*arguments: str) -> None:
+        done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    name = Path(command[-1]).stem
+    if name == "subclass":
+        call(sys.executable, "examples/assets.py", "demo/assets")
+    call(command[0], f"examples/{command[1]}")
+    files = sorted((tmp_path / "demo" / name / "generations").glob("*.jsonl"))
+    assert [path.name for path in files] == [f"step_{step:08d}.jsonl" for step in (10, 20)]
 
 
 UNRELATED = """

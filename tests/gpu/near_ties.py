@@ -27,6 +27,7 @@ def assert_greedy(model: PreTrainedModel, prompt_ids: list[int], output_ids: lis
         model: Plain, in bfloat16, on the device.
     """
     output_ids = output_ids[:NUM_TOKENS]
+    assert output_ids, "not even an end of sequence was generated"
     ids = torch.tensor([prompt_ids + output_ids], device=model.device)
     logits = model(ids).logits[0, len(prompt_ids) - 1 : -1].float()  # (T, V)
     best = logits.max(-1).values

@@ -195,6 +195,7 @@ class TestErrors:
                 {"temperature": 0},
                 "generation.temperature must be a number > 0 (for greedy decoding set do_sample=false)",
             ),
+            ({"temperature": -1}, "generation.temperature must be a number > 0"),
             ({"temperature": True}, "generation.temperature must be a number > 0"),
             ({"temperature": math.nan}, "got nan"),
             ({"temperature": math.inf}, "got inf"),

@@ -54,7 +54,14 @@ def requests_of_lengths(*lengths: int) -> list[Request]:
 MIXED = (3, 40, 1, 17, 17, 5, 60, 2)
 
 
-@pytest.mark.parametrize("params", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
+# These look at the prompt's tokens, and would take padding for some.
+PENALISED = GREEDY | {"repetition_penalty": 3.0}
+NO_REPEATS = SAMPLING | {"no_repeat_ngram_size": 1}
+
+
+@pytest.mark.parametrize(
+    "params", [GREEDY, SAMPLING, PENALISED, NO_REPEATS], ids=["greedy", "sampling", "penalised", "no-repeats"]
+)
 def test_neither_batch_size_nor_order_matters(answer, params):
     requests = requests_of_lengths(*MIXED * 3)[: MAX_BATCH_SIZE + 5]
     together = answer(requests, params)

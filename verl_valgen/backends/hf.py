@@ -28,6 +28,13 @@ from verl_valgen.sampling import GumbelNoise, logits_warpers
 MAX_BATCH_SIZE = 16
 """Sequences decoded at once. A step reads all weights whatever the batch, so more would mostly cost cache memory."""
 
+BLIND_TO_PADDING = SAMPLING_ONLY | {
+    *("do_sample", "max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "early_stopping"),
+    *("eos_token_id", "pad_token_id", "bos_token_id", "max_time", "use_cache", "cache_implementation"),
+    *("suppress_tokens", "renormalize_logits", "remove_invalid_values"),
+}
+"""Parameters under which padding, which the attention mask hides, changes nothing. Of others that is not known."""
+
 
 class HFBackend(Backend):
     """Hugging Face's own loop, whatever it takes: sampling, beams, stop strings, any cache."""
@@ -41,16 +48,22 @@ class HFBackend(Backend):
         return [completion for completion in completions if completion is not None]
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], int]]:
-        """Indices of requests that run together, of similar length to keep padding short, and their token limit.
+        """Indices of requests that run together, and their token limit.
+
+        Of similar length, to keep padding short; of equal length where parameters are set that look at the prompt's
+        tokens (a repetition penalty, say), for these take the padding for text.
 
         A learned position embedding has nothing beyond its last position (on CUDA an index out of range there ends
         the process), so a request's own prompt bounds what can follow.
         """
         max_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
         limits = [int(min(self.params["max_new_tokens"], max_positions - len(r.input_ids))) for r in requests]
-        for limit in sorted(set(limits)):
-            group = [i for i in range(len(requests)) if limits[i] == limit]
-            group.sort(key=lambda i: len(requests[i].input_ids))
+        takes_padding = self.params.keys() <= BLIND_TO_PADDING
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i in sorted(range(len(requests)), key=lambda i: len(requests[i].input_ids)):
+            length = 0 if takes_padding else len(requests[i].input_ids)
+            groups.setdefault((limits[i], length), []).append(i)
+        for (limit, _), group in groups.items():
             for start in range(0, len(group), MAX_BATCH_SIZE):
                 yield group[start : start + MAX_BATCH_SIZE], limit
 

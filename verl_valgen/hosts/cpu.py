@@ -27,7 +27,6 @@ def fsdp_sft_support(module: ModuleType, config: DictConfig) -> Iterator[None]:
     import verl.utils.distributed
 
     logger.info("neither CUDA nor NPU here: verl runs on CPU with gloo")
-    config.trainer.device = "cpu"
     fsdp_class, loader_class = module.FSDP, module.StatefulDataLoader
 
     def fsdp_on_cpu(model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
@@ -47,6 +46,7 @@ def fsdp_sft_support(module: ModuleType, config: DictConfig) -> Iterator[None]:
 
     with ExitStack() as stack:
         for target, name, value in (
+            (config.trainer, "device", "cpu"),
             (verl.utils.distributed, "get_nccl_backend", lambda: "gloo"),
             (module, "FSDP", fsdp_on_cpu),
             (module, "StatefulDataLoader", loader_without_workers),

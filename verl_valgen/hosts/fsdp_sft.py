@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -80,9 +80,9 @@ class FSDPSFTHost(Host):
         with ExitStack() as stack:
             if not cls.has_accelerator(module):
                 stack.enter_context(cpu.fsdp_sft_support(module, config))
-            if importlib.util.find_spec("flash_attn") is None:
+            if not _flash_attn_works():
                 logger.info(
-                    "flash-attn is not installed: the model is loaded with transformers' default attention (sdpa)"
+                    "flash-attn cannot be imported: the model is loaded with transformers' default attention (sdpa)"
                 )
                 stack.enter_context(
                     patched(module, "AutoModelForCausalLM", _DefaultAttention(module.AutoModelForCausalLM))
@@ -92,6 +92,15 @@ class FSDPSFTHost(Host):
     @classmethod
     def has_accelerator(cls, module: ModuleType) -> bool:
         return module.is_cuda_available or module.is_npu_available
+
+
+def _flash_attn_works() -> bool:
+    # An installed build may have been made for another torch: only the import tells.
+    try:
+        importlib.import_module("flash_attn")
+    except Exception:
+        return False
+    return True
 
 
 class _DefaultAttention:
