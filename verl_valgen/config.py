@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from verl_valgen import checks, hf_parameters
+from verl_valgen.backends import BACKENDS
 from verl_valgen.checks import Check, ConfigError, plain
 from verl_valgen.hydra_values import as_omegaconf, keys_named_by, keys_under, select, task_overrides
 
@@ -94,7 +95,7 @@ SETTINGS = {
     "trainer.max_val_samples": Setting(checks.at_least(0, "0 switches generation off"), "VERL_MAX_VAL_SAMPLES"),
     "generation.seed": Setting(_SEED, "VERL_GENERATION_SEED"),
     "generation.dtype": Setting(_DTYPE),
-    "generation.backend": Setting(checks.one_of("auto", "hf")),
+    "generation.backend": Setting(checks.one_of("auto", *BACKENDS)),
     "generation.max_log_chars": Setting(checks.at_least(16)),
     "generation.max_tracker_chars": Setting(checks.at_least(16)),
     # Fields of GenerationConfig that transformers checks only while it generates, if at all.

@@ -77,7 +77,7 @@ def test_training_is_the_same_with_generation_and_without(tmp_path, assets, over
         # Off means that verl's own class trains, and that nothing of ours that generates is even loaded.
         assert rank_on["trainer"][:3] == ["FSDPSFTTrainer", "ValidationGenerationMixin", "FSDPSFTTrainer"]
         assert rank_off["trainer"] == ["FSDPSFTTrainer", "object"]
-        heavy = {"mixin", "rounds", "gather", "plain_copy", "sampling", "prompts", "backends", "trackers"}
+        heavy = {"mixin", "rounds", "gather", "plain_copy", "sampling", "prompts", "trackers"}
         assert {name.split(".")[1] for name in rank_off["loaded"] if "." in name}.isdisjoint(heavy)
 
 
