@@ -87,12 +87,16 @@ def gather(wrapped: nn.Module, *, dtype: torch.dtype, device: torch.device, keep
 
 
 def largest_unit_bytes(wrapped: nn.Module) -> int:
-    """Upper bound of what is whole at any one time besides the copy: an FSDP1 unit, or two copies of a parameter."""
+    """What is whole at any one time besides the copy, at most: an FSDP1 unit in float32, or a parameter twice."""
     sizes = [0]
-    for name, parameter in wrapped.named_parameters():
-        # An FSDP1 unit is one flat parameter of which each rank holds its share; a DTensor tells its full size.
-        factor = world_size() if name.endswith("_flat_param") else 2
-        sizes.append(parameter.numel() * parameter.element_size() * factor)
+    for parameter in wrapped.parameters():
+        # An FSDP1 unit is one flat parameter, which holds a share or, between some passes, the whole; a DTensor tells
+        # its full size.
+        flat_size: torch.Size | None = getattr(parameter, "_unpadded_unsharded_size", None)
+        if flat_size is not None:
+            sizes.append(flat_size.numel() * torch.float32.itemsize)
+        else:
+            sizes.append(2 * parameter.numel() * parameter.element_size())
     return max(sizes)
 
 
