@@ -45,5 +45,6 @@ def is_main_module(name: str) -> bool:
     spec = getattr(main, "__spec__", None)
     if spec is not None:
         return spec.name == name
-    parts = name.split(".")
-    return PurePath(getattr(main, "__file__", None) or "").with_suffix("").parts[-len(parts) :] == tuple(parts)
+    file = getattr(main, "__file__", None)  # `python -c` and a prompt have none
+    expected = PurePath(f"{name.replace('.', '/')}.py").parts
+    return file is not None and PurePath(file).parts[-len(expected) :] == expected
