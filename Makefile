@@ -19,7 +19,7 @@ PYTEST_ARGS ?= -n 2
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
 
-demo: $(INSTALLED)  ## trains a small model on CPU for two minutes and shows what it says, round after round
+demo: $(INSTALLED)  ## trains a small model on CPU for three minutes and shows what it says, round after round
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)  ## runs the tests
