@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 
-from verl_valgen.plain_copy import PlainCopy, clean_name, tensor_attributes, tuner_parameter_names, unwrap
+from verl_valgen.plain_copy import PlainCopy, clean_name, tensor_attributes, tuner_layers, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +63,7 @@ def gather(wrapped: nn.Module, *, dtype: torch.dtype, device: torch.device, keep
             raise error
         return None
 
-    tuned = tuner_parameter_names(source)
+    tuned = set(tuner_layers(source))
     num_bytes = 0
     for name, parameter in full_parameters(wrapped, dtype=dtype, device=device, uncast=tuned):
         num_bytes += parameter.numel() * parameter.element_size()

@@ -26,7 +26,7 @@ class PlainCopy:
 
     Args:
         source: A transformers model, or a PEFT model around one; sharded in any way. Its structure, buffers and
-            generation config are read, its parameters are not.
+            attributes are read, its parameters are not.
     """
 
     def __init__(self, source: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -42,11 +42,7 @@ class PlainCopy:
                     shared = places.setdefault(id(parameter), [])
                     shared.append((module, name))
                     self.places[f"{prefix}.{name}".removeprefix(".")] = shared
-        self.tuner_layers = {
-            f"{prefix}.{name}": layer
-            for prefix, layer in _tuner_layers(self.model)
-            for name, _ in layer.named_parameters()
-        }
+        self.tuner_layers = tuner_layers(self.model)
 
     @property
     def num_bytes(self) -> int:
@@ -125,21 +121,19 @@ def clean_name(name: str) -> str:
     return name
 
 
-def tuner_parameter_names(source: nn.Module) -> set[str]:
-    """Names of the parameters that PEFT layers merge: base weights and adapters."""
-    return {
-        f"{clean_name(prefix)}.{clean_name(name)}"
-        for prefix, layer in _tuner_layers(source)
-        for name, _ in layer.named_parameters()
-    }
-
-
-def _tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
+def tuner_layers(model: nn.Module) -> dict[str, Any]:
+    """The PEFT layer of each parameter that PEFT merges, base weight or adapter, by the parameter's clean name."""
     if not hasattr(model, "peft_config"):
-        return []
+        return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    layer_class: Any = BaseTunerLayer  # a mixin of modules, not itself one
+    return {
+        clean_name(f"{prefix}.{name}"): module
+        for prefix, module in model.named_modules()
+        if isinstance(module, layer_class)
+        for name, _ in module.named_parameters()
+    }
 
 
 def _empty_like(source: Any) -> nn.Module:
