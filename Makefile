@@ -1,10 +1,6 @@
-# Every target works in one environment, `.venv`, which the first of them makes. Needed: git, make, a C compiler and
-# Python 3.10 to 3.12 (numpy 1, which verl 0.6.1 wants, has no wheels for later ones).
-
-VENV ?= .venv
-BIN = $(VENV)/bin
-REQUIREMENTS = requirements/fsdp-sft.txt
-INSTALLED = $(VENV)/.installed
+# Two environments, one for each of verl's trainers, which the first target that needs one makes: `.venv-fsdp-sft` and
+# `.venv-engine`. Needed: git, make, a C compiler and Python 3.10 to 3.12 (numpy 1, which verl 0.6.1 wants, has no wheels
+# for later ones).
 
 # The first that runs and is of a version that will do: a name on the path may be a mere shim.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
@@ -14,29 +10,37 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 # For pytest: the number of workers, or what to run, as in `make test PYTEST_ARGS="-k console"`.
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help demo test lint clean
+FSDP_SFT = .venv-fsdp-sft
+ENGINE = .venv-engine
+
+.PHONY: help demo test test-fsdp-sft test-engine lint clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
 
-demo: $(INSTALLED)  ## trains a small model on CPU for three minutes and shows what it says, round after round
-	$(BIN)/python examples/demo.py
+demo: $(FSDP_SFT)/.installed  ## trains a small model on CPU for three minutes and shows what it says, round after round
+	$(FSDP_SFT)/bin/python examples/demo.py
 
-test: $(INSTALLED)  ## runs the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+test: test-fsdp-sft test-engine  ## runs the tests, with both trainers
 
-lint: $(INSTALLED)  ## checks style and types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+test-fsdp-sft: $(FSDP_SFT)/.installed  ## runs them with verl.trainer.fsdp_sft_trainer (verl 0.6.1)
+	OMP_NUM_THREADS=1 $(FSDP_SFT)/bin/python -m pytest $(PYTEST_ARGS)
 
-clean:  ## removes the environment, the demonstration's files and all caches
-	rm -rf $(VENV) demo outputs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+test-engine: $(ENGINE)/.installed  ## runs them with verl.trainer.sft_trainer (verl 0.9.1)
+	OMP_NUM_THREADS=1 $(ENGINE)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(FSDP_SFT)/.installed  ## checks style and types
+	$(FSDP_SFT)/bin/ruff check .
+	$(FSDP_SFT)/bin/ruff format --check .
+	$(FSDP_SFT)/bin/mypy
+
+clean:  ## removes the environments, the demonstration's files and all caches
+	rm -rf .venv-* demo outputs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A changed pin is installed over what is there.
-$(INSTALLED): $(REQUIREMENTS) pyproject.toml
+.venv-%/.installed: requirements/%.txt requirements/common.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.12 found: name one with make PYTHON=..." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --requirement $(REQUIREMENTS) --editable .
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --requirement $< --editable .
 	@touch $@

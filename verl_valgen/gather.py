@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 
-from verl_valgen.plain_copy import PlainCopy, clean_name, tensor_attributes, tuner_layers, unwrap
+from verl_valgen.plain_copy import PlainCopy, clean_name, empty_like, tensor_attributes, tuner_layers, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,8 +29,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@torch.no_grad()
-def gather(wrapped: nn.Module, *, dtype: torch.dtype, device: torch.device, keep: bool) -> PreTrainedModel | None:
+Parameters = Iterator[tuple[str, Tensor]]
+"""(name, whole tensor) one after the other. The tensor may be the trainer's own memory, valid until the next one is
+asked for: copy it, do not write to it."""
+
+
+def gather(
+    wrapped: nn.Module,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep: bool,
+    on_device: AbstractContextManager[None] | None = None,
+) -> PreTrainedModel | None:
     """A plain copy of a sharded model. Collective: all ranks must call.
 
     LoRA and other PEFT adapters are folded in with PEFT's own `merge`, in float32, before the cast.
@@ -39,49 +51,80 @@ def gather(wrapped: nn.Module, *, dtype: torch.dtype, device: torch.device, keep
         dtype: Of the copy's floating-point parameters.
         device: Of the copy. With NCCL it must be the rank's own device.
         keep: Whether this rank wants the copy. The others take part and keep nothing.
+        on_device: While it is open, the parameters lie where they can be gathered from.
 
     Returns:
         The copy in eval mode, None where `keep` is false or where another rank could not prepare for it. Peak memory
         above the level before: the copy plus one FSDP unit (one parameter under FSDP2) where `keep` is true, the unit
-        elsewhere.
+        elsewhere; and what `on_device` moves.
 
     Raises:
         Exception: Whatever prevented the copy, on the rank concerned and only after the last collective. (What fails
             inside a collective is raised at once: there the ranks are lost to each other anyway.)
     """
-    start = time.perf_counter()
     source = unwrap(wrapped)
+    return collect(
+        lambda: full_parameters(wrapped, dtype=dtype, device=device, uncast=set(tuner_layers(source))),
+        lambda: PlainCopy(empty_like(source), dtype, device, source=source),
+        device=device,
+        keep=keep,
+        unit_bytes=largest_unit_bytes(wrapped),
+        on_device=on_device,
+    )
+
+
+@torch.no_grad()
+def collect(
+    parameters: Callable[[], Parameters],
+    new_copy: Callable[[], PlainCopy],
+    *,
+    device: torch.device,
+    keep: bool,
+    unit_bytes: int,
+    on_device: AbstractContextManager[None] | None = None,
+) -> PreTrainedModel | None:
+    """A copy that is filled from parameters, wherever they come from. Collective: all ranks must call.
+
+    Args:
+        parameters: Called on all ranks, once all have prepared; each exhausts what it gives.
+        new_copy: Called where `keep` is true.
+        unit_bytes: What is whole at any one time besides the copy.
+
+    The rest, and what is returned and raised, is as for `gather`.
+    """
+    start = time.perf_counter()
     plain: PlainCopy | None = None
     error: Exception | None = None
-    try:
-        plain = PlainCopy(source, dtype, device) if keep else None
-        check_memory(device, largest_unit_bytes(wrapped) + (plain.num_bytes if plain is not None else 0))
-    except Exception as e:
-        error = e
-    if not agree(error is None, device):
-        if error is not None:
-            raise error
-        return None
+    with ExitStack() as stack:
+        try:
+            if on_device is not None:
+                stack.enter_context(on_device)
+            plain = new_copy() if keep else None
+            check_memory(device, unit_bytes + (plain.num_bytes if plain is not None else 0))
+        except Exception as e:
+            error = e
+        if not agree(error is None, device):
+            if error is not None:
+                raise error
+            return None
 
-    tuned = set(tuner_layers(source))
-    num_bytes = 0
-    for name, parameter in full_parameters(wrapped, dtype=dtype, device=device, uncast=tuned):
-        num_bytes += parameter.numel() * parameter.element_size()
-        if plain is not None and error is None:
-            try:
-                plain.receive(name, parameter)
-            except Exception as e:  # the other ranks are on their way to the next gather: so is this one
-                traceback.clear_frames(e.__traceback__)  # they hold the copy, and memory may be what is missing
-                error, plain = e, None
+        num_bytes = 0
+        for name, parameter in parameters():
+            num_bytes += parameter.numel() * parameter.element_size()
+            if plain is not None and error is None:
+                try:
+                    plain.receive(name, parameter)
+                except Exception as e:  # the other ranks are on their way to the next gather: so is this one
+                    traceback.clear_frames(e.__traceback__)  # they hold the copy, and memory may be what is missing
+                    error, plain = e, None
     if error is not None:
         raise error
     if plain is None:
         return None
     model = plain.finish()
     logger.debug(
-        "gathered %.1f MB from %s on %d rank(s) into a %s copy of %s on %s in %.3f s",
-        num_bytes / 1e6, type(wrapped).__name__, world_size(), dtype, type(model).__name__, device,
-        time.perf_counter() - start,
+        "gathered %.1f MB on %d rank(s) into a %s copy of %s on %s in %.3f s",
+        num_bytes / 1e6, world_size(), plain.dtype, type(model).__name__, device, time.perf_counter() - start,
     )  # fmt: skip
     return model
 
@@ -125,17 +168,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def full_parameters(
-    wrapped: nn.Module, *, dtype: torch.dtype, device: torch.device, uncast: set[str]
-) -> Iterator[tuple[str, Tensor]]:
+def full_parameters(wrapped: nn.Module, *, dtype: torch.dtype, device: torch.device, uncast: set[str]) -> Parameters:
     """Every parameter of a sharded model, whole, one after the other. Collective: all ranks must exhaust it.
 
     Args:
         uncast: Names of parameters that must come in their own dtype; where it saves traffic the others are cast first.
 
     Yields:
-        (name without wrappers, tensor). The tensor may be the trainer's own memory, valid until the next one is asked
-        for: copy it, do not write to it.
+        (name without wrappers, tensor), as `Parameters` says.
     """
     if isinstance(wrapped, FSDP):
         yield from _full_parameters_fsdp1(wrapped)
@@ -159,7 +199,7 @@ def full_parameters(
             yield name, parameter.to(device=device, dtype=target)
 
 
-def _full_parameters_fsdp1(root: FSDP) -> Iterator[tuple[str, Tensor]]:
+def _full_parameters_fsdp1(root: FSDP) -> Parameters:
     # `named_modules` is in pre-order, and the order matters: summoned before the root's first forward, a child would
     # be initialised as a root and break training ("Non-root FSDP instance's `_is_root` should not have been set yet").
     units = [(name, module) for name, module in root.named_modules() if isinstance(module, FSDP)]

@@ -28,7 +28,8 @@ class ValidationGenerationMixin:
         host_class, _ = host_class_for(type(self))
         # Without rounds, `generate_samples` still wants its parameters.
         settings = load_settings(config, os.environ, task_overrides(), read_when_off=True)
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        with host_class.while_building():
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self._rounds = ValidationRounds(host_class(self), settings)
 
     def fit(self) -> Any:
@@ -44,6 +45,7 @@ class ValidationGenerationMixin:
 
         Returns:
             (prompts, generations) in batch order on rank 0, ([], []) elsewhere. Prompts are decoded with special
-            tokens, generations without.
+            tokens, generations without. Samples with images or videos (`multi_modal_inputs`) are left out, with a
+            warning.
         """
         return self._rounds.generate_samples(batch)

@@ -1,4 +1,4 @@
-"""A plain Hugging Face model in the likeness of a sharded one: built empty, filled parameter by parameter.
+"""A plain Hugging Face model: built empty in the likeness of another or from a configuration, filled tensor by tensor.
 
 This module knows how FSDP and PEFT change a model's structure and names, and how to undo both. It does not know how a
 parameter is gathered, and nothing in it is collective.
@@ -15,33 +15,38 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Wrappers that show up in parameter names: FSDP1, and torch's activation checkpointing.
 _WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 class PlainCopy:
-    """A model of the source's class, without storage at first, that is filled parameter by parameter.
+    """A model whose parameters have no storage at first, and that is filled parameter by parameter.
 
     Args:
-        source: A transformers model, or a PEFT model around one; sharded in any way. Its structure, buffers and
-            attributes are read, its parameters are not.
+        model: What `empty_like` or `empty_from_config` gives; becomes the copy.
+        source: The model that it is the likeness of, None if it is nobody's: the tensors that are not parameters come
+            from there.
     """
 
-    def __init__(self, source: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        self.source, self.dtype, self.device = source, dtype, device
-        with torch.device("meta"):
-            self.model = _empty_like(source)
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, device: torch.device, *, source: nn.Module | None = None
+    ) -> None:
+        self.model, self.dtype, self.device = model, dtype, device
+        self.source = model if source is None else source
         # A tied parameter has several names and several places, and is stored once.
         places: dict[int, list[tuple[nn.Module, str]]] = {}
         self.places: dict[str, list[tuple[nn.Module, str]]] = {}
+        self.buffers: dict[str, tuple[nn.Module, str]] = {}
         for prefix, module in self.model.named_modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     shared = places.setdefault(id(parameter), [])
                     shared.append((module, name))
                     self.places[f"{prefix}.{name}".removeprefix(".")] = shared
+            for name in module._buffers.keys() - module._non_persistent_buffers_set:
+                self.buffers[f"{prefix}.{name}".removeprefix(".")] = (module, name)
         self.tuner_layers = tuner_layers(self.model)
 
     @property
@@ -50,7 +55,15 @@ class PlainCopy:
         return sum(parameter.numel() for parameter in self.model.parameters()) * self.dtype.itemsize
 
     def receive(self, name: str, parameter: Tensor) -> None:
-        """Copies one whole parameter in; merges a PEFT layer as soon as all of its parameters are there."""
+        """Copies one whole parameter in; merges a PEFT layer as soon as all of its parameters are there.
+
+        Raises:
+            KeyError: The model has no parameter or buffer of this name.
+        """
+        if name not in self.places:  # a state dict has both
+            module, attribute = self.buffers[name]
+            module._buffers[attribute] = parameter.detach().to(device=self.device, copy=True)
+            return
         places = self.places[name]
         if not any(getattr(module, attribute).is_meta for module, attribute in places):
             return  # tied, and here already under its other name
@@ -84,6 +97,7 @@ class PlainCopy:
     def _copy_tensors_that_are_not_parameters(self) -> None:
         # Rotary tables are buffers that no state dict holds, and the originals beside them plain attributes.
         modules = dict(self.model.named_modules())
+        # (Where nobody is the source, they are moved to the device.)
         for name, source in self.source.named_modules():
             target = modules.get(clean_name(name + ".").removesuffix("."))
             if target is None:
@@ -136,30 +150,57 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _empty_like(source: Any) -> nn.Module:
-    """A new model of the source's structure. Call it under `torch.device("meta")`: nothing is initialised there."""
+def empty_like(source: Any) -> nn.Module:
+    """A new model of the source's structure, all on the meta device: nothing is initialised there.
+
+    Args:
+        source: A transformers model, or a PEFT model around one; sharded in any way. Its parameters are not read.
+    """
     base = base_model(source)
     cls = original_class(base)
-    config = copy.deepcopy(base.config)
-    # Not the trainer's attention: flash attention takes no float32, and verl patches it for sequence parallelism.
-    config._attn_implementation = "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
-    model = cls(config)
-    if base is source:
-        return model
+    with torch.device("meta"):
+        model = cls(_with_plain_attention(base.config, cls))
+        if base is source:
+            return model
 
-    from peft import PeftModel
+        from peft import PeftModel
 
-    peft_model: Any = None
-    for adapter, peft_config in source.peft_config.items():
-        peft_config = copy.deepcopy(peft_config)
-        if hasattr(peft_config, "init_lora_weights"):
-            peft_config.init_lora_weights = False  # some initialisations decompose the weights, which are not there
-        if peft_model is None:
-            peft_model = PeftModel(model, peft_config, adapter)
-        else:
-            peft_model.add_adapter(adapter, peft_config)
+        peft_model: Any = None
+        for adapter, peft_config in source.peft_config.items():
+            peft_config = copy.deepcopy(peft_config)
+            if hasattr(peft_config, "init_lora_weights"):
+                peft_config.init_lora_weights = False  # some initialisations decompose the weights, which are not there
+            if peft_model is None:
+                peft_model = PeftModel(model, peft_config, adapter)
+            else:
+                peft_model.add_adapter(adapter, peft_config)
     peft_model.base_model.set_adapter(source.active_adapters)
     return peft_model
+
+
+def empty_from_config(auto_class: Any, config: PretrainedConfig, **kwargs: Any) -> nn.Module:
+    """A new model with its parameters on the meta device, and its buffers (rotary tables) computed, in host memory.
+
+    Args:
+        auto_class: One of transformers' `AutoModelFor...`.
+        kwargs: For its `from_config`.
+    """
+    from accelerate import init_empty_weights  # verl depends on it
+
+    config = copy.deepcopy(config)
+    config._attn_implementation = None  # transformers' choice, not the trainer's: see `_with_plain_attention`
+    with init_empty_weights(include_buffers=False):
+        model = auto_class.from_config(config, **kwargs)
+    model.tie_weights()  # accelerate has parted the tied ones
+    return model
+
+
+def _with_plain_attention(config: PretrainedConfig, cls: Any) -> PretrainedConfig:
+    """A copy without the trainer's attention: flash attention takes no float32, and verl patches it for sequence
+    parallelism."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
+    return config
 
 
 def _place(parameter: nn.Parameter, places: list[tuple[nn.Module, str]]) -> None:

@@ -18,10 +18,9 @@ from transformers import PreTrainedModel
 
 from verl_valgen.backends import backend_class
 from verl_valgen.config import GenerationSettings
-from verl_valgen.gather import agree, gather
+from verl_valgen.gather import agree
 from verl_valgen.hf_parameters import special_tokens
 from verl_valgen.hosts.base import Host
-from verl_valgen.plain_copy import base_model, original_class, unwrap
 from verl_valgen.prompts import decode, mask_is_shifted, prompts_from_batch, prompts_from_dataset
 from verl_valgen.random_state import preserved_random_state
 from verl_valgen.samples import Completion, Prompt, Request, Sample
@@ -92,20 +91,22 @@ class ValidationRounds:
         if (reason := host.why_no_validation_batch()) is not None:
             logger.warning("no samples: %s", reason)
             return []
-        model_class = original_class(base_model(unwrap(host.model)))
+        model_class: Any = host.model_class
         if not (hasattr(model_class, "generate") and model_class.can_generate()):
             logger.warning("no samples: the model class %s has no `generate`", model_class.__name__)
             return []
         with preserved_random_state(host.device):
             rows = host.validation_rows(self.settings.max_val_samples)
-            prompts, truncated = prompts_from_dataset(host.val_dataset, rows, host.tokenizer)
-        if truncated:
-            logger.warning(
-                "rows %s of the validation data have no answer left within data.max_length: skipped", truncated
-            )
-        if not prompts:
-            logger.warning("no samples: none of the first %d validation rows has an answer left", len(rows))
-        return prompts
+            found = prompts_from_dataset(host.val_dataset, rows, host.tokenizer)
+        for skipped, reason in (
+            (found.without_answer, "have no answer left within data.max_length"),
+            (found.multi_modal, "have images or videos, and only text is generated from"),
+        ):
+            if skipped:
+                logger.warning("rows %s of the validation data %s: skipped", skipped, reason)
+        if not found.prompts:
+            logger.warning("no samples: none of the first %d validation rows can be answered", len(rows))
+        return found.prompts
 
     def _set_earlier_samples_aside(self, start_step: int) -> None:
         try:
@@ -138,7 +139,13 @@ class ValidationRounds:
             if model is None:
                 return [], []
             # Behind the last collective: a batch that cannot be read raises here, and no rank waits.
-            prompts = prompts_from_batch(batch, tokenizer, shifted=mask_is_shifted(self.host.val_dataset))
+            in_batch = prompts_from_batch(batch, tokenizer, shifted=mask_is_shifted(self.host.val_dataset))
+            prompts = [prompt for prompt in in_batch if prompt is not None]
+            if len(prompts) < len(in_batch):
+                self._warn_once(
+                    f"{len(in_batch) - len(prompts)} of the batch's {len(in_batch)} samples have images or videos, and "
+                    "only text is generated from: left out"
+                )
             completions = self._generate(model, prompts)
         return (
             [decode(tokenizer, prompt.input_ids, skip_special_tokens=False) for prompt in prompts],
@@ -147,11 +154,9 @@ class ValidationRounds:
 
     def _gather(self) -> PreTrainedModel | None:
         """A plain copy of the model on the logging rank, None elsewhere. Collective: all ranks must call."""
-        host = self.host
-        model = gather(host.model, dtype=self.dtype, device=host.device, keep=host.is_logging_rank)
+        model = self.host.gather(self.dtype)
         if model is not None:
-            own = base_model(unwrap(host.model)).generation_config
-            model.generation_config = special_tokens(own, host.tokenizer)
+            model.generation_config = special_tokens(self.host.generation_config, self.host.tokenizer)
         return model
 
     def _generate(self, model: PreTrainedModel, prompts: Sequence[Prompt]) -> list[Completion]:
@@ -204,11 +209,15 @@ class ValidationRounds:
             )
         self.trackers.log_samples(samples, step)
 
+    def _warn_once(self, message: str, cause: str = "") -> None:
+        cause = cause or message
+        if cause not in self.warned:
+            self.warned.add(cause)
+            logger.warning("%s", message)
+
     def _warn(self, what: str, error: Exception, advice: str = "") -> None:
         """Warns once per cause; the traceback and repetitions are for DEBUG."""
         cause = describe(error)
-        if cause not in self.warned:
-            self.warned.add(cause)
-            logger.warning("%s: %s%s; training goes on", what, cause, f"; {advice}" if advice else "")
+        self._warn_once(f"{what}: {cause}{f'; {advice}' if advice else ''}; training goes on", cause)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s\n%s", what, describe_at_length(error))

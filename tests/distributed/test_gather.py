@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from verl_valgen import gather as gather_module
-from verl_valgen.gather import agree, gather, largest_unit_bytes
-from verl_valgen.plain_copy import PlainCopy
+from verl_valgen.gather import agree, collect, gather, largest_unit_bytes
+from verl_valgen.hosts.cpu import cpu_platform
+from verl_valgen.plain_copy import PlainCopy, empty_from_config, empty_like
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -66,7 +68,12 @@ def build(name: str) -> nn.Module:
 
 
 def wrap(model: nn.Module, strategy: str) -> nn.Module:
-    """As `FSDPSFTTrainer._build_model_optimizer` does, mixed precision and wrap policy included."""
+    """As verl's trainers do, mixed precision and wrap policy included."""
+    with cpu_platform():
+        return wrap_as_verl(model, strategy)
+
+
+def wrap_as_verl(model: nn.Module, strategy: str) -> nn.Module:
     from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict, get_fsdp_wrap_policy
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("fsdp",))
@@ -93,7 +100,8 @@ def merged(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     rotary = {name: buffer for name, buffer in plain.named_buffers() if "inv_freq" in name}
     plain = plain.to(dtype).eval()
     for name, buffer in rotary.items():  # as `from_pretrained(dtype=...)` leaves them
-        plain.get_submodule(name.rpartition(".")[0])._buffers["inv_freq"] = buffer
+        module, _, key = name.rpartition(".")
+        plain.get_submodule(module)._buffers[key] = buffer
     return plain
 
 
@@ -189,7 +197,8 @@ def test_the_copy_is_the_model(gathered, name, strategy):
 def fail_at(stage: str) -> tuple[str, bool, bool]:
     """Rank 0 fails while it prepares or while it receives; both ranks then do one more collective.
 
-    Returns what came of it, whether the ranks met, and whether the failed copy was gone at the next parameter.
+    Returns what came of it, whether the ranks met, and whether all was put away: the failed copy at the next parameter,
+    the moved parameters at the end.
     """
     wrapped = wrap(build("llama"), "fsdp2")
     receive, full_parameters = PlainCopy.receive, gather_module.full_parameters
@@ -211,31 +220,46 @@ def fail_at(stage: str) -> tuple[str, bool, bool]:
             raise torch.OutOfMemoryError("planted")
         receive(self, name, parameter)
 
+    @contextmanager
+    def on_device() -> Iterator[None]:
+        nonlocal gone
+        gone = False
+        try:
+            if stage == "on_device" and dist.get_rank() == 0:
+                raise torch.OutOfMemoryError("planted")
+            yield
+        finally:
+            gone = True
+
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 0:
             if stage == "check_memory":
                 patch.setattr(gather_module, "check_memory", failing_check)
-            else:
+            elif stage == "receive":
                 patch.setattr(PlainCopy, "receive", failing_receive)
                 patch.setattr(gather_module, "full_parameters", watched_parameters)
         try:
-            outcome = repr(gather(wrapped, dtype=torch.float32, device=CPU, keep=dist.get_rank() == 0))
+            keep = dist.get_rank() == 0
+            outcome = repr(gather(wrapped, dtype=torch.float32, device=CPU, keep=keep, on_device=on_device()))
         except Exception as e:
             outcome = f"{type(e).__name__}: {e}"
     return outcome, agree(True, CPU), gone
 
 
+STAGES = ("on_device", "check_memory", "receive")
+
+
 def failures_and_agreements() -> dict[str, Any]:
     agreements = {refusing: agree(dist.get_rank() != refusing, CPU) for refusing in (None, 0, 1)}
     sizes = [largest_unit_bytes(wrap(build("llama"), strategy)) for strategy in ("fsdp", "fsdp2")]
-    return {"agreements": agreements, "sizes": sizes} | {stage: fail_at(stage) for stage in ("check_memory", "receive")}
+    return {"agreements": agreements, "sizes": sizes} | {stage: fail_at(stage) for stage in STAGES}
 
 
 def test_a_failure_is_raised_where_it_happened_and_no_rank_waits(tmp_path: Path):
     first, second = run_distributed(failures_and_agreements, 2, tmp_path)
     assert first["check_memory"] == ("MemoryError: planted", True, True)
-    assert first["receive"] == ("OutOfMemoryError: planted", True, True)
-    assert second["check_memory"] == second["receive"] == ("None", True, True)
+    assert first["receive"] == first["on_device"] == ("OutOfMemoryError: planted", True, True)
+    assert {second[stage] for stage in STAGES} == {("None", True, True)}
     # In float32: under FSDP1 a decoder layer (attention, MLP, two norms), under FSDP2 twice a matrix of the MLP.
     layer = 2 * 16 * 16 + 2 * 8 * 16 + 3 * 50 * 16 + 2 * 16
     assert first["sizes"] == [4 * layer, 4 * 2 * 50 * 16]
@@ -243,10 +267,58 @@ def test_a_failure_is_raised_where_it_happened_and_no_rank_waits(tmp_path: Path)
 
 
 def test_a_parameter_that_never_came_is_named():
-    plain = PlainCopy(build("llama"), torch.float32, CPU)
+    plain = PlainCopy(empty_like(build("llama")), torch.float32, CPU)
     plain.receive("lm_head.weight", torch.zeros(37, 16))
     with pytest.raises(RuntimeError, match=r"20 parameters were not gathered, model\.embed_tokens\.weight first"):
         plain.finish()
+
+
+class WithBuffer(LlamaForCausalLM):
+    """A model with a buffer that state dicts hold, in two places like the weights."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("scale", torch.full((2,), 0.1))
+
+    @classmethod
+    def from_config(cls, config: LlamaConfig) -> WithBuffer:
+        return cls(config)
+
+
+def collect_stream(name: str) -> list[str] | None:
+    """Rank 0 copies a model that an engine would export: its state dict, tied weights once. Other ranks exhaust it."""
+    cls, config, _ = MODELS[name]
+    cls, auto_class = (WithBuffer, WithBuffer) if name == "llama" else (cls, AutoModelForCausalLM)
+    torch.manual_seed(0)
+    source = cls(copy.deepcopy(config))
+    before = torch.get_rng_state()
+    exported = dict(source.state_dict())
+    if config.tie_word_embeddings:
+        del exported["lm_head.weight"]
+    model = collect(
+        lambda: iter(exported.items()),
+        lambda: PlainCopy(empty_from_config(auto_class, config), torch.bfloat16, CPU),
+        device=CPU,
+        keep=dist.get_rank() == 0,
+        unit_bytes=0,
+    )
+    assert torch.equal(before, torch.get_rng_state())
+    assert len(exported) > 5
+    return None if model is None else differences(model, merged(source, torch.bfloat16))
+
+
+def streams() -> list[Any]:
+    return [collect_stream(name) for name in ("llama", "tied", "dynamic-rope")]
+
+
+def test_an_exported_stream_of_weights_becomes_the_same_copy(tmp_path: Path):
+    assert run_distributed(streams, 2, tmp_path) == [[[], [], []], [None, None, None]]
+
+
+def test_a_weight_that_the_model_does_not_have_is_named():
+    plain = PlainCopy(empty_from_config(AutoModelForCausalLM, MODELS["llama"][1]), torch.float32, CPU)
+    with pytest.raises(KeyError, match="experts"):
+        plain.receive("model.layers.0.experts.weight", torch.zeros(1))
 
 
 def test_the_copy_shares_no_memory_with_the_model():

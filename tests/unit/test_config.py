@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from end_to_end.trainer import CONFIG_NAME
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hypothesis import given, settings
@@ -32,11 +33,14 @@ def verl_folder() -> Path:
 
 
 def load_with_hydra(
-    *overrides: str, environ: dict[str, str] | None = None, config_name: str = "sft_trainer_with_generation"
+    *overrides: str, environ: dict[str, str] | None = None, with_generation: bool = True
 ) -> GenerationSettings:
     """Composes as verl's trainer does, with verl's and our folder on the search path."""
     folders = [OUR_CONFIG, verl_folder() / "trainer" / "config"]
-    if config_name == "sft_trainer":
+    config_name = CONFIG_NAME
+    if with_generation:
+        config_name += "_with_generation"
+    else:
         folders.reverse()
     search_path = f"hydra.searchpath=[file://{folders[1]}]"
     with initialize_config_dir(config_dir=str(folders[0]), version_base=None):
@@ -102,7 +106,7 @@ class TestPrecedence:
         ],
     )
     def test_with_verls_config(self, overrides, environ, expected):
-        loaded = load_with_hydra(*overrides, environ=environ, config_name="sft_trainer")
+        loaded = load_with_hydra(*overrides, environ=environ, with_generation=False)
         assert loaded == dataclasses.replace(self.DEFAULT, **expected)
 
     @pytest.mark.parametrize("key", [key for key in OWN_KEYS if SETTINGS[key].variable])
@@ -161,7 +165,7 @@ class TestSwitch:
 
     def test_no_block_at_all(self):
         assert load_settings({}, {}) == GenerationSettings(enabled=False)
-        assert not load_with_hydra(config_name="sft_trainer").enabled
+        assert not load_with_hydra(with_generation=False).enabled
         assert not load_with_hydra("~generation").enabled  # trainer.max_val_samples alone switches nothing on
 
     def test_zero_samples_switch_off(self):

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from verl_valgen.hosts.base import Host
 
-HOSTS = {"verl.trainer.fsdp_sft_trainer": "verl_valgen.hosts.fsdp_sft:FSDPSFTHost"}
+HOSTS = {
+    "verl.trainer.fsdp_sft_trainer": "verl_valgen.hosts.fsdp_sft:FSDPSFTHost",
+    "verl.trainer.sft_trainer": "verl_valgen.hosts.sft:SFTHost",
+}
 """verl's module -> "module:class" of its host."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -12,8 +12,10 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from verl_valgen.gather import gather
+from verl_valgen.plain_copy import base_model, original_class, unwrap
 from verl_valgen.schedule import Schedule
 
 
@@ -38,6 +40,23 @@ class Host(ABC):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
+    @property
+    def model_class(self) -> type:
+        """The class that a plain copy of the model has."""
+        return original_class(base_model(unwrap(self.model)))
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The model's own."""
+        return base_model(unwrap(self.model)).generation_config
+
+    def gather(self, dtype: torch.dtype) -> PreTrainedModel | None:
+        """A plain copy of the model on the logging rank, None elsewhere. Collective: all ranks must call.
+
+        See `verl_valgen.gather.gather`.
+        """
+        return gather(self.model, dtype=dtype, device=self.device, keep=self.is_logging_rank)
+
     @abstractmethod
     def schedule(self) -> Schedule: ...
 
@@ -54,6 +73,11 @@ class Host(ABC):
         """While it is open, every validation of `fit()` ends with `hook(step)`, on all ranks in step."""
 
     @classmethod
+    def while_building(cls) -> AbstractContextManager[None]:
+        """Open while verl's trainer is constructed."""
+        return nullcontext()
+
+    @classmethod
     @abstractmethod
     def has_accelerator(cls, module: ModuleType) -> bool:
         """Whether there is CUDA or NPU, as verl's trainer in `module` sees it."""
@@ -62,3 +86,10 @@ class Host(ABC):
     @abstractmethod
     def launch_support(cls, module: ModuleType, config: DictConfig) -> AbstractContextManager[None]:
         """What verl's trainer in `module` needs to run here, where it would fail otherwise. Says what it does."""
+
+
+def current_device(device_type: str) -> torch.device:
+    """The device of a type that this rank computes on."""
+    if device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(device_type, getattr(torch, device_type).current_device())

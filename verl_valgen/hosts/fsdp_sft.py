@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
 from types import ModuleType
 from typing import Any
@@ -14,12 +12,11 @@ import torch
 from omegaconf import DictConfig
 
 from verl_valgen.hosts import cpu
-from verl_valgen.hosts.base import Host
-from verl_valgen.hosts.loaders import CountingLoader, NotifyingLoader
+from verl_valgen.hosts.attention import flash_attn_works
+from verl_valgen.hosts.base import Host, current_device
+from verl_valgen.hosts.loaders import after_each_validation
 from verl_valgen.patching import patched
 from verl_valgen.schedule import Schedule
-
-logger = logging.getLogger(__name__)
 
 
 class FSDPSFTHost(Host):
@@ -32,11 +29,7 @@ class FSDPSFTHost(Host):
         self.tokenizer = trainer.tokenizer
         self.val_dataset = trainer.val_dataset
         self.is_logging_rank = trainer.device_mesh.get_rank() == 0
-        device_type = trainer.device_mesh.device_type
-        if device_type == "cpu":
-            self.device = torch.device("cpu")
-        else:
-            self.device = torch.device(device_type, getattr(torch, device_type).current_device())
+        self.device = current_device(trainer.device_mesh.device_type)
         self.compute_dtype = torch.bfloat16  # hard-coded in the trainer's mixed precision
 
     def schedule(self) -> Schedule:
@@ -65,14 +58,8 @@ class FSDPSFTHost(Host):
             f"({loader.batch_size} rows each, data.micro_batch_size_per_gpu), and verl drops incomplete batches"
         )
 
-    @contextmanager
-    def after_each_validation(self, hook: Callable[[int], None]) -> Iterator[None]:
-        # `fit()` has no hook for it, so the loaders tell: see hosts/loaders.py.
-        trainer = self.trainer
-        counter = CountingLoader(trainer.train_dataloader, start=trainer.resume_global_step)
-        notifier = NotifyingLoader(trainer.val_dataloader, lambda: hook(counter.count))
-        with patched(trainer, "train_dataloader", counter), patched(trainer, "val_dataloader", notifier):
-            yield
+    def after_each_validation(self, hook: Callable[[int], None]) -> AbstractContextManager[None]:
+        return after_each_validation(self.trainer, hook)
 
     @classmethod
     @contextmanager
@@ -80,10 +67,7 @@ class FSDPSFTHost(Host):
         with ExitStack() as stack:
             if not cls.has_accelerator(module):
                 stack.enter_context(cpu.fsdp_sft_support(module, config))
-            if not _flash_attn_works():
-                logger.info(
-                    "flash-attn cannot be imported: the model is loaded with transformers' default attention (sdpa)"
-                )
+            if not flash_attn_works():
                 stack.enter_context(
                     patched(module, "AutoModelForCausalLM", _DefaultAttention(module.AutoModelForCausalLM))
                 )
@@ -92,15 +76,6 @@ class FSDPSFTHost(Host):
     @classmethod
     def has_accelerator(cls, module: ModuleType) -> bool:
         return module.is_cuda_available or module.is_npu_available
-
-
-def _flash_attn_works() -> bool:
-    # An installed build may have been made for another torch: only the import tells.
-    try:
-        importlib.import_module("flash_attn")
-    except Exception:
-        return False
-    return True
 
 
 class _DefaultAttention:

@@ -8,7 +8,23 @@ that is not iteration (`len`, `state_dict`, ...) goes to the loader itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from verl_valgen.patching import patched
+
+
+@contextmanager
+def after_each_validation(trainer: Any, hook: Callable[[int], None]) -> Iterator[None]:
+    """While it is open, every validation of the trainer's `fit()` ends with `hook(step)`.
+
+    Args:
+        trainer: Has `train_dataloader`, `val_dataloader` and `resume_global_step`.
+    """
+    counter = CountingLoader(trainer.train_dataloader, start=trainer.resume_global_step)
+    notifier = NotifyingLoader(trainer.val_dataloader, lambda: hook(counter.count))
+    with patched(trainer, "train_dataloader", counter), patched(trainer, "val_dataloader", notifier):
+        yield
 
 
 class _LoaderProxy:

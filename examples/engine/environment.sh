@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The first way in: environment variables, with verl's own command and configuration (verl 0.7.1 and later).
+# On CPU in well under a minute; the samples lie in demo/engine-environment/generations.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+python examples/assets.py --multiturn demo/assets
+
+export VERL_GENERATION_TEMPERATURE=1.0
+export VERL_GENERATION_TOP_K=50
+export VERL_GENERATION_TOP_P=0.7
+export VERL_GENERATION_DO_SAMPLE=true
+export VERL_GENERATION_MAX_NEW_TOKENS=40
+export VERL_MAX_VAL_SAMPLES=5
+
+# On several GPUs: torchrun --standalone --nproc-per-node=8 -m verl.trainer.sft_trainer ...
+python -m verl.trainer.sft_trainer \
+  data.train_files=demo/assets/train.parquet \
+  data.val_files=demo/assets/val.parquet \
+  data.train_batch_size=16 \
+  data.max_length=192 \
+  model.path=demo/assets/model \
+  optim.lr=1e-3 \
+  trainer.total_training_steps=10 \
+  trainer.test_freq=5 \
+  trainer.logger=[console] \
+  trainer.default_local_dir=demo/engine-environment \
+  trainer.resume_mode=disable

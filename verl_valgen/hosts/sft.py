@@ -1,0 +1,183 @@
+"""`verl.trainer.sft_trainer.SFTTrainer`, verl 0.7 to 0.9: the trainer that runs engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import islice
+from types import MethodType, ModuleType
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from transformers import GenerationConfig, PreTrainedModel
+
+from verl_valgen.gather import Parameters, collect, gather
+from verl_valgen.hosts import cpu
+from verl_valgen.hosts.attention import flash_attn_works
+from verl_valgen.hosts.base import Host, current_device
+from verl_valgen.hosts.loaders import after_each_validation
+from verl_valgen.patching import patched
+from verl_valgen.plain_copy import PlainCopy, empty_from_config
+from verl_valgen.schedule import Schedule
+
+_original_forwards: dict[type, Callable[..., Any]] = {}
+"""The `forward` of model classes before verl's first trainer in this process replaced it, for good."""
+
+
+class SFTHost(Host):
+    trainer_name = "SFTTrainer"
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        self.engine = trainer.engine
+        self.config = trainer.config
+        self.model = self.engine.module  # of other engines than FSDP's it can be anything
+        self.model_config = trainer.model_config
+        self.tokenizer = self.model_config.tokenizer
+        self.val_dataset = trainer.val_dataset
+        self.is_logging_rank = self.engine.is_mp_src_rank_with_outputs() and self.engine.get_data_parallel_rank() == 0
+        self.device = current_device(trainer.device_name)
+        self.compute_dtype = _compute_dtype(trainer.engine_config)
+
+    @property
+    def is_sharded_by_fsdp(self) -> bool:
+        return isinstance(self.model, FSDP | FSDPModule)
+
+    @property
+    def model_class(self) -> type:
+        return super().model_class if self.is_sharded_by_fsdp else type(self._empty_model())
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        return super().generation_config if self.is_sharded_by_fsdp else self.model_config.generation_config
+
+    def gather(self, dtype: torch.dtype) -> PreTrainedModel | None:
+        if self.is_sharded_by_fsdp:
+            model = gather(
+                self.model, dtype=dtype, device=self.device, keep=self.is_logging_rank, on_device=self._on_device()
+            )
+        else:
+            model = collect(
+                self._exported_parameters,
+                lambda: PlainCopy(self._empty_model(), dtype, self.device),
+                device=self.device,
+                keep=self.is_logging_rank,
+                unit_bytes=0,
+                on_device=self._on_device(),
+            )
+        if model is not None and type(model) in _original_forwards:
+            model.forward = MethodType(_original_forwards[type(model)], model)
+        return model
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Parameters that verl keeps in host memory between steps are on the device while it is open."""
+        if not hasattr(self.engine, "is_param_offload_enabled"):  # verl 0.6, whose `to` moves no offloaded parameters
+            with self.engine.eval_mode():
+                yield
+            return
+        if not self.engine.is_param_offload_enabled:
+            yield
+            return
+        try:
+            self.engine.to(self.device.type, model=True, optimizer=False, grad=False)
+            yield
+        finally:
+            self.engine.to("cpu", model=True, optimizer=False, grad=False)
+
+    def _empty_model(self) -> nn.Module:
+        from verl.utils.model import get_hf_auto_model_class
+
+        config = self.model_config.hf_config
+        trust = {"trust_remote_code": True} if self.model_config.trust_remote_code else {}
+        return empty_from_config(get_hf_auto_model_class(config), config, **trust)
+
+    def _exported_parameters(self) -> Parameters:
+        """The engine's parameters under Hugging Face's names. Collective: all ranks must exhaust it.
+
+        Raises:
+            ValueError: The engine gives adapters apart from the weights.
+        """
+        parameters, peft_config = self.engine.get_per_tensor_param()
+        if peft_config is not None:
+            raise ValueError(
+                f"{type(self.engine).__name__} exports weights without their adapters: set model.lora.merge=true"
+            )
+        yield from parameters
+
+    def schedule(self) -> Schedule:
+        trainer = self.trainer
+        available_steps = trainer.steps_per_epoch * self.config.trainer.total_epochs
+        return Schedule(
+            start_step=trainer.resume_global_step,
+            available_steps=available_steps,
+            total_training_steps=trainer.total_training_steps,
+            test_freq=trainer.test_freq,
+        )
+
+    def validation_rows(self, limit: int) -> list[int]:
+        loader = self.trainer.val_dataloader
+        num_rows = min(limit, len(loader) * loader.batch_size)
+        return list(islice(iter(self.trainer.val_sampler), num_rows))
+
+    def why_no_validation_batch(self) -> str | None:
+        trainer = self.trainer
+        if not self.config.data.val_files:
+            return "data.val_files is not set" + (
+                f", so verl will fail where it validates (trainer.test_freq={trainer.test_freq})"
+                if trainer.test_freq > 0
+                else ""
+            )
+        if trainer.val_dataloader is not None and len(trainer.val_dataloader) > 0:
+            return None
+        num_ranks = self.engine.get_data_parallel_size()
+        return (
+            f"data.val_files has {len(trainer.val_dataset)} rows, fewer than one global batch "
+            f"(data.train_batch_size={trainer.global_batch_size}, {trainer.train_batch_size_per_dp} rows on each of "
+            f"{num_ranks} data-parallel ranks), and verl drops incomplete batches: its val/loss will be nan"
+        )
+
+    def after_each_validation(self, hook: Callable[[int], None]) -> AbstractContextManager[None]:
+        return after_each_validation(self.trainer, hook)
+
+    @classmethod
+    @contextmanager
+    def while_building(cls) -> Iterator[None]:
+        """Keeps the `forward` that `model.use_fused_kernels` replaces, in the model's class, by one without logits."""
+        from verl.workers.engine.fsdp import transformer_impl
+
+        patch_model = transformer_impl.apply_monkey_patch
+
+        def apply_monkey_patch(model: Any, *args: Any, **kwargs: Any) -> Any:
+            _original_forwards.setdefault(type(model), type(model).forward)
+            return patch_model(model, *args, **kwargs)
+
+        with patched(transformer_impl, "apply_monkey_patch", apply_monkey_patch):
+            yield
+
+    @classmethod
+    @contextmanager
+    def launch_support(cls, module: ModuleType, config: DictConfig) -> Iterator[None]:
+        with ExitStack() as stack:
+            if not cls.has_accelerator(module):
+                stack.enter_context(cpu.sft_support(module, config))
+            if "attn_implementation" not in config.model.override_config and not flash_attn_works():
+                OmegaConf.update(config, "model.override_config.attn_implementation", "sdpa", force_add=True)
+            yield
+
+    @classmethod
+    def has_accelerator(cls, module: ModuleType) -> bool:
+        from verl.utils.device import is_cuda_available, is_npu_available
+
+        return is_cuda_available or is_npu_available
+
+
+def _compute_dtype(engine_config: Any) -> torch.dtype:
+    from verl.utils.torch_dtypes import PrecisionType
+
+    mixed_precision = getattr(engine_config, "mixed_precision", None) or {}  # FSDP's; others have no such key
+    return PrecisionType.to_dtype(mixed_precision.get("param_dtype", "bf16"))
