@@ -139,6 +139,7 @@ def _character_tokenizer(vocab: str, pad_token: bool) -> PreTrainedTokenizerFast
         tokenizer_object=backend,
         additional_special_tokens=["<|im_start|>"],
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # no token types, which verl would take for media
         **special,
     )
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -160,7 +160,7 @@ def _messages(dataset: Any, row: int) -> list[dict] | None:
         media = _plain(frame[column].iloc[row]) if column in frame.columns else None
         if isinstance(media, list) and media:  # an empty cell may be pandas.NA, which is neither true nor false
             return None
-    example = _plain(frame.iloc[row].to_dict())  # a copy: verl fills in messages in place
+    example = _plain(frame.iloc[row].to_dict())  # a copy: verl 0.7 changes messages in place
     if _has_other_parts(example[dataset.messages_key]):
         return None
     # With a processor, string contents become lists of parts; which ones do depends on verl's version.

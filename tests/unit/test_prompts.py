@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import copy
-from importlib.metadata import version
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+import verl
 from assets import PRINTABLE, SYSTEM_PROMPT, write_model, write_questions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from packaging.version import Version
-from tensordict import TensorDict
+from tensordict import NonTensorData, TensorDict
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer
-from verl.utils.dataset import SFTDataset
+from transformers import AutoTokenizer, LlavaProcessor
 from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 
-from verl_valgen.prompts import decode, mask_is_shifted, prompts_from_batch, prompts_from_dataset
+from verl_valgen.prompts import DatasetPrompts, decode, mask_is_shifted, prompts_from_batch, prompts_from_dataset
 from verl_valgen.samples import Prompt
 
-VERL = Version(version("verl")).release
+try:
+    from verl.utils.dataset import SFTDataset
+except ImportError:
+    SFTDataset = None
+
+VERL = Version(verl.__version__).release
+needs_sft_dataset = pytest.mark.skipif(SFTDataset is None, reason="verl >= 0.7.1 has no SFTDataset")
 since_verl_0_6 = pytest.mark.skipif(
     VERL < (0, 6), reason="verl 0.5's data sets know neither apply_chat_template_kwargs nor pad_mode"
 )
+since_verl_0_7 = pytest.mark.skipif(VERL < (0, 7), reason="verl <= 0.6's data sets know only text")
 MAX_LENGTH = 600
 TOOL = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}
 
@@ -44,6 +51,24 @@ def rng_stays():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+@pytest.fixture
+def processor(tokenizer):
+    """A vision-language model's processor, whose template sets a bar after every part of a content."""
+    try:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil as ImageProcessor,
+        )
+    except ImportError:  # transformers < 5
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as ImageProcessor
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% for part in m.content %}{{ part.text }}|{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    # Qwen2VLProcessor asks for a video processor, and that for torchvision.
+    return LlavaProcessor(ImageProcessor(), copy.deepcopy(tokenizer), patch_size=14, chat_template=template)
+
+
 def single_turn(path, tokenizer, rows=None, cls=SFTDataset, **config):
     """verl's data set of (question, answer) pairs, from a parquet file in the directory `path`."""
     # verl's data set cannot be made from a file of one row.
@@ -53,11 +78,22 @@ def single_turn(path, tokenizer, rows=None, cls=SFTDataset, **config):
     return cls(str(path / "single.parquet"), tokenizer, OmegaConf.create(settings))
 
 
-def multi_turn(path, tokenizer, conversations, columns=None, **config):
+def multi_turn(path, tokenizer, conversations, columns=None, processor=None, cls=MultiTurnSFTDataset, **config):
     """verl's data set of conversations, from a parquet file in the directory `path`."""
     pd.DataFrame({"messages": conversations} | (columns or {})).to_parquet(path / "multi.parquet")
     config = OmegaConf.create({"max_length": MAX_LENGTH} | config)
-    return MultiTurnSFTDataset(str(path / "multi.parquet"), tokenizer, config)
+    kwargs = {} if processor is None else {"processor": processor}
+    return cls(str(path / "multi.parquet"), tokenizer, config, **kwargs)
+
+
+def multi_turn_in_memory(tokenizer, messages):
+    """verl's data set of one conversation, which parquet could not hold or would change."""
+    dataset = object.__new__(MultiTurnSFTDataset)
+    frame = pd.DataFrame({"messages": [messages]})
+    vars(dataset).update(tokenizer=tokenizer, messages=[messages], tools=None, enable_thinking=None, max_length=8)
+    vars(dataset).update(truncation="left", apply_chat_template_kwargs={}, processor=None, dataframe=frame)
+    vars(dataset).update(messages_key="messages", image_key="images", video_key="videos")
+    return dataset
 
 
 def talk(*contents, system=None):
@@ -68,14 +104,27 @@ def talk(*contents, system=None):
 
 
 def template_ids(tokenizer, messages, **kwargs):
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, **kwargs)
+    kwargs = {"add_generation_prompt": True} | kwargs
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kwargs)
+
+
+def all_prompts(dataset, tokenizer, rows=None):
+    prompts, without_answer, multi_modal = prompts_from_dataset(dataset, rows or range(len(dataset)), tokenizer)
+    assert (without_answer, multi_modal) == ([], [])
+    return prompts
 
 
 def only_prompt(dataset, tokenizer, row=0):
-    (prompt,), skipped = prompts_from_dataset(dataset, [row], tokenizer)
-    assert skipped == []
+    (prompt,) = all_prompts(dataset, tokenizer, [row])
     assert prompt.row == row
     return prompt
+
+
+def item_ids(dataset, row):
+    """The tokens of verl's own item, without padding."""
+    item = dataset[row]
+    ids = item["input_ids"]
+    return ids[item["attention_mask"].bool()].tolist() if "attention_mask" in item else ids.tolist()
 
 
 def first_batch(dataset, **kwargs):
@@ -102,15 +151,14 @@ def test_assets_leave_the_random_state(tmp_path, rng_stays):
     assert first == (tmp_path / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("multiturn", [False, True])
+@pytest.mark.parametrize("multiturn", [pytest.param(False, marks=needs_sft_dataset), True])
 def test_assets_questions_are_read_by_verl(tmp_path, tokenizer, multiturn):
     train, val = write_questions(tmp_path, num_train=150, num_val=12, multiturn=multiturn)
     questions = pd.read_parquet(val)
     assert set(questions["question"]) <= set(pd.read_parquet(train)["question"])
     config = OmegaConf.create({"prompt_key": "question", "response_key": "answer", "max_length": MAX_LENGTH})
     dataset = (MultiTurnSFTDataset if multiturn else SFTDataset)(str(val), tokenizer, config)
-    prompts, skipped = prompts_from_dataset(dataset, range(12), tokenizer)
-    assert skipped == []
+    prompts = all_prompts(dataset, tokenizer)
     assert [prompt.text for prompt in prompts] == questions["question"].tolist()
     assert [prompt.reference for prompt in prompts] == questions["answer"].tolist()
     assert any(SYSTEM_PROMPT in decode(tokenizer, p.input_ids, skip_special_tokens=True) for p in prompts) == multiturn
@@ -119,10 +167,10 @@ def test_assets_questions_are_read_by_verl(tmp_path, tokenizer, multiturn):
 # Single turn
 
 
+@needs_sft_dataset
 def test_single_turn_prompt_is_the_chat_template(tmp_path, tokenizer, rng_stays):
     dataset = single_turn(tmp_path, tokenizer)
-    prompts, skipped = prompts_from_dataset(dataset, [2, 0, 1], tokenizer)
-    assert skipped == []
+    prompts = all_prompts(dataset, tokenizer, [2, 0, 1])
     assert [prompt.row for prompt in prompts] == [2, 0, 1]
     for prompt in prompts:
         question, answer = dataset.prompts[prompt.row], dataset.responses[prompt.row]
@@ -130,6 +178,7 @@ def test_single_turn_prompt_is_the_chat_template(tmp_path, tokenizer, rng_stays)
         assert (prompt.text, prompt.reference) == (question, answer)
 
 
+@needs_sft_dataset
 @since_verl_0_6
 def test_single_turn_passes_the_template_kwargs(tmp_path, tokenizer):
     dataset = single_turn(tmp_path, tokenizer, apply_chat_template_kwargs={"enable_thinking": False})
@@ -139,22 +188,25 @@ def test_single_turn_passes_the_template_kwargs(tmp_path, tokenizer):
     assert only_prompt(dataset, tokenizer).input_ids == template_ids(tokenizer, talk(dataset.prompts[0]))
 
 
-def test_single_turn_prompt_is_the_head_of_the_item(tmp_path, tokenizer):
+@needs_sft_dataset
+def test_single_turn_prompt_and_answer_are_the_item(tmp_path, tokenizer):
     dataset = single_turn(tmp_path, tokenizer)
-    for prompt in prompts_from_dataset(dataset, range(3), tokenizer)[0]:
-        item = dataset[prompt.row]["input_ids"].tolist()
-        assert item[: len(prompt.input_ids)] == prompt.input_ids
+    for prompt in all_prompts(dataset, tokenizer):
+        answer = tokenizer(dataset.responses[prompt.row] + "<|im_end|>")["input_ids"]
+        assert item_ids(dataset, prompt.row) == prompt.input_ids + answer
 
 
+@needs_sft_dataset
 def test_single_turn_batch_equals_rows(tmp_path, tokenizer):
     dataset = single_turn(tmp_path, tokenizer, [("one?", "1"), ("two ?", " 2 . "), ("none?", "")])
     assert mask_is_shifted(dataset)
     batch = first_batch(dataset)
     prompts = prompts_from_batch(batch, tokenizer, shifted=True)
     assert [prompt.row for prompt in prompts] == [None] * 3
-    assert ids_and_references(prompts) == ids_and_references(prompts_from_dataset(dataset, range(3), tokenizer)[0])
+    assert ids_and_references(prompts) == ids_and_references(all_prompts(dataset, tokenizer))
 
 
+@needs_sft_dataset
 @pytest.mark.parametrize("num_lost", [1, 5, 12, 13, 14, 20])
 def test_single_turn_left_truncation(tmp_path, tokenizer, num_lost):
     """The row gives the whole prompt, the batch what is left of it: its mask begins too late and is not followed."""
@@ -167,23 +219,25 @@ def test_single_turn_left_truncation(tmp_path, tokenizer, num_lost):
     assert (prompt.input_ids, prompt.reference) == (whole[num_lost:], answer)
 
 
+@needs_sft_dataset
 @pytest.mark.parametrize("num_kept", [-3, 0, 1, 2, 5])
 def test_single_turn_right_truncation(tmp_path, tokenizer, num_kept):
     """`num_kept` tokens of the answer are left."""
     whole = template_ids(tokenizer, talk("one?"))
     config = {"truncation": "right", "max_length": len(whole) + num_kept}
     dataset = single_turn(tmp_path, tokenizer, [("one?", "12345678")] * 2, **config)
-    prompts, skipped = prompts_from_dataset(dataset, [0], tokenizer)
+    prompts, without_answer, _ = prompts_from_dataset(dataset, [0], tokenizer)
     from_batch, _ = prompts_from_batch(first_batch(dataset), tokenizer, shifted=True)
     if num_kept > 0:
         assert ids_and_references(prompts) == [(whole, "12345678")]
         assert (from_batch.input_ids, from_batch.reference) == (whole, "12345678"[:num_kept])
     else:
-        assert (prompts, skipped) == ([], [0])
+        assert (prompts, without_answer) == ([], [0])
         assert (from_batch.input_ids, from_batch.reference) == (whole[: len(whole) + num_kept], None)
 
 
-def test_subclasses_are_known_by_their_getitem(tmp_path, tokenizer):
+@needs_sft_dataset
+def test_single_turn_mask_is_shifted_in_subclasses_that_keep_getitem(tmp_path, tokenizer):
     class Renamed(SFTDataset):
         pass
 
@@ -208,17 +262,31 @@ CONVERSATIONS = {
 }
 
 
+@pytest.mark.parametrize("pad_mode", ["right", pytest.param("no_padding", marks=since_verl_0_6)])
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_conversation_is_cut_before_the_last_assistant_turn(tmp_path, tokenizer, name, rng_stays):
+def test_conversation_is_cut_before_the_last_assistant_turn(tmp_path, tokenizer, name, pad_mode, rng_stays):
     messages = CONVERSATIONS[name]
     turn = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    dataset = multi_turn(tmp_path, tokenizer, [messages])
+    dataset = multi_turn(tmp_path, tokenizer, [messages], pad_mode=pad_mode)
+    assert not mask_is_shifted(dataset)
     prompt = only_prompt(dataset, tokenizer)
     assert prompt.input_ids == template_ids(tokenizer, messages[:turn])
     assert prompt.reference == messages[turn]["content"].strip()
     assert prompt.text == [m["content"] for m in messages[:turn] if m["role"] == "user"][-1]
     batch = prompts_from_batch(first_batch(dataset), tokenizer, shifted=False)
     assert ids_and_references(batch) == ids_and_references([prompt])
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_conversation_prompt_and_answer_are_the_item(tmp_path, tokenizer, name):
+    messages = CONVERSATIONS[name]
+    dataset = multi_turn(tmp_path, tokenizer, [messages])
+    prompt = only_prompt(dataset, tokenizer)
+    turn = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    answer = tokenizer(messages[turn]["content"] + "<|im_end|>\n")["input_ids"]
+    up_to_answer = item_ids(dataset, 0)[: len(prompt.input_ids) + len(answer)]
+    assert up_to_answer == prompt.input_ids + answer
+    assert (up_to_answer == item_ids(dataset, 0)) == (turn == len(messages) - 1)
 
 
 @pytest.mark.parametrize("start", ["user", "assistant"])
@@ -235,6 +303,32 @@ def test_conversation_may_open_with_the_assistant(tmp_path, tokenizer):
     assert (prompt.input_ids, prompt.reference) == (template_ids(tokenizer, messages[:2]), "A")
 
 
+def test_conversations_of_a_subclass_are_known_by_their_getitem(tmp_path, tokenizer):
+    class Renamed(MultiTurnSFTDataset):
+        pass
+
+    class Own(MultiTurnSFTDataset):
+        def __getitem__(self, item):
+            return {"input_ids": torch.arange(5), "loss_mask": torch.tensor([0, 0, 0, 1, 1])}
+
+    renamed, own = (multi_turn(tmp_path, tokenizer, [talk("a?", "A", "b?")], cls=cls) for cls in (Renamed, Own))
+    assert only_prompt(renamed, tokenizer).text == "a?"
+    assert only_prompt(own, tokenizer).input_ids == [0, 1, 2]
+
+
+@since_verl_0_7
+def test_conversations_of_a_subclass_are_built_by_it(tmp_path, tokenizer):
+    class Loud(MultiTurnSFTDataset):
+        def _build_messages(self, example):
+            messages = super()._build_messages(example)
+            return [message | {"content": example["prefix"] + message["content"].upper()} for message in messages]
+
+    dataset = multi_turn(tmp_path, tokenizer, [talk("one?", "two")], {"prefix": ["hey "]}, cls=Loud)
+    prompt = only_prompt(dataset, tokenizer)
+    assert (prompt.text, prompt.reference) == ("hey ONE?", "hey TWO")
+    assert item_ids(dataset, 0) == prompt.input_ids + tokenizer("hey TWO<|im_end|>\n")["input_ids"]
+
+
 def test_tools_and_their_messages(tmp_path, tokenizer):
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     conversation = [
@@ -244,27 +338,45 @@ def test_tools_and_their_messages(tmp_path, tokenizer):
         {"role": "tool", "content": "3"},
         {"role": "assistant", "content": "It is 3."},
     ]
-    dataset = multi_turn(tmp_path, tokenizer, [conversation, conversation[:2]], {"tools": [[TOOL, TOOL], [TOOL]]})
-    answered, called = prompts_from_dataset(dataset, [0, 1], tokenizer)[0]
+    announced = [conversation[0], conversation[1] | {"content": "Let me see."}]
+    tools = [[TOOL, TOOL], [TOOL], [TOOL]]
+    dataset = multi_turn(tmp_path, tokenizer, [conversation, conversation[:2], announced], {"tools": tools})
+    answered, called, announcing = all_prompts(dataset, tokenizer)
     assert answered.input_ids == template_ids(tokenizer, conversation[:4], tools=[TOOL, TOOL])
-    assert answered.input_ids == dataset[0]["input_ids"][: len(answered.input_ids)].tolist()
+    assert item_ids(dataset, 0) == answered.input_ids + tokenizer("It is 3.<|im_end|>\n")["input_ids"]
     assert (answered.text, answered.reference) == ("1 and 2?", "It is 3.")
     assert called.input_ids == template_ids(tokenizer, conversation[:1], tools=[TOOL])
     assert called.reference.startswith('<tool_call>{"name": "add"')
     assert called.reference.count("<tool_call>") == 2
+    assert announcing.reference == "Let me see." + called.reference
+    assert item_ids(dataset, 1) == called.input_ids + tokenizer(called.reference + "<|im_end|>\n")["input_ids"]
 
 
-def test_enable_thinking_is_taken_from_its_column(tmp_path, tokenizer):
+@pytest.mark.parametrize("pad_mode", ["right", pytest.param("no_padding", marks=since_verl_0_6)])
+def test_enable_thinking_is_taken_from_its_column(tmp_path, tokenizer, pad_mode):
     columns = {"enable_thinking": [True, False]}
-    dataset = multi_turn(tmp_path, tokenizer, [talk("a?", "A"), talk("a?", "A", "b?", "")], columns)
-    thinking, hurried = prompts_from_dataset(dataset, [0, 1], tokenizer)[0]
+    conversations = [talk("a?", "A"), talk("a?", "A", "b?", "")]
+    dataset = multi_turn(tmp_path, tokenizer, conversations, columns, pad_mode=pad_mode)
+    thinking, hurried = all_prompts(dataset, tokenizer)
     assert thinking.input_ids == template_ids(tokenizer, talk("a?"), enable_thinking=True)
     assert hurried.input_ids == template_ids(tokenizer, talk("a?", "A", "b?"), enable_thinking=False)
     assert len(template_ids(tokenizer, talk("a?", "A", "b?"))) < len(hurried.input_ids)
     assert [thinking.reference, hurried.reference] == ["A", ""]
-    if VERL < (0, 7):  # later the mask counts the closed think block among the answer
-        batch = prompts_from_batch(first_batch(dataset), tokenizer, shifted=False)
-        assert ids_and_references(batch) == ids_and_references([thinking, hurried])
+    for prompt in (thinking, hurried):
+        answer = tokenizer(prompt.reference + "<|im_end|>\n")["input_ids"]
+        assert item_ids(dataset, prompt.row) == prompt.input_ids + answer
+
+
+def test_batch_has_the_closed_think_block_where_the_mask_has_it(tmp_path, tokenizer):
+    """verl <= 0.6 counts it among the generation prompt, later versions among the answer."""
+    dataset = multi_turn(tmp_path, tokenizer, [talk("a?", "A")], {"enable_thinking": [False]})
+    row = only_prompt(dataset, tokenizer)
+    (prompt,) = prompts_from_batch(first_batch(dataset), tokenizer, shifted=False)
+    if VERL < (0, 7):
+        assert ids_and_references([prompt]) == ids_and_references([row])
+    else:
+        think = tokenizer("<think>\n\n</think>\n\n")["input_ids"]
+        assert (prompt.input_ids + think, prompt.reference) == (row.input_ids, "<think>\n\n</think>\n\nA")
 
 
 def test_answer_begins_where_the_template_leaves_its_generation_prompt(tmp_path, tokenizer):
@@ -280,23 +392,34 @@ def test_answer_begins_where_the_template_leaves_its_generation_prompt(tmp_path,
     assert prompt.reference == "call"
 
 
-@pytest.mark.parametrize("later_verl", [False, True])
-def test_enable_thinking_none_is_passed_as_the_version_passes_it(tmp_path, tokenizer, monkeypatch, later_verl):
+@pytest.mark.parametrize(
+    ("columns", "default"),
+    [
+        ({}, "unset"),
+        ({}, None),
+        ({}, "none"),  # what verl's configuration has; it is true
+        ({}, False),
+        ({"enable_thinking": [False]}, True),
+        ({"enable_thinking": [1]}, None),
+        ({"enable_thinking": [0]}, None),
+    ],
+)
+def test_enable_thinking_is_passed_as_verl_passes_it(tmp_path, tokenizer, columns, default):
+    if VERL[:2] == (0, 7) and (default == "none" or columns.get("enable_thinking") in ([0], [1])):
+        pytest.skip("verl 0.7 passes the value on as it is, later versions and the prompts its truth")
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = "{{ messages[0].content }}{{ 'yes' if enable_thinking is defined else 'no' }}"
-    dataset = multi_turn(tmp_path, tokenizer, [talk("a?", "A")])
-    if later_verl:
-        monkeypatch.delattr(MultiTurnSFTDataset, "_process_message_tokens", raising=False)
-    elif VERL >= (0, 7):
-        pytest.skip("of verl <= 0.6")
+    header = "<|im_start|>{{ role }}({{ enable_thinking if enable_thinking is defined else 'undefined' }})\n"
+    tokenizer.chat_template = (
+        "{% for m in messages %}" + header.replace("role", "m.role") + "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}" + header.replace("{{ role }}", "assistant") + "{% endif %}"
+    )
+    config = {} if default == "unset" else {"enable_thinking_default": default}
+    dataset = multi_turn(tmp_path, tokenizer, [talk("a?", "A")], columns, **config)
     prompt = only_prompt(dataset, tokenizer)
-    assert decode(tokenizer, prompt.input_ids, skip_special_tokens=False) == ("a?no" if later_verl else "a?yes")
-
-
-def test_enable_thinking_default_of_later_verl(tmp_path, tokenizer):
-    dataset = multi_turn(tmp_path, tokenizer, [talk("a?", "A")])
-    dataset.enable_thinking_default = False
-    assert only_prompt(dataset, tokenizer).input_ids == template_ids(tokenizer, talk("a?"), enable_thinking=False)
+    assert item_ids(dataset, 0) == prompt.input_ids + tokenizer("A<|im_end|>\n")["input_ids"]
+    if VERL >= (0, 8) and not columns:
+        expected = {"unset": "undefined", None: "undefined", "none": "True", False: "False"}[default]
+        assert f"user({expected})" in decode(tokenizer, prompt.input_ids, skip_special_tokens=True)
 
 
 @since_verl_0_6
@@ -305,7 +428,10 @@ def test_conversation_passes_the_template_kwargs(tmp_path, tokenizer):
     tokenizer.chat_template = "{{ greeting }}" + tokenizer.chat_template
     kwargs = {"greeting": "Hello."}
     dataset = multi_turn(tmp_path, tokenizer, [talk("a?", "A")], apply_chat_template_kwargs=kwargs)
-    assert only_prompt(dataset, tokenizer).input_ids == template_ids(tokenizer, talk("a?"), **kwargs)
+    prompt = only_prompt(dataset, tokenizer)
+    assert prompt.input_ids == template_ids(tokenizer, talk("a?"), **kwargs)
+    if VERL[:2] != (0, 7):  # which takes a message's beginning away as it is without them, and then refuses the item
+        assert item_ids(dataset, 0) == prompt.input_ids + tokenizer("A<|im_end|>\n")["input_ids"]
 
 
 @pytest.mark.parametrize("override", [0, 1])
@@ -328,13 +454,17 @@ def test_conversation_truncation(tmp_path, tokenizer, truncation, pad_mode):
     whole = template_ids(tokenizer, messages[:3])
     rows = [messages, talk("a?", "A")]
     config = {"truncation": truncation, "pad_mode": pad_mode, "max_length": len(whole)}
-    prompts, skipped = prompts_from_dataset(multi_turn(tmp_path, tokenizer, rows, **config), [0, 1], tokenizer)
+    dataset = multi_turn(tmp_path, tokenizer, rows, **config)
+    prompts, without_answer, _ = prompts_from_dataset(dataset, [0, 1], tokenizer)
     if truncation == "right" or pad_mode == "no_padding":
-        assert ([prompt.row for prompt in prompts], skipped) == ([1], [0])
+        assert ([prompt.row for prompt in prompts], without_answer) == ([1], [0])
     else:
-        assert (prompts[0].input_ids, len(prompts), skipped) == (whole, 2, [])
+        assert (prompts[0].input_ids, len(prompts), without_answer) == (whole, 2, [])
+    if truncation != "error":  # so it is in the item
+        kept = template_ids(tokenizer, messages, add_generation_prompt=False)
+        assert item_ids(dataset, 0) == (whole if without_answer else kept[-len(whole) :])
     config["max_length"] += 1
-    assert len(prompts_from_dataset(multi_turn(tmp_path, tokenizer, rows, **config), [0, 1], tokenizer)[0]) == 2
+    all_prompts(multi_turn(tmp_path, tokenizer, rows, **config), tokenizer)
 
 
 def test_tokenizer_without_pad_token(tmp_path):
@@ -342,25 +472,28 @@ def test_tokenizer_without_pad_token(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.pad_token is None
     dataset = multi_turn(tmp_path, tokenizer, [talk("a?", "A"), talk("longer?", "B")])
-    rows = prompts_from_dataset(dataset, [0, 1], tokenizer)[0]
+    rows = all_prompts(dataset, tokenizer)
     assert [prompt.reference for prompt in rows] == ["A", "B"]
     batch = prompts_from_batch(first_batch(dataset), tokenizer, shifted=False)
     assert ids_and_references(batch) == ids_and_references(rows)
 
 
-def test_nothing_is_changed(tmp_path, tokenizer):
+@pytest.mark.parametrize("with_processor", [False, pytest.param(True, marks=since_verl_0_7)])
+def test_nothing_is_changed(tokenizer, request, with_processor):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "left"
-    dataset = multi_turn(tmp_path, tokenizer, [talk("a?", "A"), talk("a?", "A", "b?", "B")])
-    batch = first_batch(dataset)
-    before = copy.deepcopy((dataset.messages, batch)), tokenizer.backend_tokenizer.to_str(), tokenizer.padding_side
-    prompts_from_dataset(dataset, [0, 1], tokenizer)
+    dataset = multi_turn_in_memory(tokenizer, talk("a?", "A"))
+    if with_processor:
+        dataset.processor = request.getfixturevalue("processor")
+        dataset.dataframe["images"] = [[]]  # all versions then make parts of strings
+    batch = {"input_ids": torch.tensor([tokenizer("a?b")["input_ids"]]), "loss_mask": torch.tensor([[0, 0, 1]])}
+    conversations = dataset.messages, dataset.dataframe["messages"].tolist()
+    before = copy.deepcopy((conversations, batch)), tokenizer.backend_tokenizer.to_str(), tokenizer.padding_side
+    only_prompt(dataset, tokenizer)
     prompts_from_batch(batch, tokenizer, shifted=True)
-    (messages, old_batch), *tokenizer_state = before
+    (old_conversations, old_batch), *tokenizer_state = before
     assert tokenizer_state == [tokenizer.backend_tokenizer.to_str(), tokenizer.padding_side]
-    assert [list(conversation) for conversation in messages] == [
-        list(conversation) for conversation in dataset.messages
-    ]
+    assert (dataset.messages, dataset.dataframe["messages"].tolist()) == old_conversations
     assert batch.keys() == old_batch.keys()
     assert all(torch.equal(batch[key], old_batch[key]) for key in batch)
 
@@ -373,25 +506,20 @@ def test_nothing_is_changed(tmp_path, tokenizer):
 )
 def test_hostile_content_never_raises(tokenizer, contents):
     messages = talk(*contents)
-    dataset = object.__new__(MultiTurnSFTDataset)
-    vars(dataset).update(tokenizer=tokenizer, messages=[messages], tools=None, enable_thinking=None, max_length=8)
-    vars(dataset).update(truncation="left", apply_chat_template_kwargs={})
-    prompt = only_prompt(dataset, tokenizer)
+    prompt = only_prompt(multi_turn_in_memory(tokenizer, messages), tokenizer)
     turn = len(messages) - 1 if len(messages) % 2 == 0 else len(messages) - 2
     assert prompt.input_ids == template_ids(tokenizer, messages[:turn])
     assert prompt.text == messages[turn - 1]["content"]
     assert isinstance(prompt.reference, str)
 
 
-@pytest.mark.parametrize("content", [None, [], ["x"], [{"type": "image"}], [{"type": "text", "text": None}], 7])
-def test_content_that_is_no_string_has_no_text(tmp_path, tokenizer, content):
+@pytest.mark.parametrize("content", [None, [], ["x"], [{"type": "text", "text": None}], [{"type": None}], 7])
+def test_content_that_is_no_string_has_no_text(tokenizer, content):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
-    dataset = object.__new__(MultiTurnSFTDataset)
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
-    vars(dataset).update(tokenizer=tokenizer, messages=[messages], tools=None, enable_thinking=None, max_length=8)
-    vars(dataset).update(truncation="left")
-    assert only_prompt(dataset, tokenizer) == Prompt(0, tokenizer("user")["input_ids"], "", "assistant")
+    prompt = only_prompt(multi_turn_in_memory(tokenizer, messages), tokenizer)
+    assert prompt == Prompt(0, tokenizer("user")["input_ids"], "", "assistant")
 
 
 def test_parts_are_read_as_text(tmp_path, tokenizer):
@@ -400,7 +528,67 @@ def test_parts_are_read_as_text(tmp_path, tokenizer):
     parts = [{"type": "text", "text": "How many "}, {"type": "text", "text": "legs?"}]
     dataset = multi_turn(tmp_path, tokenizer, [[{"role": role, "content": parts} for role in ("user", "assistant")]])
     prompt = only_prompt(dataset, tokenizer)
-    assert (prompt.text, prompt.reference) == ("How many legs?", "How many |legs?|")
+    assert prompt.input_ids == tokenizer("How many |legs?|")["input_ids"]
+    assert (prompt.text, prompt.reference) == ("How many legs?", "How many legs?")
+
+
+# Images and videos
+
+
+@pytest.mark.parametrize("answer", ["A", [{"type": "text", "text": "A"}]])
+@pytest.mark.parametrize("kind", ["image", "image_url", "video", "audio"])
+def test_conversation_with_another_part_than_text_is_left_out(tokenizer, kind, answer):
+    content = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: "somewhere"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    assert prompts_from_dataset(multi_turn_in_memory(tokenizer, messages), [0], tokenizer) == ([], [], [0])
+    messages = [*talk("a?", "A", "b?"), {"role": "assistant", "content": content}]
+    assert prompts_from_dataset(multi_turn_in_memory(tokenizer, messages), [0], tokenizer) == ([], [], [0])
+
+
+@since_verl_0_7
+@pytest.mark.parametrize("keys", [{}, {"image_key": "pictures", "video_key": "films"}])
+def test_row_with_images_or_videos_is_left_out_and_they_are_not_loaded(tmp_path, tokenizer, processor, keys):
+    nowhere = [{"image": "file:///nowhere.png"}]
+    conversations = [talk("<image>?", "A"), talk("a?", "A"), talk("<video>?", "B")]
+    columns = {
+        keys.get("image_key", "images"): [nowhere, [], []],
+        keys.get("video_key", "videos"): [[], [], [{"video": "file:///nowhere.mp4"}]],
+    }
+    dataset = multi_turn(tmp_path, tokenizer, conversations, columns, processor, **keys)
+    prompts, without_answer, multi_modal = prompts_from_dataset(dataset, [2, 1, 0], tokenizer)
+    assert ([prompt.row for prompt in prompts], without_answer, multi_modal) == ([1], [], [2, 0])
+
+
+@since_verl_0_7
+def test_empty_image_cell_is_no_image(tokenizer):
+    """Of the cells that may be empty, verl itself takes only the empty list."""
+    for nothing in ([], np.array([]), None, pd.NA, float("nan")):
+        dataset = multi_turn_in_memory(tokenizer, talk("a?", "A"))
+        dataset.dataframe["images"] = pd.Series([nothing], dtype=object)
+        dataset._build_messages = lambda example: example["messages"]
+        assert only_prompt(dataset, tokenizer).text == "a?"
+
+
+@pytest.mark.skipif(VERL >= (0, 7), reason="verl >= 0.7 reads the column")
+def test_image_column_that_verl_does_not_read_is_no_image(tmp_path, tokenizer):
+    dataset = multi_turn(tmp_path, tokenizer, [talk("a?", "A")], {"images": [["a.png"]]})
+    assert only_prompt(dataset, tokenizer).reference == "A"
+
+
+@since_verl_0_7
+@pytest.mark.parametrize("columns", [{}, {"images": [[], []]}])
+@pytest.mark.parametrize("pad_mode", ["right", "no_padding"])
+def test_text_of_a_vision_language_data_set_is_tokenized_by_the_processor(
+    tmp_path, tokenizer, processor, columns, pad_mode
+):
+    conversations = [talk("a?", "A"), talk("a?", "A", "b?", " B", system="Be brief.")]
+    if VERL < (0, 7, 1) and not columns:  # there, strings stay strings, and a processor takes none
+        conversations = [[m | {"content": [{"type": "text", "text": m["content"]}]} for m in c] for c in conversations]
+    dataset = multi_turn(tmp_path, tokenizer, conversations, columns, processor, pad_mode=pad_mode)
+    short, long = all_prompts(dataset, tokenizer)
+    assert item_ids(dataset, 0) == short.input_ids + tokenizer("A|<|im_end|>\n")["input_ids"]
+    assert item_ids(dataset, 1) == long.input_ids + tokenizer(" B|<|im_end|>\n")["input_ids"]
+    assert (short.text, short.reference, long.text, long.reference) == ("a?", "A", "b?", "B")
 
 
 # Other data sets
@@ -430,14 +618,35 @@ def test_custom_data_set_is_read_by_its_mask(tokenizer):
         padded,
         TensorDict({"input_ids": torch.tensor(ids), "loss_mask": torch.ones(6)}),
     )
-    prompts, skipped = prompts_from_dataset(dataset, range(5), tokenizer)
-    assert skipped == [2]
-    assert prompts == [
-        Prompt(0, ids[:4], "abcd", "ef"),
-        Prompt(1, ids[:3], "abc", "de"),
-        Prompt(3, ids, "abcdef", None),
-        Prompt(4, [], "", "abcdef"),
-    ]
+    assert prompts_from_dataset(dataset, range(5), tokenizer) == DatasetPrompts(
+        prompts=[
+            Prompt(0, ids[:4], "abcd", "ef"),
+            Prompt(1, ids[:3], "abc", "de"),
+            Prompt(3, ids, "abcdef", None),
+            Prompt(4, [], "", "abcdef"),
+        ],
+        without_answer=[2],
+        multi_modal=[],
+    )
+
+
+IMAGES = {"pixel_values": torch.ones(4, 3), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+NO_IMAGES = [None, {}, {"token_type_ids": torch.zeros(1, 3)}, {"mm_token_type_ids": torch.zeros(1, 3)}]
+
+
+@pytest.mark.parametrize("form", [dict, TensorDict])
+@pytest.mark.parametrize("inputs", [IMAGES, NonTensorData(IMAGES), [IMAGES]])
+def test_custom_item_with_multi_modal_inputs_is_left_out(tokenizer, form, inputs):
+    item = {"input_ids": torch.arange(3), "loss_mask": torch.zeros(3), "multi_modal_inputs": inputs}
+    dataset = Items(form(item))
+    assert prompts_from_dataset(dataset, [0], tokenizer) == ([], [], [0])
+
+
+@pytest.mark.parametrize("nothing", NO_IMAGES)
+@pytest.mark.parametrize("wrap", [lambda value: value, NonTensorData])
+def test_custom_item_without_images_is_read(tokenizer, nothing, wrap):
+    item = {"input_ids": torch.arange(3), "loss_mask": torch.tensor([0, 1, 1]), "multi_modal_inputs": wrap(nothing)}
+    assert only_prompt(Items(item), tokenizer).input_ids == [0]
 
 
 @pytest.mark.parametrize("item", [(1, 2), {"text": "a"}, None])
@@ -449,20 +658,74 @@ def test_item_without_input_ids_is_named(tokenizer, item):
 # Batches
 
 
+def verls_collator(pad_mode):
+    return pytest.importorskip("verl.utils.dataset.dataset_utils").SFTTensorCollator(pad_mode)
+
+
+def batch_forms(batch):
+    """The batch as the collator gives it, in a TensorDict, and in the one that verl's trainer puts it into."""
+    yield batch
+    yield TensorDict(batch, batch_size=[len(batch["input_ids"])])
+    if VERL >= (0, 7) and not isinstance(batch.get("multi_modal_inputs"), dict):  # verl refuses a dict
+        from verl.utils.tensordict_utils import get_tensordict
+
+        yield get_tensordict(batch, {"pad_mode": "no_padding"})
+
+
 @since_verl_0_6
-def test_nested_batch_equals_rows(tmp_path, tokenizer):
-    from verl.utils.dataset.dataset_utils import SFTTensorCollator
+@pytest.mark.parametrize("pad_mode", ["right", "no_padding"])
+def test_batch_of_verls_collator_equals_rows(tmp_path, tokenizer, pad_mode):
+    conversations = [talk("a?", "A"), talk("longer?", "B", "c?", "C", system="Be brief."), talk("a?", "")]
+    dataset = multi_turn(tmp_path, tokenizer, conversations, pad_mode=pad_mode)
+    batch = first_batch(dataset, collate_fn=verls_collator(pad_mode))
+    assert batch["input_ids"].is_nested == (pad_mode == "no_padding")
+    rows = all_prompts(dataset, tokenizer)
+    for form in batch_forms(batch):
+        prompts = prompts_from_batch(form, tokenizer, shifted=False)
+        assert [prompt.row for prompt in prompts] == [None] * 3
+        assert ids_and_references(prompts) == ids_and_references(rows)
 
-    conversations = [talk("a?", "A"), talk("longer?", "B", "c?", "C")]
+
+@since_verl_0_7
+def test_rows_with_images_are_none_in_a_batch_of_verls_collator(tmp_path, tokenizer):
+    conversations = [talk("a?", "A"), talk("longer?", "B"), talk("a?", "A"), *[talk("c?", "C")] * len(NO_IMAGES)]
     dataset = multi_turn(tmp_path, tokenizer, conversations, pad_mode="no_padding")
-    batch = first_batch(dataset, collate_fn=SFTTensorCollator("no_padding"))
-    assert batch["input_ids"].is_nested
-    rows = prompts_from_dataset(dataset, [0, 1], tokenizer)[0]
-    for form in (batch, TensorDict(batch, batch_size=[2])):
-        assert ids_and_references(prompts_from_batch(form, tokenizer, shifted=False)) == ids_and_references(rows)
+    items = [dataset[row] for row in range(len(dataset))]
+    # The first row has images: verl's collator asks it for every key that any row has.
+    for item, inputs in zip(items, [IMAGES, None, {"pixel_values": torch.ones(1, 3)}, *NO_IMAGES], strict=True):
+        item["multi_modal_inputs"] = inputs
+    del items[1]["multi_modal_inputs"]
+    rows = all_prompts(dataset, tokenizer)
+    for form in batch_forms(verls_collator("no_padding")(items)):
+        prompts = prompts_from_batch(form, tokenizer, shifted=False)
+        assert [row for row, prompt in enumerate(prompts) if prompt is None] == [0, 2]
+        assert ids_and_references(filter(None, prompts)) == ids_and_references([rows[1], *rows[3:]])
 
 
-@pytest.mark.parametrize("shifted", [False, True])
+@since_verl_0_6
+@pytest.mark.parametrize("inputs", [IMAGES, *NO_IMAGES[1:]])
+def test_rows_with_images_are_none_in_a_padded_batch(tmp_path, tokenizer, inputs):
+    """In a padded batch all rows have images, or none has."""
+    dataset = multi_turn(tmp_path, tokenizer, [talk("a?", "A"), talk("longer?", "B")])
+    batch = verls_collator("right")([dataset[row] | {"multi_modal_inputs": inputs} for row in range(2)])
+    assert isinstance(batch["multi_modal_inputs"], dict)
+    rows = all_prompts(dataset, tokenizer)
+    for form in batch_forms(batch):
+        prompts = prompts_from_batch(form, tokenizer, shifted=False)
+        if inputs is IMAGES:
+            assert prompts == [None, None]
+        else:
+            assert ids_and_references(prompts) == ids_and_references(rows)
+
+
+@pytest.mark.parametrize("wrap", [list, lambda rows: np.array(rows, dtype=object)])
+def test_rows_with_images_are_none_in_somebodys_own_batch(tokenizer, wrap):
+    ids = torch.tensor([tokenizer("abc")["input_ids"], tokenizer("xyz")["input_ids"]])
+    batch = {"input_ids": ids, "multi_modal_inputs": wrap([None, IMAGES])}
+    assert prompts_from_batch(batch, tokenizer, shifted=False) == [Prompt(None, ids[0].tolist(), "abc", None), None]
+
+
+@pytest.mark.parametrize("shifted", [False, pytest.param(True, marks=needs_sft_dataset)])
 def test_left_padded_batch_equals_rows(tmp_path, tokenizer, shifted):
     if shifted:
         dataset = single_turn(tmp_path, tokenizer)
@@ -471,10 +734,10 @@ def test_left_padded_batch_equals_rows(tmp_path, tokenizer, shifted):
     batch = first_batch(dataset)
     for row in range(3):
         padding = int((batch["attention_mask"][row] == 0).sum())
-        for tensor in batch.values():
+        for tensor in map(batch.get, ("input_ids", "attention_mask", "loss_mask")):
             tensor[row] = tensor[row].roll(padding)
     assert not batch["attention_mask"][0, 0]
-    rows = prompts_from_dataset(dataset, range(3), tokenizer)[0]
+    rows = all_prompts(dataset, tokenizer)
     for form in (batch, TensorDict(batch, batch_size=[3])):
         assert ids_and_references(prompts_from_batch(form, tokenizer, shifted=shifted)) == ids_and_references(rows)
 
