@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
 from itertools import islice
-from types import MethodType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +27,16 @@ from verl_valgen.schedule import Schedule
 
 _original_forwards: dict[type, Callable[..., Any]] = {}
 """The `forward` of model classes before verl's first trainer in this process replaced it, for good."""
+
+
+@cache
+def _with_original_forward(cls: Any) -> Any:
+    """The class itself, or where its `forward` was replaced, a class that has the original one.
+
+    (Set on a model, the method would hold the model: its memory would be free only after a garbage collection.)
+    """
+    forward = _original_forwards.get(cls, cls.forward)
+    return cls if forward is cls.forward else type(cls.__name__, (cls,), {"forward": forward})
 
 
 class SFTHost(Host):
@@ -69,8 +80,8 @@ class SFTHost(Host):
                 unit_bytes=0,
                 on_device=self._on_device(),
             )
-        if model is not None and type(model) in _original_forwards:
-            model.forward = MethodType(_original_forwards[type(model)], model)
+        if model is not None:
+            model.__class__ = _with_original_forward(type(model))
         return model
 
     @contextmanager
