@@ -5,13 +5,14 @@ Written without the package's own gather, to judge it by.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def read_sharded(directory: Path) -> dict[str, Tensor]:
@@ -42,8 +43,8 @@ def plain_model(checkpoint: Path, model_directory: Path, lora: dict[str, Any] | 
     return (model.merge_and_unload() if lora is not None else model).eval()
 
 
-def plain_greedy(model: PreTrainedModel, input_ids: list[int], max_new_tokens: int) -> list[int]:
-    """New tokens of Hugging Face's greedy search on one unpadded prompt."""
+def plain_greedy(model: PreTrainedModel, input_ids: list[int], max_new_tokens: int, **parameters: Any) -> list[int]:
+    """New tokens of Hugging Face's greedy search on one unpadded prompt; further parameters are for `generate`."""
     with torch.no_grad():
         output = model.generate(
             torch.tensor([input_ids]),
@@ -52,5 +53,22 @@ def plain_greedy(model: PreTrainedModel, input_ids: list[int], max_new_tokens: i
             temperature=None,
             top_p=None,
             top_k=None,
+            **parameters,
         )
     return output[0, len(input_ids) :].tolist()
+
+
+def assert_greedy_samples(
+    samples: Sequence[dict[str, Any]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    **parameters: Any,
+) -> None:
+    """The recorded samples are the model's greedy answers to their prompts; see `plain_greedy`."""
+    assert len({sample["generation"] for sample in samples}) > 1  # where all say the same, a comparison says little
+    for sample in samples:
+        prompt_ids = tokenizer(sample["prompt"], add_special_tokens=False)["input_ids"]
+        output_ids = plain_greedy(model, prompt_ids, max_new_tokens, **parameters)
+        assert sample["generation"] == tokenizer.decode(output_ids, skip_special_tokens=True)
+        assert sample["num_new_tokens"] == len(output_ids)

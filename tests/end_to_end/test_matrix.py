@@ -1,7 +1,7 @@
 """The main job, on verl's real trainer: FSDP1 and FSDP2, one and two ranks, LoRA or not.
 
-The other dimensions (environment or config, single-turn or multi-turn data, trackers, greedy or sampling) are spread
-over the eight runs.
+The other dimensions (environment or config, single-turn or multi-turn data, trackers, greedy or sampling, how verl
+packs a batch, what it keeps in host memory) are spread over the eight runs of each trainer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ import pandas as pd
 import pytest
 import torch
 from checkpoints import plain_greedy, plain_model
-from end_to_end.trainer import VERL_MODULE, VERL_VERSION, Assets, Run, run
+from end_to_end.trainer import (
+    GENERATION_CONFIG,
+    HAS_ENGINES,
+    VERL_MODULE,
+    VERL_VERSION,
+    Assets,
+    Run,
+    run,
+    strategy,
+)
 from packaging.version import Version
 from readback import read_mlflow, read_swanlab, read_wandb
 from transformers import AutoTokenizer, GenerationConfig
@@ -39,28 +48,44 @@ class Case:
     num_ranks: int
     lora: bool
     through: str
-    multiturn: bool
     trackers: tuple[str, ...]
+    multiturn: bool = True
     do_sample: bool = False
     by_file: bool = False
-    """Started as `.../fsdp_sft_trainer.py` instead of `-m verl.trainer.fsdp_sft_trainer`."""
+    """Started as `.../verl/trainer/<name>.py` instead of `-m verl.trainer.<name>`."""
     overrides: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [self.strategy, f"{self.num_ranks}-ranks", "lora" if self.lora else "full", self.through]
-        return "-".join([*parts, "multi" if self.multiturn else "single", *self.trackers])
+        parts += [] if HAS_ENGINES else ["multi" if self.multiturn else "single"]
+        return "-".join([*parts, *self.trackers, *(override.rsplit(".")[-1] for override in self.overrides)])
 
 
-CASES = [
-    Case("fsdp2", 1, False, "environment", False, ("wandb",)),
-    Case("fsdp2", 1, True, "config", True, ("swanlab",)),
-    Case("fsdp2", 2, False, "config", False, MLFLOW, overrides=("use_remove_padding=true",)),
-    Case("fsdp2", 2, True, "environment", True, ("wandb",), do_sample=True),
-    Case("fsdp", 1, False, "config", True, MLFLOW, do_sample=True),
-    Case("fsdp", 1, True, "environment", False, ("swanlab",)),
-    Case("fsdp", 2, False, "environment", True, ("swanlab",), by_file=True),
-    Case("fsdp", 2, True, "config", False, ("wandb", *MLFLOW)),
+FSDP_SFT_CASES = [
+    Case("fsdp2", 1, False, "environment", ("wandb",), multiturn=False),
+    Case("fsdp2", 1, True, "config", ("swanlab",)),
+    Case("fsdp2", 2, False, "config", MLFLOW, multiturn=False, overrides=("use_remove_padding=true",)),
+    Case("fsdp2", 2, True, "environment", ("wandb",), do_sample=True),
+    Case("fsdp", 1, False, "config", MLFLOW, do_sample=True),
+    Case("fsdp", 1, True, "environment", ("swanlab",), multiturn=False),
+    Case("fsdp", 2, False, "environment", ("swanlab",), by_file=True),
+    Case("fsdp", 2, True, "config", ("wandb", *MLFLOW), multiturn=False),
 ]
+# What differs from verl's defaults, and gradient checkpointing, which `Assets.overrides` switches off.
+PADDED, FIXED = "model.use_remove_padding=false", "data.use_dynamic_bsz=false"
+CHECKPOINTING = "model.enable_gradient_checkpointing=true"
+OFFLOAD = ("engine.param_offload=true", "engine.optimizer_offload=true")
+ENGINE_CASES = [
+    Case("fsdp2", 1, False, "environment", ("wandb",), overrides=(PADDED,)),
+    Case("fsdp2", 1, True, "config", ("swanlab",), overrides=("engine.offload_policy=true",)),
+    Case("fsdp2", 2, False, "config", MLFLOW, overrides=OFFLOAD),
+    Case("fsdp2", 2, True, "environment", ("wandb",), do_sample=True, overrides=(CHECKPOINTING, FIXED)),
+    Case("fsdp", 1, False, "config", MLFLOW, do_sample=True, overrides=(CHECKPOINTING, "engine.full_determinism=true")),
+    Case("fsdp", 1, True, "environment", ("swanlab",), overrides=OFFLOAD),
+    Case("fsdp", 2, False, "environment", ("swanlab",), by_file=True, overrides=(FIXED,)),
+    Case("fsdp", 2, True, "config", ("wandb", *MLFLOW), overrides=(PADDED, FIXED)),
+]
+CASES = ENGINE_CASES if HAS_ENGINES else FSDP_SFT_CASES
 
 
 def run_case(directory: Path, case: Case, assets: Assets) -> Run:
@@ -73,12 +98,12 @@ def run_case(directory: Path, case: Case, assets: Assets) -> Run:
         environment |= {f"VERL_GENERATION_{name.upper()}": str(value) for name, value in values.items()}
         environment["VERL_MAX_VAL_SAMPLES"] = str(NUM_SAMPLES)
     else:
-        arguments = ["--config-path", "config", "--config-name", "sft_trainer_with_generation", *arguments]
+        arguments = [*GENERATION_CONFIG, *arguments]
         arguments += [f"generation.{name}={value}" for name, value in values.items()]
         arguments += [f"trainer.max_val_samples={NUM_SAMPLES}"]
     if case.lora:
         arguments += ["model.lora_rank=4", "model.lora_alpha=16"]
-    arguments += [f"model.strategy={case.strategy}", f"trainer.logger=[{','.join(('console', *case.trackers))}]"]
+    arguments += [strategy(case.strategy), f"trainer.logger=[{','.join(('console', *case.trackers))}]"]
     arguments += case.overrides
     verl_file = importlib.util.find_spec(VERL_MODULE).origin if case.by_file else None
     return run(
@@ -142,6 +167,7 @@ def test_generations_are_those_of_a_plain_model(finished):
     model = plain_model(result.checkpoints / "global_step_3", assets.model, LORA if case.lora else None)
     tokenizer = AutoTokenizer.from_pretrained(assets.model)
     samples = result.samples(3)
+    assert len({sample["generation"] for sample in samples}) > 1  # where all say the same, a comparison says little
     prompts = [tokenizer(sample["prompt"], add_special_tokens=False)["input_ids"] for sample in samples]
     if case.do_sample:
         # One prompt at a time, unlike the run.

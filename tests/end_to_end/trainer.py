@@ -1,4 +1,8 @@
-"""Runs verl's own trainer as a subprocess, as a user does."""
+"""Runs verl's own trainer as a subprocess, as a user does.
+
+Which of its two trainers is the installed verl's matter: the tests say `strategy("fsdp2")`, and here is how the trainer
+spells it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +20,16 @@ from typing import Any
 from packaging.version import Version
 
 VERL_VERSION = Version(version("verl"))
-VERL_MODULE = "verl.trainer.fsdp_sft_trainer"
+FSDP_SFT, ENGINE = "verl.trainer.fsdp_sft_trainer", "verl.trainer.sft_trainer"
+# verl 0.6 and 0.7.0 have both: there the variable asks for the second.
+VERL_MODULE = os.environ.get("VALGEN_TEST_TRAINER") or (FSDP_SFT if Version("0.7.1") > VERL_VERSION else ENGINE)
+HAS_ENGINES = VERL_MODULE == ENGINE
+TRAINER_NAME = "SFTTrainer" if HAS_ENGINES else "FSDPSFTTrainer"
+CONFIG_NAME = "sft_trainer_engine" if HAS_ENGINES else "sft_trainer"
+GENERATION_CONFIG = ["--config-path", "config", "--config-name", f"{CONFIG_NAME}_with_generation"]
+MODEL_KEY = "model.path" if HAS_ENGINES else "model.partial_pretrain"
+VAL_BATCH_SIZE = 8 if HAS_ENGINES else 4
+"""Rows of one validation batch on a single rank, with `Assets.overrides`: a global batch, or a micro-batch."""
 TIMEOUT_S = 600
 
 
@@ -29,8 +43,13 @@ class Assets:
     def model(self) -> Path:
         return self.directory / "model"
 
-    def overrides(self, *, multiturn: bool) -> list[str]:
-        """verl's overrides for a run of 3 steps with validations at step 2 and, early exit, step 3."""
+    def overrides(self, *, multiturn: bool = HAS_ENGINES) -> list[str]:
+        """verl's overrides for a run of 3 steps with validations at step 2 and, early exit, step 3.
+
+        Args:
+            multiturn: Must be true with engines: their trainer has no single-turn data set.
+        """
+        assert multiturn or not HAS_ENGINES
         kind = "multiturn" if multiturn else "singleturn"
         return [
             f"data.train_files={self.directory}/{kind}/train.parquet",
@@ -38,10 +57,10 @@ class Assets:
             "data.train_batch_size=8",
             "data.micro_batch_size_per_gpu=4",
             "data.max_length=256",
-            *(["data.multiturn.enable=true"] if multiturn else []),
-            f"model.partial_pretrain={self.model}",
+            *(["data.multiturn.enable=true"] if multiturn and not HAS_ENGINES else []),
+            f"{MODEL_KEY}={self.model}",
             "model.enable_gradient_checkpointing=false",
-            "optim.lr=1e-2",
+            "optim.lr=1e-3",  # enough for other answers at every round; with more they soon are all the same
             "trainer.total_epochs=1",
             "trainer.total_training_steps=3",
             "trainer.test_freq=2",
@@ -49,6 +68,44 @@ class Assets:
             "trainer.experiment_name=experiment",
             "trainer.logger=[console]",
         ]
+
+
+def strategy(name: str) -> str:
+    """The override for FSDP1 (`fsdp`) or FSDP2 (`fsdp2`)."""
+    return f"{'engine' if HAS_ENGINES else 'model'}.strategy={name}"
+
+
+PROGRAM = """
+import hydra
+from {module} import {trainer}
+from verl_valgen import ValidationGenerationMixin, run_sft
+
+
+class MyTrainer(ValidationGenerationMixin, {trainer}):
+{body}
+
+
+@hydra.main(config_path="pkg://verl.trainer.config", config_name="{config}", version_base=None)
+def main(config):
+    run_sft(config, MyTrainer)
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def write_program(path: Path, body: str, *, before: str = "") -> list[str]:
+    """Writes a program with a trainer of its own and returns what `run` needs to start it.
+
+    Args:
+        body: Of the trainer's class.
+        before: Goes before the first import.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = textwrap.indent(textwrap.dedent(body).strip(), "    ")
+    path.write_text(before + PROGRAM.format(module=VERL_MODULE, trainer=TRAINER_NAME, config=CONFIG_NAME, body=body))
+    return [str(path)]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import assets as small
 import pytest
 import torch
 from end_to_end.trainer import Assets
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, Qwen2Config
+
+SHAPE = {
+    "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+"""Qwen2's of 0.5B parameters; with the tests' vocabulary of a hundred characters 0.36B are left."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -16,12 +25,48 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    peaks = {
+        report.nodeid: value
+        for report in reports
+        for name, value in report.user_properties
+        if name == "peak_bytes_per_parameter"
+    }
+    if peaks:
+        terminalreporter.section("peak memory of a round above the level before it, bytes per parameter")
+        for nodeid, value in sorted(peaks.items()):
+            terminalreporter.line(f"{nodeid}: {value}")
+
+
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory) -> Assets:
-    """A Llama of 10 million parameters: its near-ties are those of real models, its runs take seconds."""
-    directory = tmp_path_factory.mktemp("assets")
-    small.write_model(directory / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
-    for multiturn in (False, True):
-        kind = "multiturn" if multiturn else "singleturn"
-        small.write_questions(directory / kind, num_train=40, num_val=32, multiturn=multiturn)
+    """A model of real size with random weights, and questions, made once however many workers there are."""
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "gpu_assets"
+    with FileLock(f"{directory}.lock"):
+        if not directory.exists():
+            unfinished = directory.with_suffix(".unfinished")
+            write_qwen2(unfinished / "model")
+            for multiturn in (False, True):
+                kind = "multiturn" if multiturn else "singleturn"
+                small.write_questions(unfinished / kind, num_train=40, num_val=32, multiturn=multiturn)
+            unfinished.rename(directory)
     return Assets(directory)
+
+
+def write_qwen2(directory: Path) -> None:
+    small.write_model(directory)  # for its tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    token_ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=len(tokenizer), **SHAPE, **token_ids))
+    model.generation_config = GenerationConfig(**token_ids)
+    model.save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def untrained(assets) -> PreTrainedModel:
+    """The model that every run starts from, in bfloat16."""
+    return AutoModelForCausalLM.from_pretrained(assets.model, dtype=torch.bfloat16).to("cuda").eval()

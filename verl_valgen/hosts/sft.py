@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cache
 from itertools import islice
 from types import ModuleType
 from typing import Any
@@ -29,7 +28,6 @@ _original_forwards: dict[type, Callable[..., Any]] = {}
 """The `forward` of model classes before verl's first trainer in this process replaced it, for good."""
 
 
-@cache
 def _with_original_forward(cls: Any) -> Any:
     """The class itself, or where its `forward` was replaced, a class that has the original one.
 
@@ -111,14 +109,15 @@ class SFTHost(Host):
         """The engine's parameters under Hugging Face's names. Collective: all ranks must exhaust it.
 
         Raises:
-            ValueError: The engine gives adapters apart from the weights.
+            ValueError: The engine gives adapters apart from the weights. (The other ranks give nothing.)
         """
         parameters, peft_config = self.engine.get_per_tensor_param()
-        if peft_config is not None:
+        if peft_config is None:
+            yield from parameters
+        elif self.is_logging_rank:
             raise ValueError(
                 f"{type(self.engine).__name__} exports weights without their adapters: set model.lora.merge=true"
             )
-        yield from parameters
 
     def schedule(self) -> Schedule:
         trainer = self.trainer

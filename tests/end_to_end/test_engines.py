@@ -1,0 +1,167 @@
+"""What only `verl.trainer.sft_trainer` has: engines, nested batches, fused kernels, Ulysses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import assets as small
+import pandas as pd
+import pytest
+from checkpoints import assert_greedy_samples, plain_greedy, plain_model
+from end_to_end.trainer import HAS_ENGINES, VAL_BATCH_SIZE, Assets, Run, run, strategy, write_program
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.skipif(not HAS_ENGINES, reason="verl.trainer.fsdp_sft_trainer has no engines")
+
+MAX_NEW_TOKENS = 8
+GREEDY = {"VERL_GENERATION_DO_SAMPLE": "false", "VERL_GENERATION_MAX_NEW_TOKENS": str(MAX_NEW_TOKENS)}
+LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "bias": "none", "task_type": "CAUSAL_LM"}
+
+
+# A model with tied embeddings and random weights repeats its last token: the same for all prompts, which shows little.
+VARIED = {"no_repeat_ngram_size": 1}
+WITH_VARIETY = "+generation.no_repeat_ngram_size=1"
+
+
+def assert_samples_of_the_checkpoint(result: Run, model: Path, *, rows: list[int], **parameters: Any) -> None:
+    """The last round is what the plain model says whose weights are in the last checkpoint."""
+    assert result.returncode == 0, result.output[-5000:]
+    samples = result.samples(3)
+    assert [sample["row"] for sample in samples] == rows
+    plain = plain_model(result.checkpoints / "global_step_3", model)
+    assert_greedy_samples(samples, plain, AutoTokenizer.from_pretrained(model), MAX_NEW_TOKENS, **parameters)
+
+
+@pytest.mark.parametrize(("fsdp", "tied"), [("fsdp", False), ("fsdp2", True)])
+def test_fused_kernels_replace_the_forward_of_the_trained_model_alone(tmp_path, assets, fsdp, tied):
+    """By one without logits, in the model's class. (With FSDP2 verl 0.9.1 trains so only where embeddings are tied:
+    else `lm_head` is sharded by itself, and the fused forward does not gather it.)"""
+    model = tmp_path / "model"
+    small.write_model(model, hidden_size=32, intermediate_size=64, tie_word_embeddings=tied)
+    overrides = [
+        *assets.overrides(),
+        f"model.path={model}",
+        strategy(fsdp),
+        "model.use_fused_kernels=true",
+        WITH_VARIETY,
+    ]
+    result = run(tmp_path, overrides, environment=GREEDY)
+    assert_samples_of_the_checkpoint(result, model, rows=[0, 1, 2, 3, 4], **VARIED)
+
+
+def test_with_ulysses_both_ranks_have_the_same_rows(tmp_path, assets):
+    overrides = [*assets.overrides(), "engine.ulysses_sequence_parallel_size=2"]
+    result = run(tmp_path, overrides, environment=GREEDY, num_ranks=2)
+    assert_samples_of_the_checkpoint(result, assets.model, rows=[0, 1, 2, 3, 4])
+    assert result.stdout.count("=== Validation Samples") == 2  # one rank shows them
+
+
+def test_padded_batches_are_refused_by_verl_itself(tmp_path, assets):
+    result = run(tmp_path, [*assets.overrides(), "data.pad_mode=right"], environment=GREEDY)
+    assert result.returncode != 0
+    assert "5 samples at steps 2 and 3" in result.output
+    assert "AssertionError: pad_mode right not supported" in result.stderr
+
+
+PADDED_AND_NESTED = """
+def fit(self):
+    import json
+    from verl.utils.dataset.dataset_utils import SFTTensorCollator
+
+    padded = next(iter(self.val_dataloader))
+    assert not padded["input_ids"].is_nested
+    self.val_dataset.pad_mode = "no_padding"
+    nested = SFTTensorCollator("no_padding")([self.val_dataset[row] for row in range(len(padded["input_ids"]))])
+    assert nested["input_ids"].is_nested
+    json.dump([self.generate_samples(batch) for batch in (padded, nested)], open("answers.json", "w"))
+"""
+
+
+def test_padded_batches_are_answered_like_nested_ones(tmp_path, assets):
+    program = write_program(tmp_path / "program.py", PADDED_AND_NESTED)
+    result = run(tmp_path, [*assets.overrides(), "data.pad_mode=right"], environment=GREEDY, program=program)
+    assert result.returncode == 0, result.output[-5000:]
+    padded, nested = json.loads((tmp_path / "answers.json").read_text())
+    assert padded == nested
+    tokenizer = AutoTokenizer.from_pretrained(assets.model)
+    model = AutoModelForCausalLM.from_pretrained(assets.model).eval()
+    prompts, generations = padded
+    assert len(prompts) == VAL_BATCH_SIZE
+    for prompt, generation in zip(prompts, generations, strict=True):
+        output_ids = plain_greedy(model, tokenizer(prompt, add_special_tokens=False)["input_ids"], MAX_NEW_TOKENS)
+        assert generation == tokenizer.decode(output_ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("test_freq", [-1, 2])
+def test_without_validation_data_the_cause_is_named(tmp_path, assets, test_freq):
+    overrides = [*assets.overrides(), "data.val_files=null", f"trainer.test_freq={test_freq}"]
+    result = run(tmp_path, overrides, environment=GREEDY)
+    assert result.output.count("no samples: data.val_files is not set") == 1
+    assert not result.generations.exists()
+    if test_freq == -1:
+        assert result.returncode == 0, result.output[-5000:]
+        assert len(result.logged("train/loss")) == 3
+    else:
+        assert result.returncode != 0
+        assert "so verl will fail where it validates (trainer.test_freq=2)" in result.output
+        assert "'NoneType' object is not iterable" in result.output  # verl's own failure stays verl's
+
+
+def test_a_validation_set_smaller_than_a_batch(tmp_path, assets):
+    pd.read_parquet(assets.directory / "multiturn" / "val.parquet").head(VAL_BATCH_SIZE - 1).to_parquet(
+        tmp_path / "few.parquet"
+    )
+    result = run(tmp_path, [*assets.overrides(), f"data.val_files={tmp_path}/few.parquet"], environment=GREEDY)
+    assert result.returncode == 0, result.output[-5000:]
+    assert (
+        "no samples: data.val_files has 7 rows, fewer than one global batch (data.train_batch_size=8, 8 rows on each "
+        "of 1 data-parallel ranks), and verl drops incomplete batches: its val/loss will be nan" in result.output
+    )
+    assert result.logged("val/loss") == ["nan", "nan"]
+    assert not result.generations.exists()
+
+
+def run_small_engine(directory: Path, assets: Assets, overrides: list[str], *, num_ranks: int | None = None) -> Run:
+    """With an engine whose model cannot be seen, only its weights be asked for."""
+    shutil.copy(Path(__file__).with_name("small_engine.py"), directory)
+    overrides = [
+        *assets.overrides(),
+        "model.external_lib=small_engine",
+        "engine._target_=small_engine.ListEngineConfig",
+        "engine.strategy=list",
+        *overrides,
+    ]
+    return run(directory, overrides, environment=GREEDY, num_ranks=num_ranks)
+
+
+def test_an_engine_of_another_kind_exports_its_weights(tmp_path, assets):
+    result = run_small_engine(tmp_path, assets, [], num_ranks=2)
+    assert_samples_of_the_checkpoint(result, assets.model, rows=[0, 2, 4, 6, 8])
+
+
+def test_an_export_without_the_tied_weights(tmp_path, assets):
+    model = tmp_path / "tied"
+    small.write_model(model, hidden_size=32, intermediate_size=64, tie_word_embeddings=True)
+    result = run_small_engine(tmp_path, assets, [f"model.path={model}", WITH_VARIETY])
+    assert_samples_of_the_checkpoint(result, model, rows=[0, 1, 2, 3, 4], **VARIED)
+
+
+def test_adapters_exported_apart_cost_one_warning(tmp_path, assets):
+    result = run_small_engine(tmp_path, assets, ["model.lora_rank=4"], num_ranks=2)
+    assert result.returncode == 0, result.output[-5000:]
+    assert result.output.count("no samples at this validation: ") == 1
+    assert result.output.count("set model.lora.merge=true") == 1
+    assert len(result.logged("val/loss")) == 2
+    assert not result.generations.exists()
+
+
+def test_adapters_merged_by_the_engine(tmp_path, assets):
+    """It exports what it merges in bfloat16."""
+    overrides = ["model.lora_rank=4", "model.lora.merge=true"]
+    result = run_small_engine(tmp_path, assets, overrides)
+    assert result.returncode == 0, result.output[-5000:]
+    plain = plain_model(result.checkpoints / "global_step_3", assets.model, LORA).bfloat16().float()
+    assert_greedy_samples(result.samples(3), plain, AutoTokenizer.from_pretrained(assets.model), MAX_NEW_TOKENS)
