@@ -52,6 +52,34 @@ def test_fused_kernels_replace_the_forward_of_the_trained_model_alone(tmp_path, 
     assert_samples_of_the_checkpoint(result, model, rows=[0, 1, 2, 3, 4], **VARIED)
 
 
+FREED = """
+def fit(self):
+    import gc, json, weakref
+
+    host, copies = self._rounds.host, []
+    gather = host.gather
+
+    def watched_gather(dtype):
+        copy = gather(dtype)
+        copies.append(weakref.ref(copy))
+        return copy
+
+    host.gather = watched_gather
+    gc.disable()
+    super().fit()
+    json.dump([copy() is None for copy in copies], open("freed.json", "w"))
+"""
+
+
+def test_the_copy_is_gone_after_a_round_without_a_garbage_collection(tmp_path, assets):
+    """With fused kernels, where it has a `forward` of its own."""
+    program = write_program(tmp_path / "program.py", FREED)
+    overrides = [*assets.overrides(), strategy("fsdp"), "model.use_fused_kernels=true"]
+    result = run(tmp_path, overrides, environment=GREEDY, program=program)
+    assert result.returncode == 0, result.output[-5000:]
+    assert json.loads((tmp_path / "freed.json").read_text()) == [True, True]
+
+
 def test_with_ulysses_both_ranks_have_the_same_rows(tmp_path, assets):
     overrides = [*assets.overrides(), "engine.ulysses_sequence_parallel_size=2"]
     result = run(tmp_path, overrides, environment=GREEDY, num_ranks=2)
