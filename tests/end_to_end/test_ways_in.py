@@ -131,10 +131,11 @@ def test_a_dora_adapter_is_merged(tmp_path, assets):
         AutoModelForCausalLM.from_pretrained(assets.model), LoraConfig(**lora, task_type="CAUSAL_LM")
     )
     model.save_pretrained(tmp_path / "adapter")
+    # verl 0.6.1 has no such key of its own; 0.9.1 loads no adapters where the rank is 0.
+    adapter = [f"++model.lora_adapter_path={tmp_path}/adapter", "model.lora_rank=4"]
     result = run(
         tmp_path / "run",
-        # verl 0.6.1 has no such key of its own, and 0.9.1 loads no adapters where the rank is 0.
-        [*assets.overrides(multiturn=True), f"++model.lora_adapter_path={tmp_path}/adapter", "model.lora_rank=4"],
+        [*assets.overrides(multiturn=True), strategy("fsdp2"), *adapter],
         environment=GREEDY,
         num_ranks=2,
     )

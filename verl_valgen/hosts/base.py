@@ -1,4 +1,7 @@
-"""What the rest of the package needs to know of a trainer."""
+"""What the rest of the package needs to know of a trainer.
+
+A host's class is also asked what a run needs where generation is off: what gathers is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,6 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from verl_valgen.gather import gather
-from verl_valgen.plain_copy import base_model, original_class, unwrap
 from verl_valgen.schedule import Schedule
 
 
@@ -43,11 +44,15 @@ class Host(ABC):
     @property
     def model_class(self) -> type:
         """The class that a plain copy of the model has."""
+        from verl_valgen.plain_copy import base_model, original_class, unwrap
+
         return original_class(base_model(unwrap(self.model)))
 
     @property
     def generation_config(self) -> GenerationConfig | None:
         """The model's own."""
+        from verl_valgen.plain_copy import base_model, unwrap
+
         return base_model(unwrap(self.model)).generation_config
 
     def gather(self, dtype: torch.dtype) -> PreTrainedModel | None:
@@ -55,6 +60,8 @@ class Host(ABC):
 
         See `verl_valgen.gather.gather`.
         """
+        from verl_valgen.gather import gather
+
         return gather(self.model, dtype=dtype, device=self.device, keep=self.is_logging_rank)
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""`verl.trainer.sft_trainer.SFTTrainer`, verl 0.7 to 0.9: the trainer that runs engines."""
+"""`verl.trainer.sft_trainer.SFTTrainer`, verl 0.6 to 0.9: the trainer that runs engines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -15,14 +15,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from transformers import GenerationConfig, PreTrainedModel
 
-from verl_valgen.gather import Parameters, collect, gather
 from verl_valgen.hosts import cpu
 from verl_valgen.hosts.attention import flash_attn_works
 from verl_valgen.hosts.base import Host, current_device
 from verl_valgen.hosts.loaders import after_each_validation
 from verl_valgen.patching import patched
-from verl_valgen.plain_copy import PlainCopy, empty_from_config
 from verl_valgen.schedule import Schedule
+
+if TYPE_CHECKING:
+    from verl_valgen.gather import Parameters
 
 _original_forwards: dict[type, Callable[..., Any]] = {}
 """The `forward` of model classes before verl's first trainer in this process replaced it, for good."""
@@ -65,6 +66,9 @@ class SFTHost(Host):
         return super().generation_config if self.is_sharded_by_fsdp else self.model_config.generation_config
 
     def gather(self, dtype: torch.dtype) -> PreTrainedModel | None:
+        from verl_valgen.gather import collect, gather
+        from verl_valgen.plain_copy import PlainCopy
+
         if self.is_sharded_by_fsdp:
             model = gather(
                 self.model, dtype=dtype, device=self.device, keep=self.is_logging_rank, on_device=self._on_device()
@@ -100,6 +104,8 @@ class SFTHost(Host):
 
     def _empty_model(self) -> nn.Module:
         from verl.utils.model import get_hf_auto_model_class
+
+        from verl_valgen.plain_copy import empty_from_config
 
         config = self.model_config.hf_config
         trust = {"trust_remote_code": True} if self.model_config.trust_remote_code else {}
