@@ -74,6 +74,7 @@ def sft_support(module: ModuleType, config: DictConfig) -> Iterator[None]:
             (engine, "CPUOffloadPolicy", _nothing),
             # verl takes torch.cpu for a device's module, and asks it for more than it has.
             (torch.cpu, "empty_cache", _nothing),
+            (torch.cpu, "set_rng_state", torch.set_rng_state),  # on resuming
             *((torch.cpu, name, _zero) for name in _MEMORY_COUNTERS),
         ):
             stack.enter_context(patched(target, name, value))
