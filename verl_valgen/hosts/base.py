@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from verl_valgen.hosts.loaders import after_each_validation
 from verl_valgen.schedule import Schedule
 
 
@@ -67,17 +69,19 @@ class Host(ABC):
     @abstractmethod
     def schedule(self) -> Schedule: ...
 
-    @abstractmethod
     def validation_rows(self, limit: int) -> list[int]:
         """Rows of the data set that this rank's first validation batches hold, in their order, at most `limit`."""
+        loader = self.trainer.val_dataloader
+        num_rows = min(limit, len(loader) * loader.batch_size)
+        return list(islice(iter(self.trainer.val_sampler), num_rows))
 
     @abstractmethod
     def why_no_validation_batch(self) -> str | None:
         """The reason for which a validation would see no batch, None where it sees one."""
 
-    @abstractmethod
     def after_each_validation(self, hook: Callable[[int], None]) -> AbstractContextManager[None]:
         """While it is open, every validation of `fit()` ends with `hook(step)`, on all ranks in step."""
+        return after_each_validation(self.trainer, hook)
 
     @classmethod
     def while_building(cls) -> AbstractContextManager[None]:

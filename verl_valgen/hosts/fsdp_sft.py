@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +13,6 @@ from omegaconf import DictConfig
 from verl_valgen.hosts import cpu
 from verl_valgen.hosts.attention import flash_attn_works
 from verl_valgen.hosts.base import Host, current_device
-from verl_valgen.hosts.loaders import after_each_validation
 from verl_valgen.patching import patched
 from verl_valgen.schedule import Schedule
 
@@ -43,11 +41,6 @@ class FSDPSFTHost(Host):
             test_freq=trainer_config.test_freq,
         )
 
-    def validation_rows(self, limit: int) -> list[int]:
-        loader = self.trainer.val_dataloader
-        num_rows = min(limit, len(loader) * loader.batch_size)
-        return list(islice(iter(self.trainer.val_sampler), num_rows))
-
     def why_no_validation_batch(self) -> str | None:
         loader = self.trainer.val_dataloader
         if len(loader) > 0:
@@ -57,9 +50,6 @@ class FSDPSFTHost(Host):
             f"data.val_files has {num_rows} rows, fewer than one batch on each of {num_ranks} data-parallel ranks "
             f"({loader.batch_size} rows each, data.micro_batch_size_per_gpu), and verl drops incomplete batches"
         )
-
-    def after_each_validation(self, hook: Callable[[int], None]) -> AbstractContextManager[None]:
-        return after_each_validation(self.trainer, hook)
 
     @classmethod
     @contextmanager

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import islice
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from verl_valgen.hosts import cpu
 from verl_valgen.hosts.attention import flash_attn_works
 from verl_valgen.hosts.base import Host, current_device
-from verl_valgen.hosts.loaders import after_each_validation
 from verl_valgen.patching import patched
 from verl_valgen.schedule import Schedule
 
@@ -135,11 +133,6 @@ class SFTHost(Host):
             test_freq=trainer.test_freq,
         )
 
-    def validation_rows(self, limit: int) -> list[int]:
-        loader = self.trainer.val_dataloader
-        num_rows = min(limit, len(loader) * loader.batch_size)
-        return list(islice(iter(self.trainer.val_sampler), num_rows))
-
     def why_no_validation_batch(self) -> str | None:
         trainer = self.trainer
         if not self.config.data.val_files:
@@ -156,9 +149,6 @@ class SFTHost(Host):
             f"(data.train_batch_size={trainer.global_batch_size}, {trainer.train_batch_size_per_dp} rows on each of "
             f"{num_ranks} data-parallel ranks), and verl drops incomplete batches: its val/loss will be nan"
         )
-
-    def after_each_validation(self, hook: Callable[[int], None]) -> AbstractContextManager[None]:
-        return after_each_validation(self.trainer, hook)
 
     @classmethod
     @contextmanager
