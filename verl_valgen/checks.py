@@ -82,6 +82,13 @@ def one_of(*names: str, aliases: Mapping[str, str] | None = None) -> Check:
     )
 
 
+def auto_or(check: Check) -> Check:
+    def read(value: object) -> Any:
+        return "auto" if isinstance(value, str) and value.strip().lower() == "auto" else check.read(value)
+
+    return Check(read, lambda x: x == "auto" or check.accepts(x), f"auto or {check.allowed}")
+
+
 def texts() -> Check:
     return Check(_read_texts, bool, "a text or a list of texts, none of them empty")
 

@@ -42,6 +42,17 @@ class GenerationSettings:
     dtype: str = "auto"
     """A torch dtype by name; auto: the trainer's compute dtype on accelerators, float32 on CPU."""
     backend: str = "auto"
+    compile: bool = False
+    """Whether the `fast` backend's step goes through torch.compile."""
+    batch_size: int | str = "auto"
+    """Most prompts answered at once on one rank; auto: by free memory."""
+    ranks: int | str = "auto"
+    """Most ranks that answer; auto: as many as there are full batches."""
+    gather: str = "auto"
+    """How the weights are come by. copy: a plain copy on each rank that answers; sharded: through the sharded model, on
+    all ranks; auto: sharded where no copy fits."""
+    max_round_time_s: float = 0.0
+    """What is unfinished then ends with the reason "time"; 0 sets no limit."""
     max_log_chars: int = 500
     """Longer texts are cut on the console."""
     max_tracker_chars: int = 4000
@@ -96,6 +107,11 @@ SETTINGS = {
     "generation.seed": Setting(_SEED, "VERL_GENERATION_SEED"),
     "generation.dtype": Setting(_DTYPE),
     "generation.backend": Setting(checks.one_of("auto", *BACKENDS)),
+    "generation.compile": Setting(checks.boolean()),
+    "generation.batch_size": Setting(checks.auto_or(checks.at_least(1))),
+    "generation.ranks": Setting(checks.auto_or(checks.at_least(1))),
+    "generation.gather": Setting(checks.one_of("auto", "copy", "sharded")),
+    "generation.max_round_time_s": Setting(checks.number("a number of seconds >= 0 (0: no limit)", lambda x: x >= 0)),
     "generation.max_log_chars": Setting(checks.at_least(16)),
     "generation.max_tracker_chars": Setting(checks.at_least(16)),
     # Fields of GenerationConfig that transformers checks only while it generates, if at all.

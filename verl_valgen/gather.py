@@ -11,16 +11,15 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 
+from verl_valgen.exchange import agree, world_size
 from verl_valgen.plain_copy import PlainCopy, clean_name, empty_like, tensor_attributes, tuner_layers, unwrap
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ def gather(
     dtype: torch.dtype,
     device: torch.device,
     keep: bool,
-    on_device: AbstractContextManager[None] | None = None,
 ) -> PreTrainedModel | None:
     """A plain copy of a sharded model. Collective: all ranks must call.
 
@@ -51,12 +49,11 @@ def gather(
         dtype: Of the copy's floating-point parameters.
         device: Of the copy. With NCCL it must be the rank's own device.
         keep: Whether this rank wants the copy. The others take part and keep nothing.
-        on_device: While it is open, the parameters lie where they can be gathered from.
 
     Returns:
         The copy in eval mode, None where `keep` is false or where another rank could not prepare for it. Peak memory
         above the level before: the copy plus one FSDP unit (one parameter under FSDP2) where `keep` is true, the unit
-        elsewhere; and what `on_device` moves.
+        elsewhere.
 
     Raises:
         Exception: Whatever prevented the copy, on the rank concerned and only after the last collective. (What fails
@@ -68,8 +65,6 @@ def gather(
         lambda: PlainCopy(empty_like(source), dtype, device, source=source),
         device=device,
         keep=keep,
-        unit_bytes=largest_unit_bytes(wrapped),
-        on_device=on_device,
     )
 
 
@@ -80,43 +75,36 @@ def collect(
     *,
     device: torch.device,
     keep: bool,
-    unit_bytes: int,
-    on_device: AbstractContextManager[None] | None = None,
 ) -> PreTrainedModel | None:
     """A copy that is filled from parameters, wherever they come from. Collective: all ranks must call.
 
     Args:
         parameters: Called on all ranks, once all have prepared; each exhausts what it gives.
         new_copy: Called where `keep` is true.
-        unit_bytes: What is whole at any one time besides the copy.
 
     The rest, and what is returned and raised, is as for `gather`.
     """
     start = time.perf_counter()
     plain: PlainCopy | None = None
     error: Exception | None = None
-    with ExitStack() as stack:
-        try:
-            if on_device is not None:
-                stack.enter_context(on_device)
-            plain = new_copy() if keep else None
-            check_memory(device, unit_bytes + (plain.num_bytes if plain is not None else 0))
-        except Exception as e:
-            error = e
-        if not agree(error is None, device):
-            if error is not None:
-                raise error
-            return None
+    try:
+        plain = new_copy() if keep else None
+    except Exception as e:
+        error = e
+    if not agree(error is None, device):
+        if error is not None:
+            raise error
+        return None
 
-        num_bytes = 0
-        for name, parameter in parameters():
-            num_bytes += parameter.numel() * parameter.element_size()
-            if plain is not None and error is None:
-                try:
-                    plain.receive(name, parameter)
-                except Exception as e:  # the other ranks are on their way to the next gather: so is this one
-                    traceback.clear_frames(e.__traceback__)  # they hold the copy, and memory may be what is missing
-                    error, plain = e, None
+    num_bytes = 0
+    for name, parameter in parameters():
+        num_bytes += parameter.numel() * parameter.element_size()
+        if plain is not None and error is None:
+            try:
+                plain.receive(name, parameter)
+            except Exception as e:  # the other ranks are on their way to the next gather: so is this one
+                traceback.clear_frames(e.__traceback__)  # they hold the copy, and memory may be what is missing
+                error, plain = e, None
     if error is not None:
         raise error
     if plain is None:
@@ -133,39 +121,24 @@ def largest_unit_bytes(wrapped: nn.Module) -> int:
     """What is whole at any one time besides the copy, at most: an FSDP1 unit in float32, or a parameter twice."""
     sizes = [0]
     for parameter in wrapped.parameters():
-        # An FSDP1 unit is one flat parameter, which holds a share or, between some passes, the whole; a DTensor tells
-        # its full size.
-        flat_size: torch.Size | None = getattr(parameter, "_unpadded_unsharded_size", None)
-        if flat_size is not None:
-            sizes.append(flat_size.numel() * torch.float32.itemsize)
+        if (flat_size := _flat_size(parameter)) is not None:
+            sizes.append(flat_size * torch.float32.itemsize)
         else:
             sizes.append(2 * parameter.numel() * parameter.element_size())
     return max(sizes)
 
 
-def check_memory(device: torch.device, num_bytes: int) -> None:
-    """Raises MemoryError where so much certainly does not fit on the device (told of CUDA only)."""
-    if device.type != "cuda":
-        return
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if num_bytes > free:
-        raise MemoryError(
-            f"gathering the model needs {num_bytes / 2**30:.1f} GiB on {device}, which has {free / 2**30:.1f} GiB free"
-        )
+def num_parameters(wrapped: nn.Module) -> int:
+    """Of the whole model, adapters included, however it is sharded."""
+    sizes = ((_flat_size(parameter), parameter.numel()) for parameter in wrapped.parameters())
+    return sum(own if flat is None else flat for flat, own in sizes)
 
 
-def agree(ok: bool, device: torch.device) -> bool:
-    """Whether all ranks are ok. Collective: all ranks must call."""
-    if world_size() == 1:
-        return ok
-    flag = torch.tensor(int(ok), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag.item())
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+def _flat_size(parameter: nn.Parameter) -> int | None:
+    """Numbers in an FSDP1 unit, which is one flat parameter that holds a share or, between some passes, the whole; None
+    for others. (A DTensor tells its full size.)"""
+    size: torch.Size | None = getattr(parameter, "_unpadded_unsharded_size", None)
+    return None if size is None else size.numel()
 
 
 def full_parameters(wrapped: nn.Module, *, dtype: torch.dtype, device: torch.device, uncast: set[str]) -> Parameters:

@@ -1,25 +1,22 @@
-"""Rounds of generation: which prompts, when, and what becomes of the answers.
+"""Rounds of generation: which prompts, when, and what becomes of the answers (`answering.py` makes them).
 
-A round begins with a gather, in which all ranks take part, and ends with samples in the trackers on the logging rank.
-Whatever fails costs a warning: `run` catches what gathering and generating raise, the trackers see to themselves.
+All ranks take part in a round; it ends with samples in the trackers on the logging rank. Whatever fails costs a
+warning: `run` catches what answering raises, the trackers see to themselves.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from verl_valgen.backends import backend_class
+from verl_valgen.answering import Answering
 from verl_valgen.config import GenerationSettings
-from verl_valgen.gather import agree
-from verl_valgen.hf_parameters import special_tokens
+from verl_valgen.exchange import agree
 from verl_valgen.hosts.base import Host
 from verl_valgen.prompts import decode, mask_is_shifted, prompts_from_batch, prompts_from_dataset
 from verl_valgen.random_state import preserved_random_state
@@ -37,6 +34,7 @@ class ValidationRounds:
 
     def __init__(self, host: Host, settings: GenerationSettings) -> None:
         self.host, self.settings = host, settings
+        self.answer = Answering(host, settings)
         self.prompts: list[Prompt] = []
         """Answered at every round; on the logging rank alone."""
         self.trackers: CompositeTracker | None = None
@@ -46,12 +44,6 @@ class ValidationRounds:
     @property
     def directory(self) -> Path:
         return Path(self.host.config.trainer.default_local_dir) / "generations"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        if self.settings.dtype != "auto":
-            return getattr(torch, self.settings.dtype)
-        return torch.float32 if self.host.device.type == "cpu" else self.host.compute_dtype
 
     def __enter__(self) -> None:
         """Collective: all ranks must call."""
@@ -121,63 +113,48 @@ class ValidationRounds:
         """One round; never raises. Collective: all ranks must call."""
         try:
             with preserved_random_state(self.host.device):
-                model = self._gather()
-                if model is not None:
-                    completions = self._generate(model, self.prompts)
-                    del model  # its memory is free before anything else happens
+                completions = self.answer(_requests(self.prompts))
+                if completions is not None:
                     self._log(self._samples(completions, step), step)
         except Exception as e:
-            out_of_memory = isinstance(e, torch.OutOfMemoryError)
-            advice = "lower generation.max_new_tokens or trainer.max_val_samples" if out_of_memory else ""
+            out_of_memory = isinstance(e, torch.OutOfMemoryError | MemoryError)
+            advice = "lower generation.max_new_tokens, or set generation.gather=sharded" if out_of_memory else ""
             self._warn("no samples at this validation", e, advice)
 
     def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
         """See `ValidationGenerationMixin.generate_samples`. Collective: all ranks must call."""
         tokenizer = self.host.tokenizer
+        prompts: list[Prompt] | None = None
+        error: Exception | None = None
         with preserved_random_state(self.host.device):
-            model = self._gather()
-            if model is None:
-                return [], []
-            # Behind the last collective: a batch that cannot be read raises here, and no rank waits.
-            in_batch = prompts_from_batch(batch, tokenizer, shifted=mask_is_shifted(self.host.val_dataset))
-            prompts = [prompt for prompt in in_batch if prompt is not None]
-            if len(prompts) < len(in_batch):
-                self._warn_once(
-                    f"{len(in_batch) - len(prompts)} of the batch's {len(in_batch)} samples have images or videos, and "
-                    "only text is generated from: left out"
-                )
-            completions = self._generate(model, prompts)
+            if self.host.is_logging_rank:
+                try:
+                    prompts = self._prompts_of(batch)
+                except Exception as e:  # the others have to hear of it
+                    error = e
+            completions = self.answer(None if prompts is None else _requests(prompts))
+        if error is not None:
+            raise error
+        if prompts is None or completions is None:
+            return [], []
         return (
             [decode(tokenizer, prompt.input_ids, skip_special_tokens=False) for prompt in prompts],
             [decode(tokenizer, completion.output_ids, skip_special_tokens=True) for completion in completions],
         )
 
-    def _gather(self) -> PreTrainedModel | None:
-        """A plain copy of the model on the logging rank, None elsewhere. Collective: all ranks must call."""
-        model = self.host.gather(self.dtype)
-        if model is not None:
-            model.generation_config = special_tokens(self.host.generation_config, self.host.tokenizer)
-        return model
-
-    def _generate(self, model: PreTrainedModel, prompts: Sequence[Prompt]) -> list[Completion]:
-        start = time.perf_counter()
-        backend = backend_class(self.settings.backend)(
-            model, self.host.tokenizer, self.settings.parameters, self.settings.seed
-        )
-        requests = [
-            Request(prompt.input_ids, key=(index if prompt.row is None else prompt.row, 0))
-            for index, prompt in enumerate(prompts)
-        ]
-        with torch.no_grad():
-            completions = backend.generate(requests)
-        num_tokens = sum(len(completion.output_ids) for completion in completions)
-        seconds = time.perf_counter() - start
-        logger.debug("generated %d tokens for %d prompts in %.3f s", num_tokens, len(requests), seconds)
-        return completions
+    def _prompts_of(self, batch: Any) -> list[Prompt]:
+        in_batch = prompts_from_batch(batch, self.host.tokenizer, shifted=mask_is_shifted(self.host.val_dataset))
+        prompts = [prompt for prompt in in_batch if prompt is not None]
+        if len(prompts) < len(in_batch):
+            self._warn_once(
+                f"{len(in_batch) - len(prompts)} of the batch's {len(in_batch)} samples have images or videos, and "
+                "only text is generated from: left out"
+            )
+        return prompts
 
     def _samples(self, completions: Sequence[Completion], step: int) -> list[Sample]:
         tokenizer, settings = self.host.tokenizer, self.settings
-        params = settings.parameters | {"dtype": str(self.dtype).removeprefix("torch.")}
+        params = settings.parameters | {"dtype": str(self.answer.dtype).removeprefix("torch.")}
         return [
             Sample(
                 step=step,
@@ -221,3 +198,10 @@ class ValidationRounds:
         self._warn_once(f"{what}: {cause}{f'; {advice}' if advice else ''}; training goes on", cause)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s\n%s", what, describe_at_length(error))
+
+
+def _requests(prompts: Sequence[Prompt]) -> list[Request]:
+    return [
+        Request(prompt.input_ids, key=(index if prompt.row is None else prompt.row, 0))
+        for index, prompt in enumerate(prompts)
+    ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, Shardin
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from verl_valgen import gather as gather_module
-from verl_valgen.gather import agree, collect, gather, largest_unit_bytes
+from verl_valgen.exchange import agree
+from verl_valgen.gather import collect, gather, largest_unit_bytes, num_parameters
 from verl_valgen.hosts.cpu import cpu_platform
 from verl_valgen.plain_copy import PlainCopy, empty_from_config, empty_like
 
@@ -197,8 +197,7 @@ def test_the_copy_is_the_model(gathered, name, strategy):
 def fail_at(stage: str) -> tuple[str, bool, bool]:
     """Rank 0 fails while it prepares or while it receives; both ranks then do one more collective.
 
-    Returns what came of it, whether the ranks met, and whether all was put away: the failed copy at the next parameter,
-    the moved parameters at the end.
+    Returns what came of it, whether the ranks met, and whether the failed copy was gone at the next parameter.
     """
     wrapped = wrap(build("llama"), "fsdp2")
     receive, full_parameters = PlainCopy.receive, gather_module.full_parameters
@@ -211,7 +210,7 @@ def fail_at(stage: str) -> tuple[str, bool, bool]:
             yield item
             gone = all(ref() is None for ref in copies)
 
-    def failing_check(device: torch.device, num_bytes: int) -> None:
+    def failing_init(*args: Any, **kwargs: Any) -> None:
         raise MemoryError("planted")
 
     def failing_receive(self: PlainCopy, name: str, parameter: torch.Tensor) -> None:
@@ -220,49 +219,40 @@ def fail_at(stage: str) -> tuple[str, bool, bool]:
             raise torch.OutOfMemoryError("planted")
         receive(self, name, parameter)
 
-    @contextmanager
-    def on_device() -> Iterator[None]:
-        nonlocal gone
-        gone = False
-        try:
-            if stage == "on_device" and dist.get_rank() == 0:
-                raise torch.OutOfMemoryError("planted")
-            yield
-        finally:
-            gone = True
-
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 0:
-            if stage == "check_memory":
-                patch.setattr(gather_module, "check_memory", failing_check)
+            if stage == "prepare":
+                patch.setattr(PlainCopy, "__init__", failing_init)
             elif stage == "receive":
                 patch.setattr(PlainCopy, "receive", failing_receive)
                 patch.setattr(gather_module, "full_parameters", watched_parameters)
         try:
             keep = dist.get_rank() == 0
-            outcome = repr(gather(wrapped, dtype=torch.float32, device=CPU, keep=keep, on_device=on_device()))
+            outcome = repr(gather(wrapped, dtype=torch.float32, device=CPU, keep=keep))
         except Exception as e:
             outcome = f"{type(e).__name__}: {e}"
     return outcome, agree(True, CPU), gone
 
 
-STAGES = ("on_device", "check_memory", "receive")
+STAGES = ("prepare", "receive")
 
 
 def failures_and_agreements() -> dict[str, Any]:
     agreements = {refusing: agree(dist.get_rank() != refusing, CPU) for refusing in (None, 0, 1)}
-    sizes = [largest_unit_bytes(wrap(build("llama"), strategy)) for strategy in ("fsdp", "fsdp2")]
-    return {"agreements": agreements, "sizes": sizes} | {stage: fail_at(stage) for stage in STAGES}
+    wrapped = [wrap(build("llama"), strategy) for strategy in ("fsdp", "fsdp2")]
+    sizes, numbers = [largest_unit_bytes(model) for model in wrapped], [num_parameters(model) for model in wrapped]
+    return {"agreements": agreements, "sizes": sizes, "numbers": numbers} | {stage: fail_at(stage) for stage in STAGES}
 
 
 def test_a_failure_is_raised_where_it_happened_and_no_rank_waits(tmp_path: Path):
     first, second = run_distributed(failures_and_agreements, 2, tmp_path)
-    assert first["check_memory"] == ("MemoryError: planted", True, True)
-    assert first["receive"] == first["on_device"] == ("OutOfMemoryError: planted", True, True)
+    assert first["prepare"] == ("MemoryError: planted", True, True)
+    assert first["receive"] == ("OutOfMemoryError: planted", True, True)
     assert {second[stage] for stage in STAGES} == {("None", True, True)}
     # In float32: under FSDP1 a decoder layer (attention, MLP, two norms), under FSDP2 twice a matrix of the MLP.
     layer = 2 * 16 * 16 + 2 * 8 * 16 + 3 * 50 * 16 + 2 * 16
     assert first["sizes"] == [4 * layer, 4 * 2 * 50 * 16]
+    assert first["numbers"] == second["numbers"] == [build("llama").num_parameters()] * 2
     assert first["agreements"] == second["agreements"] == {None: True, 0: False, 1: False}
 
 
@@ -300,7 +290,6 @@ def collect_stream(name: str) -> list[str] | None:
         lambda: PlainCopy(empty_from_config(auto_class, config), torch.bfloat16, CPU),
         device=CPU,
         keep=dist.get_rank() == 0,
-        unit_bytes=0,
     )
     assert torch.equal(before, torch.get_rng_state())
     assert len(exported) > 5

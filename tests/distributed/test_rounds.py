@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl_valgen import rounds as rounds_module
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.config import GenerationSettings
-from verl_valgen.gather import agree
+from verl_valgen.exchange import agree
 from verl_valgen.hosts.base import Host
 from verl_valgen.plain_copy import PlainCopy
 from verl_valgen.rounds import ValidationRounds
@@ -154,7 +154,7 @@ def test_a_fault_on_rank_0_costs_one_warning(outcomes, kind, warning):
         assert result["random"]
         assert result["files"] == []
     if kind == "oom":
-        assert "lower generation.max_new_tokens or trainer.max_val_samples" in first["warnings"][0]
+        assert "lower generation.max_new_tokens, or set generation.gather=sharded" in first["warnings"][0]
 
 
 def test_without_a_fault_every_round_is_written(outcomes, directory):

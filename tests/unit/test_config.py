@@ -220,7 +220,7 @@ class TestErrors:
             ({"seed": -1}, "generation.seed must be an integer in [0, 2**63), got -1"),
             ({"seed": 2**63}, "generation.seed must be an integer in [0, 2**63), got 9223372036854775808"),
             ({"dtype": "int8"}, "generation.dtype must be one of auto, float32, bfloat16, float16, fp32, bf16, fp16"),
-            ({"backend": 3}, "generation.backend must be one of auto, hf, got 3"),
+            ({"backend": 3}, "generation.backend must be one of auto, hf, fast, got 3"),
             ({"max_log_chars": 3}, "generation.max_log_chars must be an integer >= 16, got 3"),
             ({"max_tracker_chars": 3}, "generation.max_tracker_chars must be an integer >= 16, got 3"),
             ({"min_p": 2}, "generation.min_p must be a number in [0, 1], got 2"),

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList
 
 from verl_valgen.hf_parameters import SAMPLING_ONLY
-from verl_valgen.sampling import WARPERS, GumbelNoise, gumbel_noise, logits_warpers, philox_4x32
+from verl_valgen.sampling import (
+    WARPERS,
+    GumbelNoise,
+    gumbel_noise,
+    logits_warpers,
+    perturbed,
+    philox_4x32,
+    split_mix_64,
+    stream_keys,
+)
 
 CPU = torch.device("cpu")
 
@@ -31,10 +40,23 @@ def test_philox_gives_the_known_answers(counter, key, expected):
     assert [int(word) for word in philox_4x32(counter, key)] == expected
 
 
+def test_split_mix_gives_the_known_answers():
+    # The first outputs of java.util.SplittableRandom's generator from the seed 1234567, as Vigna's splitmix64.c prints.
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    outputs = split_mix_64(torch.tensor(1234567), torch.arange(5))
+    assert [int(word) % 2**64 for word in outputs] == known
+
+
+def noise_for(seed: int, rows: torch.Tensor, completions: torch.Tensor, position: torch.Tensor | int, vocab_size: int):
+    """(B, V) float32."""
+    keys = stream_keys(seed, rows, completions, torch.as_tensor(position))
+    return gumbel_noise(keys[:, None], torch.arange(vocab_size))
+
+
 def draws(logits: torch.Tensor, num_draws: int, seed: int = 0) -> torch.Tensor:
     """Token counts over `num_draws` rows, (V,)."""
     rows = torch.arange(num_draws)
-    noise = gumbel_noise(seed, rows, torch.zeros_like(rows), 0, logits.numel())
+    noise = noise_for(seed, rows, torch.zeros_like(rows), 0, logits.numel())
     return torch.bincount((logits + noise).argmax(-1), minlength=logits.numel())
 
 
@@ -53,14 +75,14 @@ def test_draws_along_every_part_of_the_key_follow_the_softmax(varied):
     num_draws = 40_000
     parts = {name: torch.zeros(num_draws, dtype=torch.int64) for name in ("row", "completion", "position")}
     parts[varied] = torch.arange(num_draws)
-    noise = gumbel_noise(3, parts["row"], parts["completion"], parts["position"], 4)
+    noise = noise_for(3, parts["row"], parts["completion"], parts["position"], 4)
     counts = torch.bincount((logits + noise).argmax(-1), minlength=4)
     expected = torch.softmax(logits.double(), -1) * num_draws
     assert ((counts - expected) ** 2 / expected).sum() < 16.3  # 0.1 %, 3 degrees of freedom
 
 
 def test_noise_is_finite_and_standard_gumbel():
-    noise = gumbel_noise(0, torch.arange(64), torch.zeros(64, dtype=torch.int64), 5, 8192).double()
+    noise = noise_for(0, torch.arange(64), torch.zeros(64, dtype=torch.int64), 5, 8192).double()
     assert torch.isfinite(noise).all()
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)  # Euler's constant
     assert noise.var().item() == pytest.approx(1.6449, abs=0.02)  # pi^2 / 6
@@ -77,12 +99,29 @@ def test_noise_is_finite_and_standard_gumbel():
 @settings(deadline=None, max_examples=50)
 def test_noise_depends_on_its_key_alone(seed, row, completion, position, vocab_size, neighbours):
     def noise_of(rows, at):
-        return gumbel_noise(seed, torch.tensor(rows), torch.full((len(rows),), completion), position, vocab_size)[at]
+        return noise_for(seed, torch.tensor(rows), torch.full((len(rows),), completion), position, vocab_size)[at]
 
     alone = noise_of([row], 0)
     assert torch.equal(alone, noise_of([*neighbours, row], len(neighbours)))
-    wider = gumbel_noise(seed, torch.tensor([row]), torch.tensor([completion]), position, vocab_size + 9)[0]
+    wider = noise_for(seed, torch.tensor([row]), torch.tensor([completion]), position, vocab_size + 9)[0]
     assert torch.equal(alone, wider[:vocab_size])
+
+
+def test_noise_is_finite_at_both_ends():
+    """The least and the largest 52 bits that there can be, at the end of the same arithmetic."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("verl_valgen.sampling.split_mix_64", lambda keys, index: torch.tensor([0, -1]))
+        low, high = gumbel_noise(torch.zeros(1), torch.zeros(1)).tolist()
+    assert -4 < low < high < 37
+
+
+def test_noise_on_the_tokens_that_can_be_drawn_is_the_noise_on_all():
+    scores = torch.linspace(-3, 3, 40).reshape(2, 20)
+    keys = stream_keys(7, torch.tensor([3, 4]), torch.tensor([0, 1]), torch.tensor(2))
+    everywhere = scores + gumbel_noise(keys[:, None], torch.arange(20))
+    assert torch.equal(perturbed(scores, keys), everywhere)
+    masked = scores.masked_fill(scores < 0.3, -torch.inf)
+    assert torch.equal(perturbed(masked, keys), everywhere.masked_fill(scores < 0.3, -torch.inf))
 
 
 @pytest.mark.parametrize(("params", "allowed"), [({"top_k": 3}, 3), ({"top_p": 0.7}, 2), ({"min_p": 0.5}, 2)])
@@ -107,15 +146,15 @@ def test_warpers_are_those_of_transformers_in_its_order():
 
 def test_the_position_is_counted_from_the_end_of_the_prompt():
     scores = torch.zeros(1, 5)
-    short = GumbelNoise(0, [(4, 0)], prompt_length=2, device=CPU)
-    long = GumbelNoise(0, [(4, 0)], prompt_length=9, device=CPU)
+    short = GumbelNoise(0, [(4, 0)], prompt_length=2, max_new_tokens=3, device=CPU)
+    long = GumbelNoise(0, [(4, 0)], prompt_length=9, max_new_tokens=3, device=CPU)
     assert torch.equal(short(torch.zeros(1, 3), scores), long(torch.zeros(1, 10), scores))
     assert not torch.equal(short(torch.zeros(1, 3), scores), short(torch.zeros(1, 4), scores))
 
 
 def test_no_global_random_state_is_used():
     before = torch.get_rng_state()
-    processors = LogitsProcessorList([*logits_warpers({"top_k": 3}, CPU), GumbelNoise(0, [(0, 0)], 1, CPU)])
+    processors = LogitsProcessorList([*logits_warpers({"top_k": 3}, CPU), GumbelNoise(0, [(0, 0)], 1, 4, CPU)])
     processors(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 8))
     assert torch.equal(before, torch.get_rng_state())
 

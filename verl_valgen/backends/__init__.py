@@ -6,11 +6,13 @@ from importlib import import_module
 
 from verl_valgen.backends.base import Backend
 
-BACKENDS = {"hf": "verl_valgen.backends.hf:HFBackend"}
+BACKENDS = {"hf": "verl_valgen.backends.hf:HFBackend", "fast": "verl_valgen.backends.fast:FastBackend"}
 """Name -> "module:class", imported when it is asked for."""
 
 
-def backend_class(name: str) -> type[Backend]:
-    """The class behind `generation.backend`; "auto" is the best that runs here."""
-    module, _, attribute = BACKENDS["hf" if name == "auto" else name].partition(":")
+def backend_class(name: str, device_type: str) -> type[Backend]:
+    """The class behind `generation.backend`; "auto" is the best on devices of this type."""
+    if name == "auto":
+        name = "fast" if device_type == "cuda" else "hf"
+    module, _, attribute = BACKENDS[name].partition(":")
     return getattr(import_module(module), attribute)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from verl_valgen.samples import Completion, Request
@@ -12,25 +14,50 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+class UnsuitableError(RuntimeError):
+    """A backend's own way does not do for a model or a request; the message says why. Another way can begin anew."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a backend has to keep within."""
+
+    batch_size: int = 16
+    """Most requests answered at once."""
+    deadline: float = math.inf
+    """`time.time()` after which nothing is begun; what is unfinished ends with the reason "time"."""
+    compile: bool = False
+    """Whether torch.compile may be used: the first use takes half a minute."""
+
+
 class Backend(ABC):
-    """Completes requests, with the weights and the parameters that it was made with. Not collective.
+    """Completes requests, with the weights and the parameters that it was made with.
 
     Args:
-        model: A plain model, in eval mode. Its `generation_config` must hold the special token ids and nothing else.
+        model: A plain model, in eval mode, for this backend alone: it may be changed. Its `generation_config` must hold
+            the special token ids and nothing else.
         tokenizer: For stop strings alone.
         params: `transformers.GenerationConfig` fields, checked. The model's own defaults do not leak in.
-        seed: Of the sampled tokens; see `sampling.gumbel_noise`.
+        seed: Of the sampled tokens; see `sampling.stream_keys`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: Mapping[str, Any], seed: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        params: Mapping[str, Any],
+        seed: int,
+        limits: Limits = Limits(),
     ) -> None:
-        self.model, self.tokenizer, self.params, self.seed = model, tokenizer, params, seed
+        self.model, self.tokenizer, self.params, self.seed, self.limits = model, tokenizer, params, seed, limits
 
     @abstractmethod
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion per request, in the order of the requests.
+        """One completion per request, in the order of the requests. Not collective, unless a backend says so.
 
         What a request is answered depends on that request alone, up to floating-point near-ties: not on its
         neighbours, their number or their order.
+
+        Raises:
+            torch.OutOfMemoryError: Not even one request fits.
         """

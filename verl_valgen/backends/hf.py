@@ -6,7 +6,11 @@ random state is never used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import math
+import time
+import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
+    MaxTimeCriteria,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -21,53 +26,44 @@ from transformers import (
 )
 
 from verl_valgen.backends.base import Backend
+from verl_valgen.backends.batching import groups
 from verl_valgen.hf_parameters import SAMPLING_ONLY
 from verl_valgen.samples import Completion, FinishReason, Request
 from verl_valgen.sampling import GumbelNoise, logits_warpers
 
-MAX_BATCH_SIZE = 16
-"""Sequences decoded at once. A step reads all weights whatever the batch, so more would mostly cost cache memory."""
-
-BLIND_TO_PADDING = SAMPLING_ONLY | {
-    *("do_sample", "max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "early_stopping"),
-    *("eos_token_id", "pad_token_id", "bos_token_id", "max_time", "use_cache", "cache_implementation"),
-    *("suppress_tokens", "renormalize_logits", "remove_invalid_values"),
-}
-"""Parameters under which padding, which the attention mask hides, changes nothing. Of others that is not known."""
+logger = logging.getLogger(__name__)
 
 
 class HFBackend(Backend):
     """Hugging Face's own loop, whatever it takes: sampling, beams, stop strings, any cache."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        completions: list[Completion | None] = [None] * len(requests)
-        for indices, max_new_tokens in self._batches(requests):
-            answers = self._generate_batch([requests[i] for i in indices], max_new_tokens)
-            for i, answer in zip(indices, answers, strict=True):
-                completions[i] = answer
-        return [completion for completion in completions if completion is not None]
+        completions: list[Completion] = [Completion([], "time")] * len(requests)
+        batch_size = self.limits.batch_size
+        for group in groups(requests, self.params, self.model.config):
+            todo = group.indices
+            while todo and time.time() <= self.limits.deadline:
+                batch = todo[:batch_size]
+                try:
+                    answers = self.generate_batch([requests[i] for i in batch], group.max_new_tokens)
+                except torch.OutOfMemoryError as e:
+                    if len(batch) == 1:
+                        raise
+                    batch_size = math.ceil(len(batch) / 2)
+                    logger.debug("out of memory with %d prompts at once: going on with %d", len(batch), batch_size)
+                    traceback.clear_frames(e.__traceback__)  # they hold what was allocated
+                    self.release()
+                    continue
+                for i, answer in zip(batch, answers, strict=True):
+                    completions[i] = answer
+                todo = todo[batch_size:]
+        return completions
 
-    def _batches(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], int]]:
-        """Indices of requests that run together, and their token limit.
+    def release(self) -> None:
+        """Gives back what is kept from one batch for the next."""
 
-        Of similar length, to keep padding short; of equal length where parameters are set that look at the prompt's
-        tokens (a repetition penalty, say), for these take the padding for text.
-
-        A learned position embedding has nothing beyond its last position (on CUDA an index out of range there ends
-        the process), so a request's own prompt bounds what can follow.
-        """
-        max_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
-        limits = [int(min(self.params["max_new_tokens"], max_positions - len(r.input_ids))) for r in requests]
-        takes_padding = self.params.keys() <= BLIND_TO_PADDING
-        groups: dict[tuple[int, int], list[int]] = {}
-        for i in sorted(range(len(requests)), key=lambda i: len(requests[i].input_ids)):
-            length = 0 if takes_padding else len(requests[i].input_ids)
-            groups.setdefault((limits[i], length), []).append(i)
-        for (limit, _), group in groups.items():
-            for start in range(0, len(group), MAX_BATCH_SIZE):
-                yield group[start : start + MAX_BATCH_SIZE], limit
-
-    def _generate_batch(self, requests: list[Request], max_new_tokens: int) -> list[Completion]:
+    def generate_batch(self, requests: Sequence[Request], max_new_tokens: int) -> list[Completion]:
+        """One completion per request of a single batch."""
         if max_new_tokens <= 0:  # the prompt fills the model's context
             return [Completion([], "length") for _ in requests]
         device = self.model.device
@@ -76,22 +72,33 @@ class HFBackend(Backend):
 
         processors = LogitsProcessorList()
         if self.params["do_sample"]:
+            keys = [request.key for request in requests]
             processors += logits_warpers(self.params, device)
-            processors.append(GumbelNoise(self.seed, [r.key for r in requests], input_ids.shape[1], device))
+            processors.append(GumbelNoise(self.seed, keys, input_ids.shape[1], max_new_tokens, device))
+        criteria = StoppingCriteriaList()
         stop = StopStrings(self.tokenizer, self.params["stop_strings"]) if self.params.get("stop_strings") else None
+        if stop is not None:
+            criteria.append(stop)
+        if self.limits.deadline < math.inf:
+            now = time.time()
+            criteria.append(MaxTimeCriteria(self.limits.deadline - now, initial_timestamp=now))
 
-        model: Any = self.model  # mypy does not see `generate` through transformers' lazy imports
-        output_ids = model.generate(
+        output_ids = self.call_generate(
             input_ids,
             attention_mask=attention_mask,
             generation_config=config,
             logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
-            synced_gpus=False,
+            stopping_criteria=criteria,
         )[:, input_ids.shape[1] :].tolist()  # (B, T)
         eos_ids = as_id_set(config.eos_token_id)
         stop_lengths = stop.lengths(input_ids.shape[1]) if stop else [None] * len(requests)
         return [finish(ids, eos_ids, n, max_new_tokens) for ids, n in zip(output_ids, stop_lengths, strict=True)]
+
+    def call_generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """What `generate` gives, (B, L + T) int64."""
+        model: Any = self.model  # mypy does not see `generate` through transformers' lazy imports
+        # Without being told, transformers guesses `synced_gpus` from the number of ranks.
+        return model.generate(input_ids, **({"synced_gpus": False} | kwargs))
 
     def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
         ours = SAMPLING_ONLY | {"do_sample", "stop_strings", "max_new_tokens"}

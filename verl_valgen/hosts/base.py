@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl_valgen.hosts.loaders import after_each_validation
 from verl_valgen.schedule import Schedule
@@ -57,14 +57,43 @@ class Host(ABC):
 
         return base_model(unwrap(self.model)).generation_config
 
-    def gather(self, dtype: torch.dtype) -> PreTrainedModel | None:
-        """A plain copy of the model on the logging rank, None elsewhere. Collective: all ranks must call.
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model; the same on all ranks."""
+        from verl_valgen.gather import num_parameters
+
+        return num_parameters(self.model)
+
+    @property
+    def largest_unit_bytes(self) -> int:
+        """See `verl_valgen.gather.largest_unit_bytes`."""
+        from verl_valgen.gather import largest_unit_bytes
+
+        return largest_unit_bytes(self.model)
+
+    @property
+    def model_config(self) -> PretrainedConfig:
+        """transformers' configuration of the model."""
+        from verl_valgen.plain_copy import base_model, unwrap
+
+        return base_model(unwrap(self.model)).config
+
+    def on_device(self) -> AbstractContextManager[None]:
+        """Parameters that verl keeps in host memory between steps are on the device while it is open."""
+        return nullcontext()
+
+    def gather(self, dtype: torch.dtype, *, keep: bool) -> PreTrainedModel | None:
+        """A plain copy of the model where it is kept, None elsewhere. Collective: all ranks must call.
 
         See `verl_valgen.gather.gather`.
         """
         from verl_valgen.gather import gather
 
-        return gather(self.model, dtype=dtype, device=self.device, keep=self.is_logging_rank)
+        return gather(self.model, dtype=dtype, device=self.device, keep=keep)
+
+    def why_not_sharded(self) -> str | None:
+        """Why `generate` cannot run through the sharded model, None where it can."""
+        return None
 
     @abstractmethod
     def schedule(self) -> Schedule: ...

@@ -51,6 +51,11 @@ class FSDPSFTHost(Host):
             f"({loader.batch_size} rows each, data.micro_batch_size_per_gpu), and verl drops incomplete batches"
         )
 
+    def why_not_sharded(self) -> str | None:
+        if self.config.ulysses_sequence_parallel_size > 1:
+            return "with ulysses_sequence_parallel_size > 1 a forward pass takes a part of each sequence"
+        return None
+
     @classmethod
     @contextmanager
     def launch_support(cls, module: ModuleType, config: DictConfig) -> Iterator[None]:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from verl_valgen.hosts import cpu
 from verl_valgen.hosts.attention import flash_attn_works
@@ -44,8 +44,8 @@ class SFTHost(Host):
         self.engine = trainer.engine
         self.config = trainer.config
         self.model = self.engine.module  # of other engines than FSDP's it can be anything
-        self.model_config = trainer.model_config
-        self.tokenizer = self.model_config.tokenizer
+        self.verl_model_config = trainer.model_config
+        self.tokenizer = self.verl_model_config.tokenizer
         self.val_dataset = trainer.val_dataset
         self.is_logging_rank = self.engine.is_mp_src_rank_with_outputs() and self.engine.get_data_parallel_rank() == 0
         self.device = current_device(trainer.device_name)
@@ -61,32 +61,50 @@ class SFTHost(Host):
 
     @property
     def generation_config(self) -> GenerationConfig | None:
-        return super().generation_config if self.is_sharded_by_fsdp else self.model_config.generation_config
+        return super().generation_config if self.is_sharded_by_fsdp else self.verl_model_config.generation_config
 
-    def gather(self, dtype: torch.dtype) -> PreTrainedModel | None:
-        from verl_valgen.gather import collect, gather
+    @property
+    def num_parameters(self) -> int:
+        if self.is_sharded_by_fsdp:
+            return super().num_parameters
+        return sum(parameter.numel() for parameter in self._empty_model().parameters())
+
+    @property
+    def largest_unit_bytes(self) -> int:
+        return super().largest_unit_bytes if self.is_sharded_by_fsdp else 0  # what others take is not known
+
+    @property
+    def model_config(self) -> PretrainedConfig:
+        return super().model_config if self.is_sharded_by_fsdp else self.verl_model_config.hf_config
+
+    def gather(self, dtype: torch.dtype, *, keep: bool) -> PreTrainedModel | None:
+        from verl_valgen.gather import collect
         from verl_valgen.plain_copy import PlainCopy
 
         if self.is_sharded_by_fsdp:
-            model = gather(
-                self.model, dtype=dtype, device=self.device, keep=self.is_logging_rank, on_device=self._on_device()
-            )
+            model = super().gather(dtype, keep=keep)
         else:
             model = collect(
                 self._exported_parameters,
                 lambda: PlainCopy(self._empty_model(), dtype, self.device),
                 device=self.device,
-                keep=self.is_logging_rank,
-                unit_bytes=0,
-                on_device=self._on_device(),
+                keep=keep,
             )
         if model is not None:
             model.__class__ = _with_original_forward(type(model))
         return model
 
+    def why_not_sharded(self) -> str | None:
+        if not self.is_sharded_by_fsdp:
+            return f"the model of {type(self.engine).__name__} is no transformers model"
+        if self.engine.ulysses_sequence_parallel_size > 1:
+            return "with engine.ulysses_sequence_parallel_size > 1 a forward pass takes a part of each sequence"
+        if self.model_class in _original_forwards and self.verl_model_config.use_fused_kernels:
+            return "with model.use_fused_kernels a forward pass gives no logits"
+        return None
+
     @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """Parameters that verl keeps in host memory between steps are on the device while it is open."""
+    def on_device(self) -> Iterator[None]:
         if not hasattr(self.engine, "is_param_offload_enabled"):  # verl 0.6, whose `to` moves no offloaded parameters
             with self.engine.eval_mode():
                 yield
@@ -105,8 +123,8 @@ class SFTHost(Host):
 
         from verl_valgen.plain_copy import empty_from_config
 
-        config = self.model_config.hf_config
-        trust = {"trust_remote_code": True} if self.model_config.trust_remote_code else {}
+        config = self.verl_model_config.hf_config
+        trust = {"trust_remote_code": True} if self.verl_model_config.trust_remote_code else {}
         return empty_from_config(get_hf_auto_model_class(config), config, **trust)
 
     def _exported_parameters(self) -> Parameters:

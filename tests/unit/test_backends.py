@@ -1,4 +1,4 @@
-"""The contract of a backend, on Hugging Face's loop: what a request is answered depends on that request alone."""
+"""The contract of a backend: what a request is answered depends on that request alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from checkpoints import plain_greedy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from verl_valgen.backends import BACKENDS, backend_class
-from verl_valgen.backends.hf import MAX_BATCH_SIZE, HFBackend, finish
+from verl_valgen.backends.base import Limits
+from verl_valgen.backends.fast import FastBackend
+from verl_valgen.backends.hf import HFBackend, finish
 from verl_valgen.hf_parameters import special_tokens
 from verl_valgen.samples import Completion, Request
 
@@ -41,8 +43,10 @@ def model(directory, tokenizer):
 
 @pytest.fixture(params=list(BACKENDS))
 def answer(request, model, tokenizer):
-    def generate(requests, params, seed=0):
-        return backend_class(request.param)(model, tokenizer, params, seed).generate(requests)
+    def generate(requests, params, seed=0, **limits):
+        backend = backend_class(request.param, "cpu")(model, tokenizer, params, seed, Limits(**limits))
+        with torch.no_grad():
+            return backend.generate(requests)
 
     return generate
 
@@ -63,9 +67,11 @@ NO_REPEATS = SAMPLING | {"no_repeat_ngram_size": 1}
     "params", [GREEDY, SAMPLING, PENALISED, NO_REPEATS], ids=["greedy", "sampling", "penalised", "no-repeats"]
 )
 def test_neither_batch_size_nor_order_matters(answer, params):
-    requests = requests_of_lengths(*MIXED * 3)[: MAX_BATCH_SIZE + 5]
+    requests = requests_of_lengths(*MIXED * 3)[:21]
     together = answer(requests, params)
     assert together == [answer([request], params)[0] for request in requests]
+    for batch_size in (2, 5, 8):
+        assert together == answer(requests, params, batch_size=batch_size)
     assert together[::-1] == answer(requests[::-1], params)
 
 
@@ -173,5 +179,6 @@ def test_special_tokens_without_a_padding_token(directory):
     assert own.repetition_penalty == GenerationConfig().repetition_penalty != 2.0
 
 
-def test_auto_is_a_backend():
-    assert backend_class("auto") is HFBackend
+def test_auto_is_the_fast_one_on_cuda_alone():
+    assert backend_class("auto", "cuda") is FastBackend
+    assert backend_class("auto", "cpu") is backend_class("auto", "npu") is HFBackend

@@ -1,0 +1,73 @@
+"""A function on tensors that stay in their places, as one CUDA graph. Knows nothing of what the function does."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from verl_valgen.backends.base import UnsuitableError
+
+
+class CudaGraph:
+    """Calls a function: the first time as it is, which also warms up what it uses, from then on as a graph.
+
+    Args:
+        function: Without arguments; it reads and writes tensors that stay in their places. Must not hold this object:
+            the graph's memory would be free only after a garbage collection.
+    """
+
+    def __init__(self, function: Callable[[], Tensor]) -> None:
+        self.function = function
+        self.is_warm = False
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.output: Tensor
+
+    def __call__(self) -> Tensor:
+        """What the function gives; from the second call on always in the same place.
+
+        Raises:
+            UnsuitableError: The function is no CUDA graph: it asks the host for a value, say.
+        """
+        if not self.is_warm:
+            self.is_warm = True
+            return self.function()
+        if self.graph is None:
+            self.graph = self._capture()
+        self.graph.replay()
+        return self.output
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        # `torch.cuda.graph` would empty the allocator's cache, which the trainer had to fill again.
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with _no_garbage_collection(), torch.cuda.stream(stream):
+                # "thread_local": other threads, NCCL's watchdog for one, may go on.
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self.output = self.function()
+                finally:
+                    graph.capture_end()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:
+            first_line = str(e).partition("\n")[0]
+            raise UnsuitableError(f"a step cannot be captured: {type(e).__name__}: {first_line}") from e
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What a collection frees (an older graph, say) may call CUDA in a way that ends a capture with an error."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,115 @@
+"""Hugging Face's `generate` through a sharded model, on all ranks in step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from verl_valgen.backends.batching import groups
+from verl_valgen.backends.hf import HFBackend
+from verl_valgen.exchange import agree, largest
+from verl_valgen.samples import Completion, Request
+
+
+class LockstepBackend(HFBackend):
+    """Every forward pass is a collective: each rank brings requests of its own, and joins in when it has none left.
+
+    Args:
+        sequence_bytes: What one sequence takes, at most. It is asked of the allocator before each batch, for a rank
+            that runs out of memory within a forward pass leaves the others waiting.
+    """
+
+    def __init__(self, *args: Any, sequence_bytes: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sequence_bytes = sequence_bytes
+        self.error: Exception | None = None
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """As for `Backend`, of this rank's requests. Collective: all ranks must call.
+
+        Raises:
+            Exception: After the last collective, on the ranks concerned.
+        """
+        device = self.model.device
+        completions: list[Completion] = [Completion([], "time")] * len(requests)
+        todo = groups(requests, self.params, self.model.config)
+        batch_size = self.limits.batch_size
+        while largest(len(todo), device) > 0:
+            if not agree(time.time() <= self.limits.deadline, device):
+                break
+            batch, limit = (todo[0].indices[:batch_size], todo[0].max_new_tokens) if todo else ([], 1)
+            if not agree(self._fits(len(batch)), device):
+                if batch_size == 1:
+                    self.error = self.error or MemoryError("not even one sequence fits beside the sharded model")
+                    break
+                batch_size = math.ceil(batch_size / 2)
+                continue
+            # A rank without requests keeps the others company.
+            try:
+                answers = self.generate_batch([requests[i] for i in batch] or [Request([0], (0, 0))], limit)
+            except Exception as e:
+                self.error, todo = e, []
+                continue
+            for i, answer in zip(batch, answers, strict=False):
+                completions[i] = answer
+            if todo:
+                del todo[0].indices[: len(batch)]
+                todo = [group for group in todo if group.indices]
+        if self.error is not None:
+            raise self.error
+        return completions
+
+    def _fits(self, num_sequences: int) -> bool:
+        # Beams are sequences too; a cache that grows is there twice while it does.
+        num_bytes = 2 * self.sequence_bytes * max(1, num_sequences) * self.params.get("num_beams", 1)
+        try:
+            torch.empty(
+                num_bytes if self.model.device.type == "cuda" else 0, dtype=torch.uint8, device=self.model.device
+            )
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def generate_batch(self, requests: Sequence[Request], max_new_tokens: int) -> list[Completion]:
+        # One token where the context is full, for the passes of the others.
+        completions = super().generate_batch(requests, max(1, max_new_tokens))
+        return completions if max_new_tokens > 0 else [Completion([], "length") for _ in requests]
+
+    def call_generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        guard = Guard()
+        for name in ("logits_processor", "stopping_criteria"):
+            kwargs[name] = type(kwargs[name])(guard.around(item) for item in kwargs[name])
+        output_ids = super().call_generate(input_ids, synced_gpus=True, **kwargs)
+        guard.check()
+        return output_ids
+
+
+class Guard:
+    """Keeps what fails between two forward passes until they are over: the other ranks count on the next one."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def around(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Once one failed, a logits processor leaves the scores as they are, and a stopping criterion stops."""
+        is_processor = isinstance(function, LogitsProcessor)
+
+        def guarded(input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+            if self.error is None:
+                try:
+                    return function(input_ids, scores, **kwargs)
+                except Exception as e:
+                    self.error = e
+            return scores if is_processor else torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        return guarded
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error

@@ -1,0 +1,93 @@
+"""How a round goes about it: with a copy or without, on how many ranks, how many prompts at once.
+
+Pure functions on numbers that are the same on all ranks, so that all come to the same result without a word.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+MAX_BATCH_SIZE = 32
+"""Of `generation.batch_size: auto`: beyond it a step takes notably longer. (See docs/performance.md.)"""
+
+# What is left of free memory for what nobody counts: fragmentation, workspaces, other processes.
+_SHARE_OF_FREE = 0.9
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a round needs of a device, in bytes."""
+
+    copy: int
+    """The plain copy, on a rank that answers."""
+    unit: int
+    """What is whole at any one time during the gather, on every rank."""
+    sequence: int
+    """One sequence, prompt and answer, the longest."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    is_sharded: bool
+    """Through the sharded model, on all ranks; else with a plain copy."""
+    num_ranks: int
+    """Those that answer: the logging rank, and after it the next."""
+    batch_size: int
+
+
+def make_plan(
+    num_requests: int,
+    needs: Needs,
+    free: float,
+    world_size: int,
+    *,
+    gather: str,
+    ranks: int | str,
+    batch_size: int | str,
+    why_not_sharded: str | None,
+) -> Plan:
+    """
+    Args:
+        free: Bytes that every rank has.
+        gather, ranks, batch_size: The settings of these names.
+        why_not_sharded: Why the sharded model cannot generate; None where it can.
+
+    Raises:
+        MemoryError: Neither way fits.
+        ValueError: `gather` asks for what the model cannot do.
+    """
+    free *= _SHARE_OF_FREE
+    copy_takes, sharded_takes = needs.copy + needs.unit, needs.unit
+    if gather != "sharded" and copy_takes + needs.sequence <= free:
+        size = _batch_size(batch_size, (free - copy_takes) / needs.sequence)
+        full_batches = max(1, num_requests // size)
+        wanted = full_batches if ranks == "auto" else int(ranks)
+        return Plan(False, min(wanted, world_size, max(1, num_requests)), size)
+    if gather != "copy" and why_not_sharded is None and sharded_takes + needs.sequence <= free:
+        size = _batch_size(batch_size, (free - sharded_takes) / needs.sequence)
+        return Plan(True, world_size, min(size, math.ceil(num_requests / world_size) or 1))
+    if gather == "sharded" and why_not_sharded is not None:
+        raise ValueError(f"generation.gather=sharded: {why_not_sharded}")
+    least = sharded_takes if gather == "sharded" else copy_takes
+    message = f"a round needs {_gib(least + needs.sequence)} on each device that answers, and {_gib(free)} can be had"
+    if gather == "auto":
+        message += f" (without a copy: {why_not_sharded or _gib(sharded_takes + needs.sequence)})"
+    raise MemoryError(message)
+
+
+def shares(num_requests: int, num_ranks: int) -> list[range]:
+    """The requests of each rank that answers: neighbours, as even as may be, in their order."""
+    bounds = [num_requests * i // num_ranks for i in range(num_ranks + 1)]
+    return [range(begin, end) for begin, end in pairwise(bounds)]
+
+
+def _batch_size(setting: int | str, that_fit: float) -> int:
+    """What is asked for, as far as it fits: what does not would be halved anyway."""
+    wanted = MAX_BATCH_SIZE if setting == "auto" else int(setting)
+    return max(1, int(min(wanted, that_fit)))
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"

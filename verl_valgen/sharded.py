@@ -1,0 +1,51 @@
+"""Generating through the sharded model itself, where no copy of it fits one device.
+
+Every layer is gathered for every token, so it is slow, and all ranks go in step. This module knows FSDP and PEFT; it
+does not know requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from verl_valgen.plain_copy import base_model, original_class, unwrap
+
+
+@contextmanager
+def generating_through(wrapped: nn.Module, generation_config: Any, device: torch.device) -> Iterator[Any]:
+    """The inner transformers model, in eval mode, with calls that go through the wrapper: so the root gathers as well.
+
+    `generate` must be called by all ranks, with `synced_gpus=True`.
+
+    Args:
+        wrapped: A transformers model under FSDP1 or FSDP2, with or without PEFT.
+        generation_config: In place of the model's own.
+        device: That the forward pass runs on; parameters may lie elsewhere between two.
+    """
+    inner = base_model(unwrap(wrapped))
+    cls: Any = original_class(inner)
+
+    # `generate` calls `self(...)`. (Python looks `__call__` up in the class, so the model itself cannot have another.)
+    namespace = {"__call__": lambda self, *args, **kwargs: wrapped(*args, **kwargs), "device": device}
+    through_class: Any = type(cls.__name__, (cls,), namespace)
+    through = through_class.__new__(through_class)
+    vars(through).update(vars(inner))
+    through.generation_config = generation_config
+
+    was_training = [(module, module.training) for module in wrapped.modules()]
+    wrapped.eval()
+    try:
+        yield through
+    finally:
+        for module, training in was_training:
+            module.training = training
+        # As verl's own forward passes leave it: the root, which FSDP2 keeps whole, goes at the next one.
+        for module in wrapped.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
