@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ class CudaGraph:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         # `torch.cuda.graph` would empty the allocator's cache, which the trainer had to fill again.
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        graph, stream = torch.cuda.CUDAGraph(), _capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with _no_garbage_collection(), torch.cuda.stream(stream):
@@ -59,6 +60,12 @@ class CudaGraph:
             raise UnsuitableError(f"a step cannot be captured: {type(e).__name__}: {first_line}") from e
         torch.cuda.current_stream().wait_stream(stream)
         return graph
+
+
+@functools.cache
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream()
 
 
 @contextmanager

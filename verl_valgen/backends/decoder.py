@@ -6,6 +6,7 @@ that one CUDA graph can hold them. This module knows transformers' models and pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, batch_size: int, cache_length: int) -> None:
         self.model = model
+        self.model_logits: Callable[..., Tensor] = model_logits
         device = model.device
         # What the model is given next: (B, 1) tokens at their positions, written into the cache at the slot.
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
@@ -70,6 +72,9 @@ class Decoder:
         self.pad_id = config.pad_token_id
         eos_ids = config.eos_token_id
         self.eos_ids: list[int] = [] if eos_ids is None else [eos_ids] if isinstance(eos_ids, int) else list(eos_ids)
+        top_k = next((processor.top_k for processor in processors if isinstance(processor, TopKLogitsWarper)), None)
+        vocab_size = self.model.config.get_text_config().vocab_size
+        self.num_candidates = None if top_k is None or (num := max(128, 2 * top_k)) >= vocab_size else num
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, ended: Tensor, **model_kwargs: Any) -> Tensor:
         """Forgets everything and takes (B, S) prompts, padded on the left.
@@ -82,7 +87,7 @@ class Decoder:
         """
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # (B, S)
         self.cache.set_prefill(True)
-        logits = self._forward(input_ids, position_ids, attention_mask, **model_kwargs)
+        logits = model_logits(self.model, self.cache, input_ids, position_ids, attention_mask, **model_kwargs)
         self.cache.set_prefill(False)
         prompt_length = input_ids.shape[1]
         self.mask.fill_(-torch.inf)
@@ -97,22 +102,20 @@ class Decoder:
     def step(self) -> Tensor:
         """(B, V) float32 logits behind the tokens at hand. Where a graph can hold it, the choice is made as well."""
         self.mask.index_fill_(3, self.slot, 0)
-        logits = self._forward(self.tokens, self.position_ids, self.mask)
+        logits = self.model_logits(self.model, self.cache, self.tokens, self.position_ids, self.mask)
         if self.chooses_in_step:
             self.accept(self.choose(logits))
         return logits
 
-    def _forward(self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor, **model_kwargs: Any) -> Tensor:
-        model: Any = self.model
-        output = model(
-            input_ids=tokens,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=self.cache,
-            use_cache=True,
-            **model_kwargs,
-        )
-        return output.logits[:, -1].float()
+    def compile(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """The step through inductor: as a whole, or where the choice sorts or sums up a whole vocabulary, without it.
+
+        (With some versions of both, inductor and triton fail on a large `cumsum` among the rest.)
+        """
+        if not self.processors or self.num_candidates is not None:
+            return torch.compile(step, dynamic=False)
+        self.model_logits = torch.compile(model_logits, dynamic=False)
+        return step
 
     def choose(self, scores: Tensor) -> Tensor:
         """(B,) tokens, of (B, V) scores. For processors that are `CAPTURABLE` alone.
@@ -128,12 +131,8 @@ class Decoder:
                     scores = perturbed(scores, keys)
                 else:
                     scores = scores + gumbel_noise(keys[:, None], candidates)
-            elif (
-                isinstance(processor, TopKLogitsWarper)
-                and candidates is None
-                and (num_candidates := max(128, 2 * processor.top_k)) < scores.shape[1]
-            ):
-                scores, candidates = scores.topk(num_candidates)  # the largest first
+            elif isinstance(processor, TopKLogitsWarper) and self.num_candidates is not None:
+                scores, candidates = scores.topk(self.num_candidates)  # the largest first
                 scores = processor(self.tokens, scores)
                 self.has_too_many_ties |= ((scores[:, -1] > -torch.inf) & ~self.has_ended).any()
             else:
@@ -150,3 +149,18 @@ class Decoder:
         self.tokens.copy_(chosen[:, None])
         for counter in (self.position_ids, self.slot, self.num_new_tokens):
             counter += 1
+
+
+def model_logits(
+    model: Any, cache: FixedCache, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor, **model_kwargs: Any
+) -> Tensor:
+    """(B, V) float32 logits behind the last of (B, N) tokens."""
+    output = model(
+        input_ids=tokens,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        **model_kwargs,
+    )
+    return output.logits[:, -1].float()

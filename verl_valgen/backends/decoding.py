@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
+from verl_valgen.backends.attention import attention_for_decoding
 from verl_valgen.backends.base import UnsuitableError
 from verl_valgen.backends.cuda_graph import CudaGraph
 from verl_valgen.backends.decoder import Decoder
-from verl_valgen.backends.lean import attention_for_decoding
 from verl_valgen.sampling import GumbelNoise
 
 CHECK_EVERY = 8
@@ -40,10 +40,9 @@ class DecodingLoop:
 
     def __init__(self, model: PreTrainedModel, batch_size: int, cache_length: int, *, compile: bool = False) -> None:
         self.batch_size, self.cache_length = batch_size, cache_length
+        self.compile = compile
         self.decoder = Decoder(model, batch_size, cache_length)
-        step: Callable[[], Tensor] = self.decoder.step
-        step = torch.compile(step, dynamic=False) if compile else step
-        self.step = CudaGraph(step) if model.device.type == "cuda" else step
+        self.step: Callable[[], Tensor] | None = None
 
     def __call__(
         self,
@@ -69,6 +68,7 @@ class DecodingLoop:
         filled_up = torch.arange(self.batch_size, device=input_ids.device)
         ended, filled_up = filled_up >= num_sequences, filled_up.clamp(max=num_sequences - 1)
         decoder.set_parameters(logits_processor, generation_config)
+        step = self.step = self.step or self._new_step()
         for noise in (processor for processor in logits_processor if isinstance(processor, GumbelNoise)):
             decoder.noise_keys[: len(noise.keys)] = noise.keys[:, filled_up]
 
@@ -95,7 +95,7 @@ class DecodingLoop:
                 is_time_to_look = watchers or (length - prompt_length) % CHECK_EVERY == 0
                 if is_time_to_look and (bool(decoder.has_ended.all()) or time.time() > deadline):
                     break
-                logits = self.step()
+                logits = step()
                 if not decoder.chooses_in_step:
                     choose_between(logits, length)
                 length += 1
@@ -104,6 +104,12 @@ class DecodingLoop:
         if bool(decoder.has_too_many_ties):
             raise UnsuitableError("too many tokens tie with the last of the top_k")
         return ids(length)
+
+    def _new_step(self) -> Callable[[], Tensor]:
+        step: Callable[[], Tensor] = self.decoder.step
+        if self.compile:
+            step = self.decoder.compile(step)
+        return CudaGraph(step) if self.decoder.model.device.type == "cuda" else step
 
 
 def _sorted_out(criteria: StoppingCriteriaList) -> tuple[list[StoppingCriteria], int, float]:

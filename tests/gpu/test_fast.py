@@ -1,0 +1,207 @@
+"""Our decoding loop on CUDA: what it says, what it leaves behind, and what it does where it cannot go its own way."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from gpu.near_ties import MAX_ULP, ulp_below_the_best
+from gpu.test_trainers import needs_compiler
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from verl_valgen.backends import cuda_graph
+from verl_valgen.backends.base import Limits
+from verl_valgen.backends.fast import FastBackend
+from verl_valgen.backends.hf import HFBackend
+from verl_valgen.hf_parameters import special_tokens
+from verl_valgen.memory import preserved_blas_workspaces
+from verl_valgen.samples import Completion, Request
+
+GREEDY = {"do_sample": False, "max_new_tokens": 40}
+SAMPLING = {"do_sample": True, "max_new_tokens": 40, "temperature": 1.0, "top_k": 50, "top_p": 0.7}
+PARAMETERS = {
+    "greedy": GREEDY,
+    "sampling": SAMPLING,
+    "nucleus": SAMPLING | {"top_k": 0, "top_p": 0.95},
+    "min-p": SAMPLING | {"top_k": 0, "top_p": 1.0, "min_p": 0.05},
+    "typical": SAMPLING | {"top_k": 0, "top_p": 1.0, "typical_p": 0.9},
+    "penalised": SAMPLING | {"repetition_penalty": 1.3},
+    "stop": SAMPLING | {"stop_strings": ["ab", "q"]},
+    "beams": GREEDY | {"num_beams": 3},
+}
+CUDA = torch.device("cuda", 0)
+
+
+def load(assets: Any, dtype: torch.dtype) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(assets.model, dtype=dtype).to(CUDA).eval().requires_grad_(False)
+    model.generation_config = special_tokens(model.generation_config, AutoTokenizer.from_pretrained(assets.model))
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(assets):
+    return AutoTokenizer.from_pretrained(assets.model)
+
+
+@pytest.fixture(scope="module")
+def plain(assets) -> PreTrainedModel:
+    return load(assets, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def lean(assets) -> PreTrainedModel:
+    return load(assets, torch.float32)
+
+
+@pytest.fixture
+def in_bfloat16(assets) -> PreTrainedModel:
+    return load(assets, torch.bfloat16)
+
+
+@pytest.fixture
+def captures(monkeypatch) -> list[Any]:
+    """Grows with every graph that is captured."""
+    found: list[Any] = []
+    capture = cuda_graph.CudaGraph._capture
+    monkeypatch.setattr(cuda_graph.CudaGraph, "_capture", lambda self: (found.append(1), capture(self))[1])
+    return found
+
+
+def requests(*lengths: int) -> list[Request]:
+    return [
+        Request([5 + (row * 7 + i * i) % 80 for i in range(length)], (row, 0)) for row, length in enumerate(lengths)
+    ]
+
+
+MIXED = (3, 40, 1, 17, 90, 5, 60, 2, 33)
+
+
+@torch.no_grad()
+def answer(cls: type, model: Any, tokenizer: Any, params: Any, of: Any, **limits: Any) -> list[Completion]:
+    with preserved_blas_workspaces(CUDA):
+        return cls(model, tokenizer, params, 0, Limits(**limits)).generate(of)
+
+
+def worst(reference: Any, completions: list[Completion]) -> float:
+    """Of the answers to `requests(*MIXED)`: how far a token is from the reference's own choice, in units of bfloat16's
+    last place. Of so many tokens with padding before them some are further than `MAX_ULP` in transformers' loop too."""
+    gaps = [
+        max(ulp_below_the_best(reference, request.input_ids, completion.output_ids))
+        for request, completion in zip(requests(*MIXED), completions, strict=True)
+    ]
+    print("worst near-ties, ulp:", sorted(gaps)[-3:])
+    return max(gaps)
+
+
+@pytest.mark.parametrize("params", PARAMETERS.values(), ids=PARAMETERS)
+def test_it_says_what_hugging_face_says(plain, lean, tokenizer, params, captures):
+    """In float32, where the kernels differ too little for near-ties."""
+    expected = answer(HFBackend, plain, tokenizer, params, requests(*MIXED))
+    assert answer(FastBackend, lean, tokenizer, params, requests(*MIXED)) == expected
+    assert answer(FastBackend, lean, tokenizer, params, requests(*MIXED), batch_size=2) == expected
+    assert len({tuple(completion.output_ids) for completion in expected}) > 1
+    assert bool(captures) == (params.get("num_beams") is None)
+
+
+def test_greedy_in_bfloat16_is_that_of_the_plain_model(in_bfloat16, assets, tokenizer):
+    reference = load(assets, torch.bfloat16)
+    bound = max(MAX_ULP, 2 * worst(reference, answer(HFBackend, reference, tokenizer, GREEDY, requests(*MIXED))))
+    assert worst(reference, answer(FastBackend, in_bfloat16, tokenizer, GREEDY, requests(*MIXED))) <= bound
+
+
+def test_one_capture_serves_all_batches(lean, tokenizer, captures):
+    answer(FastBackend, lean, tokenizer, SAMPLING, requests(*MIXED), batch_size=2)
+    assert len(captures) == 1
+
+
+def test_random_states_are_left_alone(lean, tokenizer):
+    states = torch.get_rng_state(), torch.cuda.get_rng_state()
+    answer(FastBackend, lean, tokenizer, SAMPLING, requests(*MIXED))
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert torch.equal(states[1], torch.cuda.get_rng_state())
+
+
+@pytest.fixture
+def without_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def bytes_left(model: Any, tokenizer: Any, **limits: Any) -> int:
+    torch.ones(8, 8, device=CUDA) @ torch.ones(8, 8, device=CUDA)  # as a trainer has done before
+    before = torch.cuda.memory_allocated()
+    answer(FastBackend, model, tokenizer, SAMPLING, requests(*MIXED), batch_size=4, **limits)
+    return torch.cuda.memory_allocated() - before
+
+
+def test_nothing_is_left_behind(lean, tokenizer, without_garbage_collection):
+    answer(FastBackend, lean, tokenizer, SAMPLING, requests(*MIXED))  # its weights are joined
+    assert bytes_left(lean, tokenizer) == 0
+
+
+@needs_compiler
+def test_compiled_it_says_the_same_and_compiles_once(in_bfloat16, assets, tokenizer, without_garbage_collection):
+    reference = load(assets, torch.bfloat16)
+    of = requests(*MIXED)
+    bound = max(MAX_ULP, 2 * worst(reference, answer(HFBackend, reference, tokenizer, GREEDY, of)))
+    assert worst(reference, answer(FastBackend, in_bfloat16, tokenizer, GREEDY, of, compile=True)) <= bound
+    answer(FastBackend, in_bfloat16, tokenizer, SAMPLING, of, batch_size=4, compile=True)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    assert bytes_left(in_bfloat16, tokenizer, compile=True) == 0
+    # As in the next round: another copy of the model.
+    again = load(assets, torch.bfloat16)
+    answer(FastBackend, again, tokenizer, SAMPLING, of, batch_size=4, compile=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_model_that_asks_the_host_gets_hugging_faces_loop(plain, assets, tokenizer, caplog):
+    asking = load(assets, torch.float32)
+    asking.model.register_forward_pre_hook(lambda module, args: torch.ones(1, device=CUDA).item() and None)
+    expected = answer(HFBackend, plain, tokenizer, SAMPLING, requests(*MIXED))
+    with caplog.at_level(logging.DEBUG, "verl_valgen"):
+        assert answer(FastBackend, asking, tokenizer, SAMPLING, requests(*MIXED)) == expected
+    assert "Hugging Face's loop: a step cannot be captured" in caplog.text
+    asking.model._forward_pre_hooks.clear()
+    assert answer(FastBackend, asking, tokenizer, SAMPLING, requests(*MIXED)) == expected
+
+
+def test_too_many_ties_get_hugging_faces_loop(assets, tokenizer, caplog):
+    models = [load(assets, torch.float32) for _ in range(2)]
+    for model in models:
+        model.resize_token_embeddings(400, mean_resizing=False)
+        model.get_output_embeddings().weight.data.zero_()
+    params = SAMPLING | {"top_k": 20, "top_p": 1.0}
+    expected = answer(HFBackend, models[0], tokenizer, params, requests(3, 4))
+    with caplog.at_level(logging.DEBUG, "verl_valgen"):
+        assert answer(FastBackend, models[1], tokenizer, params, requests(3, 4)) == expected
+    assert "too many tokens tie" in caplog.text
+
+
+def test_out_of_memory_halves_the_batch(lean, tokenizer, caplog, without_garbage_collection):
+    params, of = GREEDY | {"max_new_tokens": 60}, requests(*range(900, 932))
+    answer(FastBackend, lean, tokenizer, params, of[:1])
+    expected = answer(FastBackend, lean, tokenizer, params, of, batch_size=4)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+    try:
+        for room, halves in ((1.0, True), (0.02, False)):  # GiB
+            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room * 2**30) / total)
+            before = torch.cuda.memory_allocated()
+            with caplog.at_level(logging.DEBUG, "verl_valgen"):
+                if halves:
+                    assert answer(FastBackend, lean, tokenizer, params, of, batch_size=32) == expected
+                    assert "out of memory with 32 prompts at once: going on with 16" in caplog.text
+                else:
+                    with pytest.raises(torch.OutOfMemoryError):
+                        answer(FastBackend, lean, tokenizer, params, of, batch_size=32)
+            assert torch.cuda.memory_allocated() <= before
+            torch.cuda.empty_cache()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
