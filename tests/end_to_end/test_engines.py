@@ -59,8 +59,8 @@ def fit(self):
     host, copies = self._rounds.host, []
     gather = host.gather
 
-    def watched_gather(dtype):
-        copy = gather(dtype)
+    def watched_gather(dtype, *, keep):
+        copy = gather(dtype, keep=keep)
         copies.append(weakref.ref(copy))
         return copy
 

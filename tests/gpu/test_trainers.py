@@ -284,11 +284,22 @@ def test_rounds_between_the_steps_change_no_loss(finished, assets, tmp_path):
     assert often.logged("val/loss")[-1:] == once.logged("val/loss")
 
 
+SHARDED = ("+generation.gather=sharded",)
+SPREAD = ("+generation.ranks=2", "+generation.batch_size=2")
+
+
 @pytest.mark.parametrize(
-    ("fsdp", "lora", "num_ranks"), [("fsdp2", False, 1), pytest.param("fsdp", True, 2, marks=needs_two)]
+    ("fsdp", "lora", "num_ranks", "how"),
+    [
+        ("fsdp2", False, 1, ()),
+        pytest.param("fsdp", True, 2, (), marks=needs_two),
+        pytest.param("fsdp", True, 2, SHARDED, marks=needs_two),
+        pytest.param("fsdp2", False, 2, SHARDED, marks=needs_two),
+        pytest.param("fsdp2", True, 2, SPREAD, marks=needs_two),
+    ],
 )
-def test_verls_own_command(tmp_path, assets, fsdp, lora, num_ranks):
-    overrides = [*assets.overrides(multiturn=True), strategy(fsdp), f"{SAVE_CONTENTS}=[model]"]
+def test_verls_own_command(tmp_path, assets, fsdp, lora, num_ranks, how):
+    overrides = [*assets.overrides(multiturn=True), strategy(fsdp), f"{SAVE_CONTENTS}=[model]", *how]
     overrides += ["model.lora_rank=8"] if lora else [f"optim.lr={LEARNING_RATE}"]
     result = run(tmp_path, overrides, environment=GREEDY, num_ranks=None if num_ranks == 1 else num_ranks)
     assert result.returncode == 0, result.output[-5000:]
