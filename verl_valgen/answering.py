@@ -39,6 +39,7 @@ class Answering:
 
     def __init__(self, host: Host, settings: GenerationSettings) -> None:
         self.host, self.settings = host, settings
+        self.has_warned = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -145,6 +146,12 @@ class Answering:
             why_not_sharded=host.why_not_sharded(),
         )
         logger.debug("%s for %d prompts; %.1f GiB are free", plan, len(requests), free / 2**30)
+        if plan.is_sharded and settings.gather == "auto" and not self.has_warned and host.is_logging_rank:
+            self.has_warned = True
+            logger.warning(
+                "no device has room for a copy of the model: the answers come through the sharded model, which gathers "
+                "every layer for every token"
+            )
         return plan
 
     def _sequence_bytes(self, requests: Sequence[Request]) -> int:

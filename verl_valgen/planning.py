@@ -9,8 +9,10 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-MAX_BATCH_SIZE = 32
-"""Of `generation.batch_size: auto`: beyond it a step takes notably longer. (See docs/performance.md.)"""
+FULL_BATCH, LARGEST_BATCH = 32, 64
+"""Of `generation.batch_size: auto`. Up to the first a step takes about as long as for one sequence, so that there is no
+use in another rank; between the two it takes less than twice as long, so that one batch is better than two, but two
+ranks are better still. (Measured: docs/performance.md.)"""
 
 # What is left of free memory for what nobody counts: fragmentation, workspaces, other processes.
 _SHARE_OF_FREE = 0.9
@@ -50,6 +52,7 @@ def make_plan(
 ) -> Plan:
     """
     Args:
+        num_requests: At least one.
         free: Bytes that every rank has.
         gather, ranks, batch_size: The settings of these names.
         why_not_sharded: Why the sharded model cannot generate; None where it can.
@@ -61,13 +64,14 @@ def make_plan(
     free *= _SHARE_OF_FREE
     copy_takes, sharded_takes = needs.copy + needs.unit, needs.unit
     if gather != "sharded" and copy_takes + needs.sequence <= free:
-        size = _batch_size(batch_size, (free - copy_takes) / needs.sequence)
-        full_batches = max(1, num_requests // size)
-        wanted = full_batches if ranks == "auto" else int(ranks)
-        return Plan(False, min(wanted, world_size, max(1, num_requests)), size)
+        most_ranks = min(world_size if ranks == "auto" else int(ranks), world_size, num_requests)
+        size = _batch_size(batch_size, num_requests, most_ranks, (free - copy_takes) / needs.sequence)
+        num_ranks = min(most_ranks, max(1, num_requests // size)) if ranks == "auto" else most_ranks
+        return Plan(False, num_ranks, size)
     if gather != "copy" and why_not_sharded is None and sharded_takes + needs.sequence <= free:
-        size = _batch_size(batch_size, (free - sharded_takes) / needs.sequence)
-        return Plan(True, world_size, min(size, math.ceil(num_requests / world_size) or 1))
+        return Plan(
+            True, world_size, _batch_size(batch_size, num_requests, world_size, (free - sharded_takes) / needs.sequence)
+        )
     if gather == "sharded" and why_not_sharded is not None:
         raise ValueError(f"generation.gather=sharded: {why_not_sharded}")
     least = sharded_takes if gather == "sharded" else copy_takes
@@ -83,9 +87,10 @@ def shares(num_requests: int, num_ranks: int) -> list[range]:
     return [range(begin, end) for begin, end in pairwise(bounds)]
 
 
-def _batch_size(setting: int | str, that_fit: float) -> int:
+def _batch_size(setting: int | str, num_requests: int, num_ranks: int, that_fit: float) -> int:
     """What is asked for, as far as it fits: what does not would be halved anyway."""
-    wanted = MAX_BATCH_SIZE if setting == "auto" else int(setting)
+    share = math.ceil(num_requests / num_ranks)
+    wanted = min(max(share, FULL_BATCH), LARGEST_BATCH) if setting == "auto" else int(setting)
     return max(1, int(min(wanted, that_fit)))
 
 
