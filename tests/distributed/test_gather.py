@@ -67,13 +67,13 @@ def build(name: str) -> nn.Module:
     return model
 
 
-def wrap(model: nn.Module, strategy: str) -> nn.Module:
+def wrap(model: nn.Module, strategy: str, param_dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """As verl's trainers do, mixed precision and wrap policy included."""
     with cpu_platform():
-        return wrap_as_verl(model, strategy)
+        return wrap_as_verl(model, strategy, param_dtype)
 
 
-def wrap_as_verl(model: nn.Module, strategy: str) -> nn.Module:
+def wrap_as_verl(model: nn.Module, strategy: str, param_dtype: torch.dtype) -> nn.Module:
     from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict, get_fsdp_wrap_policy
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("fsdp",))
@@ -84,11 +84,11 @@ def wrap_as_verl(model: nn.Module, strategy: str) -> nn.Module:
             auto_wrap_policy=get_fsdp_wrap_policy(model, config={}, is_lora=hasattr(model, "peft_config")),
             device_id=CPU,
             sharding_strategy=ShardingStrategy.FULL_SHARD,
-            mixed_precision=MixedPrecision(torch.bfloat16, reduce_dtype=torch.float32, buffer_dtype=torch.float32),
+            mixed_precision=MixedPrecision(param_dtype, reduce_dtype=torch.float32, buffer_dtype=torch.float32),
             device_mesh=mesh,
         )
     state = model.state_dict()
-    policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=True)
+    policy = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=True)
     apply_fsdp2(model, {"mesh": mesh, "mp_policy": policy, "offload_policy": None, "reshard_after_forward": True}, {})
     fsdp2_load_full_state_dict(model, state, mesh, None)
     return model
