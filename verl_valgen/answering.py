@@ -40,6 +40,8 @@ class Answering:
     def __init__(self, host: Host, settings: GenerationSettings) -> None:
         self.host, self.settings = host, settings
         self.has_warned = False
+        self.computed_in = self.dtype
+        """The dtype of the last answers; through the sharded model it is the trainer's own."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,6 +82,7 @@ class Answering:
                 if host.is_logging_rank:
                     raise
                 return None
+            self.computed_in = host.compute_dtype if plan.is_sharded else self.dtype
             # The logging rank is the first to be given a share.
             place = (rank() - logging_rank) % world_size()
             of_ranks = shares(len(all_requests), plan.num_ranks)

@@ -154,7 +154,7 @@ class ValidationRounds:
 
     def _samples(self, completions: Sequence[Completion], step: int) -> list[Sample]:
         tokenizer, settings = self.host.tokenizer, self.settings
-        params = settings.parameters | {"dtype": str(self.answer.dtype).removeprefix("torch.")}
+        params = settings.parameters | {"dtype": str(self.answer.computed_in).removeprefix("torch.")}
         return [
             Sample(
                 step=step,

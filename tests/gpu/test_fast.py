@@ -88,7 +88,7 @@ def answer(cls: type, model: Any, tokenizer: Any, params: Any, of: Any, **limits
 
 def worst(reference: Any, completions: list[Completion]) -> float:
     """Of the answers to `requests(*MIXED)`: how far a token is from the reference's own choice, in units of bfloat16's
-    last place. Of so many tokens with padding before them some are further than `MAX_ULP` in transformers' loop too."""
+    last place. Other kernels sum up in another order: of 144 tokens of an untrained model one was 4 away."""
     gaps = [
         max(ulp_below_the_best(reference, request.input_ids, completion.output_ids))
         for request, completion in zip(requests(*MIXED), completions, strict=True)
@@ -109,8 +109,7 @@ def test_it_says_what_hugging_face_says(plain, lean, tokenizer, params, captures
 
 def test_greedy_in_bfloat16_is_that_of_the_plain_model(in_bfloat16, assets, tokenizer):
     reference = load(assets, torch.bfloat16)
-    bound = max(MAX_ULP, 2 * worst(reference, answer(HFBackend, reference, tokenizer, GREEDY, requests(*MIXED))))
-    assert worst(reference, answer(FastBackend, in_bfloat16, tokenizer, GREEDY, requests(*MIXED))) <= bound
+    assert worst(reference, answer(FastBackend, in_bfloat16, tokenizer, GREEDY, requests(*MIXED))) <= 2 * MAX_ULP
 
 
 def test_one_capture_serves_all_batches(lean, tokenizer, captures):
@@ -149,8 +148,7 @@ def test_nothing_is_left_behind(lean, tokenizer, without_garbage_collection):
 def test_compiled_it_says_the_same_and_compiles_once(in_bfloat16, assets, tokenizer, without_garbage_collection):
     reference = load(assets, torch.bfloat16)
     of = requests(*MIXED)
-    bound = max(MAX_ULP, 2 * worst(reference, answer(HFBackend, reference, tokenizer, GREEDY, of)))
-    assert worst(reference, answer(FastBackend, in_bfloat16, tokenizer, GREEDY, of, compile=True)) <= bound
+    assert worst(reference, answer(FastBackend, in_bfloat16, tokenizer, GREEDY, of, compile=True)) <= 2 * MAX_ULP
     answer(FastBackend, in_bfloat16, tokenizer, SAMPLING, of, batch_size=4, compile=True)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs > 0

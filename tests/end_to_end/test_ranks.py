@@ -1,0 +1,47 @@
+"""verl's own command on two ranks: answers from both, and through the sharded model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import assert_greedy_samples, plain_model
+from end_to_end.trainer import run, strategy
+from transformers import AutoTokenizer
+
+GREEDY = {"VERL_GENERATION_DO_SAMPLE": "false", "VERL_GENERATION_MAX_NEW_TOKENS": "12"}
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "how"),
+    [
+        ("fsdp2", ("+generation.ranks=2", "+generation.batch_size=2")),
+        ("fsdp", ("+generation.gather=sharded", "+generation.max_round_time_s=600")),
+    ],
+    ids=["spread", "sharded"],
+)
+def test_two_ranks_answer_as_the_checkpoint_does(tmp_path, assets, fsdp, how):
+    overrides = [*assets.overrides(), strategy(fsdp), *how]
+    result = run(tmp_path, overrides, environment=GREEDY, num_ranks=2)
+    assert result.returncode == 0, result.output[-5000:]
+    assert "samples at this validation" not in result.output  # no round was skipped
+    samples, tokenizer = result.samples(3), AutoTokenizer.from_pretrained(assets.model)
+    model = plain_model(result.checkpoints / "global_step_3", assets.model)
+    assert len(samples) == 5
+    if "+generation.gather=sharded" not in how:
+        assert_greedy_samples(samples, model, tokenizer, 12)
+        return
+    num_checked = 0
+    # The trainer's model computes in bfloat16: its choice is the best one of float32, or next to it.
+    for sample in samples:
+        assert sample["params"]["dtype"] == "bfloat16"
+        prompt_ids = tokenizer(sample["prompt"], add_special_tokens=False)["input_ids"]
+        output_ids = tokenizer(sample["generation"], add_special_tokens=False)["input_ids"]
+        assert output_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt_ids + output_ids])).logits[0, len(prompt_ids) - 1 : -1]  # (T, V)
+        gaps = (logits.max(-1).values - logits.gather(1, torch.tensor(output_ids)[:, None])[:, 0]).tolist()
+        # Up to a special token, which the text does not show: from there on its tokens are not those that were chosen.
+        shown = next((i for i, best in enumerate(logits.argmax(-1)) if int(best) in tokenizer.all_special_ids), None)
+        assert max(gaps[:shown], default=0.0) < 0.1
+        num_checked += len(gaps[:shown])
+    assert num_checked > 20
