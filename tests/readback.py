@@ -55,6 +55,8 @@ def _wandb_records(data: bytes) -> list[Any]:
             offset += num_left_in_block
             continue
         _, length, kind = struct.unpack_from("<IHB", data, offset)
+        if kind == 0 or offset + 7 + length > len(data):
+            break  # not written to its end yet
         payload += data[offset + 7 : offset + 7 + length]
         offset += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
