@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from verl_valgen.backends.fixed_cache import FixedCache
+from verl_valgen.backends.hf import as_id_set
 from verl_valgen.sampling import GumbelNoise, gumbel_noise, perturbed
 
 CAPTURABLE = (
@@ -70,8 +71,7 @@ class Decoder:
         self.processors = processors
         self.chooses_in_step = all(isinstance(processor, CAPTURABLE) for processor in processors)
         self.pad_id = config.pad_token_id
-        eos_ids = config.eos_token_id
-        self.eos_ids: list[int] = [] if eos_ids is None else [eos_ids] if isinstance(eos_ids, int) else list(eos_ids)
+        self.eos_ids = sorted(as_id_set(config.eos_token_id))
         top_k = next((processor.top_k for processor in processors if isinstance(processor, TopKLogitsWarper)), None)
         vocab_size = self.model.config.get_text_config().vocab_size
         self.num_candidates = None if top_k is None or (num := max(128, 2 * top_k)) >= vocab_size else num

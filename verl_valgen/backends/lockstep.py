@@ -21,14 +21,13 @@ class LockstepBackend(HFBackend):
     """Every forward pass is a collective: each rank brings requests of its own, and joins in when it has none left.
 
     Args:
-        sequence_bytes: What one sequence takes, at most. It is asked of the allocator before each batch, for a rank
-            that runs out of memory within a forward pass leaves the others waiting.
+        sequence_bytes: What one sequence takes, at most, all of its beams together. It is asked of the allocator before
+            each batch, for a rank that runs out of memory within a forward pass leaves the others waiting.
     """
 
     def __init__(self, *args: Any, sequence_bytes: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sequence_bytes = sequence_bytes
-        self.error: Exception | None = None
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """As for `Backend`, of this rank's requests. Collective: all ranks must call.
@@ -40,13 +39,14 @@ class LockstepBackend(HFBackend):
         completions: list[Completion] = [Completion([], "time")] * len(requests)
         todo = groups(requests, self.params, self.model.config)
         batch_size = self.limits.batch_size
+        error: Exception | None = None
         while largest(len(todo), device) > 0:
             if not agree(time.time() <= self.limits.deadline, device):
                 break
             batch, limit = (todo[0].indices[:batch_size], todo[0].max_new_tokens) if todo else ([], 1)
             if not agree(self._fits(len(batch)), device):
                 if batch_size == 1:
-                    self.error = self.error or MemoryError("not even one sequence fits beside the sharded model")
+                    error = error or MemoryError("not even one sequence fits beside the sharded model")
                     break
                 batch_size = math.ceil(batch_size / 2)
                 continue
@@ -54,20 +54,20 @@ class LockstepBackend(HFBackend):
             try:
                 answers = self.generate_batch([requests[i] for i in batch] or [Request([0], (0, 0))], limit)
             except Exception as e:
-                self.error, todo = e, []
+                error, todo = e, []
                 continue
             for i, answer in zip(batch, answers, strict=False):
                 completions[i] = answer
             if todo:
                 del todo[0].indices[: len(batch)]
                 todo = [group for group in todo if group.indices]
-        if self.error is not None:
-            raise self.error
+        if error is not None:
+            raise error
         return completions
 
     def _fits(self, num_sequences: int) -> bool:
-        # Beams are sequences too; a cache that grows is there twice while it does.
-        num_bytes = 2 * self.sequence_bytes * max(1, num_sequences) * self.params.get("num_beams", 1)
+        # A cache that grows is there twice while it does.
+        num_bytes = 2 * self.sequence_bytes * max(1, num_sequences)
         try:
             torch.empty(
                 num_bytes if self.model.device.type == "cuda" else 0, dtype=torch.uint8, device=self.model.device
