@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -219,7 +219,7 @@ def decoding_seconds(
 
     def generate() -> None:
         cls = backend_class(settings.backend, host.device.type)
-        cls(model, host.tokenizer, parameters, settings.seed, limits).generate(requests(NUM_PROMPTS))
+        cls(model, host.tokenizer, settings.seed, limits).generate(requests(NUM_PROMPTS, parameters))
 
     with preserved_blas_workspaces(host.device):
         generate()
@@ -229,7 +229,7 @@ def decoding_seconds(
 def show_plain_generate(host: BenchmarkHost, repetitions: int) -> None:
     """`generate` with sampling as transformers does it, on the same copy: no code of ours. Collective with a gather."""
     model: Any = host.gather(dtype(host), keep=True)
-    ids, mask = left_pad([request.input_ids for request in requests(NUM_PROMPTS)], host.device)
+    ids, mask = left_pad([request.input_ids for request in requests(NUM_PROMPTS, {})], host.device)
 
     @torch.no_grad()
     def generate(num_tokens: int) -> None:
@@ -277,12 +277,14 @@ def show_growth(host: BenchmarkHost, size: str, repetitions: int) -> None:
         )
 
 
-def requests(number: int) -> list[Request]:
-    return [Request([5 + (row * 37 + i) % 1000 for i in range(PROMPT_TOKENS)], (row, 0)) for row in range(number)]
+def requests(number: int, params: Mapping[str, Any]) -> list[Request]:
+    return [
+        Request([5 + (row * 37 + i) % 1000 for i in range(PROMPT_TOKENS)], (row, 0), params) for row in range(number)
+    ]
 
 
 def answer(host: BenchmarkHost, num_prompts: int, settings: GenerationSettings) -> None:
-    completions = Answering(host, settings)(requests(num_prompts))
+    completions = Answering(host, settings)(requests(num_prompts, settings.parameters))
     if completions is not None:
         assert [len(completion.output_ids) for completion in completions] == [settings.max_new_tokens] * num_prompts
 

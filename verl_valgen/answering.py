@@ -5,6 +5,7 @@ This module knows how ranks share the work. It knows neither data sets nor track
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -67,11 +68,12 @@ class Answering:
         host = self.host
         limit = self.settings.max_round_time_s
         deadline = time.time() + limit if limit else math.inf
-        plain = None if requests is None else [[request.input_ids, request.key] for request in requests]
-        logging_rank, received = broadcast([rank(), plain], host.is_logging_rank, host.device)
-        if not received:
+        logging_rank, received = broadcast(
+            [rank(), None if requests is None else _packed(requests)], host.is_logging_rank, host.device
+        )
+        all_requests = [] if received is None else _unpacked(received)
+        if not all_requests:
             return [] if host.is_logging_rank else None
-        all_requests = [Request(input_ids, (row, completion)) for input_ids, (row, completion) in received]
         with preserved_blas_workspaces(host.device), ExitStack() as moved:
             free = self._on_all_ranks(lambda: self._prepare(moved))
             if free is None:
@@ -94,7 +96,7 @@ class Answering:
         if found is None or not host.is_logging_rank:
             return None
         in_order = [found[(logging_rank + place) % len(found)] for place in range(plan.num_ranks)]
-        return [Completion(ids, reason) for completions in in_order for ids, reason in completions]
+        return [Completion(*fields) for completions in in_order for fields in completions]
 
     def _on_all_ranks(self, function: Callable[[], Any], *, only_logging_rank: bool = False) -> list[Any] | None:
         """What a function gives on each rank, as JSON makes it. Collective: all ranks must call.
@@ -140,6 +142,7 @@ class Answering:
                 copy=host.num_parameters * self.dtype.itemsize,
                 unit=host.largest_unit_bytes,
                 sequence=self._sequence_bytes(requests),
+                logprobs=self._logprobs_bytes(requests),
             ),
             free,
             world_size(),
@@ -158,15 +161,28 @@ class Answering:
         return plan
 
     def _sequence_bytes(self, requests: Sequence[Request]) -> int:
-        parameters = self.settings.parameters
-        prompt_length = max((len(request.input_ids) for request in requests), default=1)
+        """Of the request that takes the most, all of its beams together."""
         text_config = self.host.model_config.get_text_config()
-        num_bytes = sequence_bytes(text_config, prompt_length, parameters["max_new_tokens"], self.dtype)
-        return num_bytes * parameters.get("num_beams", 1)
+        needs = [
+            request.params.get("num_beams", 1)
+            * sequence_bytes(text_config, len(request.input_ids), request.params["max_new_tokens"], self.dtype)
+            for request in requests
+        ]
+        return max(needs, default=0)
+
+    def _logprobs_bytes(self, requests: Sequence[Request]) -> int:
+        """Of the request that takes the most: the logits of all its tokens, twice more in float32 for the new ones."""
+        vocab_size = self.host.model_config.get_text_config().vocab_size
+        needs = [
+            vocab_size * (len(request.input_ids) * self.dtype.itemsize + request.params["max_new_tokens"] * 12)
+            for request in requests
+            if request.wants_logprob
+        ]
+        return max(needs, default=0)
 
     def _with_a_copy(
         self, requests: Sequence[Request], plan: Plan, deadline: float, moved: ExitStack
-    ) -> list[tuple[list[int], str]]:
+    ) -> list[list[Any]]:
         """Collective: all ranks must call."""
         model = self.host.gather(self.dtype, keep=bool(requests))
         moved.close()
@@ -176,33 +192,53 @@ class Answering:
             raise OtherRankError("another rank could not prepare for the gather")
         model.generation_config = self._special_tokens()
         backend = backend_class(self.settings.backend, self.host.device.type)(
-            model, self.host.tokenizer, self.settings.parameters, self.settings.seed,
-            Limits(plan.batch_size, deadline, self.settings.compile),
-        )  # fmt: skip
+            model, self.host.tokenizer, self.settings.seed, Limits(plan.batch_size, deadline, self.settings.compile)
+        )
         return self._timed(backend, requests)
 
     def _through_the_sharded_model(
         self, requests: Sequence[Request], plan: Plan, deadline: float, moved: ExitStack
-    ) -> list[tuple[list[int], str]]:
+    ) -> list[list[Any]]:
         """Collective: all ranks must call."""
         from verl_valgen.backends.lockstep import LockstepBackend
         from verl_valgen.sharded import generating_through
 
         with generating_through(self.host.model, self._special_tokens(), self.host.device) as model:
             backend = LockstepBackend(
-                model, self.host.tokenizer, self.settings.parameters, self.settings.seed,
-                Limits(plan.batch_size, deadline), sequence_bytes=self._sequence_bytes(requests),
+                model, self.host.tokenizer, self.settings.seed, Limits(plan.batch_size, deadline),
+                sequence_bytes=self._sequence_bytes(requests),
             )  # fmt: skip
             return self._timed(backend, requests)
 
-    def _timed(self, backend: Backend, requests: Sequence[Request]) -> list[tuple[list[int], str]]:
+    def _timed(self, backend: Backend, requests: Sequence[Request]) -> list[list[Any]]:
         start = time.perf_counter()
         with torch.no_grad():
             completions = backend.generate(requests)
         num_tokens = sum(len(completion.output_ids) for completion in completions)
         seconds = time.perf_counter() - start
         logger.debug("generated %d tokens for %d prompts in %.3f s", num_tokens, len(requests), seconds)
-        return [(completion.output_ids, completion.finish_reason) for completion in completions]
+        return [[c.output_ids, c.finish_reason, c.mean_logprob] for c in completions]
 
     def _special_tokens(self) -> GenerationConfig:
         return special_tokens(self.host.generation_config, self.host.tokenizer)
+
+
+def _packed(requests: Sequence[Request]) -> dict[str, Any]:
+    """Requests for JSON; parameters, which many share, once."""
+    kinds: dict[str, int] = {}
+    of_requests = [kinds.setdefault(json.dumps(request.params, sort_keys=True), len(kinds)) for request in requests]
+    return {
+        "params": list(kinds),
+        "requests": [
+            [request.input_ids, request.key, kind, request.wants_logprob]
+            for request, kind in zip(requests, of_requests, strict=True)
+        ],
+    }
+
+
+def _unpacked(packed: dict[str, Any]) -> list[Request]:
+    params = [json.loads(text) for text in packed["params"]]
+    return [
+        Request(input_ids, (row, completion), params[kind], wants_logprob)
+        for input_ids, (row, completion), kind, wants_logprob in packed["requests"]
+    ]

@@ -89,8 +89,42 @@ def auto_or(check: Check) -> Check:
     return Check(read, lambda x: x == "auto" or check.accepts(x), f"auto or {check.allowed}")
 
 
-def texts() -> Check:
+def text() -> Check:
+    return Check(_read_text, bool, "a text that is not empty")
+
+
+def optional_text() -> Check:
+    """ "" where nothing is set."""
+    return Check(lambda value: "" if value is None else _read_text(value), lambda _: True, "a text or null")
+
+
+def texts(*, may_be_empty: bool = False) -> Check:
+    """A list, whichever of the two came."""
+    if may_be_empty:
+        return Check(
+            lambda value: [] if value is None else _read_texts(value), lambda _: True, "a list of texts, none empty"
+        )
     return Check(_read_texts, bool, "a text or a list of texts, none of them empty")
+
+
+def mapping_of_mappings(pattern: str, allowed_names: str) -> Check:
+    """{} where nothing is set.
+
+    Args:
+        pattern: A regular expression for the outer names, which `allowed_names` says in words.
+    """
+
+    def read(value: object) -> dict[str, dict[str, Any]]:
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError
+        result = {name: {} if inner is None else inner for name, inner in (value or {}).items()}
+        if not all(isinstance(name, str) and re.fullmatch(pattern, name) for name in result):
+            raise ValueError
+        if not all(isinstance(inner, Mapping) for inner in result.values()):
+            raise ValueError
+        return {name: dict(inner) for name, inner in result.items()}
+
+    return Check(read, lambda _: True, f"a mapping of names ({allowed_names}) to mappings")
 
 
 def finite() -> Check:

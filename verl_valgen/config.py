@@ -2,8 +2,9 @@
 
 Precedence: dotted command-line override > environment > configuration (YAML and groups) > default.
 
-This module owns everything that a user can set. It knows neither trainer nor model; `hf_parameters.py` knows what
-transformers makes of a parameter, `hydra_values.py` how a configuration is read, `checks.py` what one value may be.
+This module owns everything that a user can set. It knows neither trainer nor model; `keys.py` lists the keys,
+`hf_parameters.py` knows what transformers makes of a parameter, `hydra_values.py` how a configuration is read,
+`checks.py` what one value may be.
 """
 
 from __future__ import annotations
@@ -12,16 +13,23 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import DictConfig
 
 from verl_valgen import checks, hf_parameters
-from verl_valgen.backends import BACKENDS
-from verl_valgen.checks import Check, ConfigError, plain
+from verl_valgen.aggregates import ALWAYS
+from verl_valgen.checks import ConfigError, plain, quoted
 from verl_valgen.hydra_values import as_omegaconf, keys_named_by, keys_under, select, task_overrides
+from verl_valgen.keys import SETTINGS
+from verl_valgen.metrics import check_metrics
+from verl_valgen.metrics.own import metric_name
+from verl_valgen.own_prompts import read_own_prompts
 
-__all__ = ["SETTINGS", "ConfigError", "GenerationSettings", "Setting", "load_settings", "task_overrides"]
+__all__ = ["SETTINGS", "ConfigError", "GenerationSettings", "load_settings", "task_overrides"]
+
+_OWN_PARAMETERS = ("do_sample", "temperature", "top_k", "top_p", "max_new_tokens")
+"""The fields of `transformers.GenerationConfig` that have a default of ours."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,29 @@ class GenerationSettings:
     max_new_tokens: int = 100
     max_val_samples: int = 5
     """Number of validation prompts to answer. The key is `trainer.max_val_samples`."""
+    n: int = 1
+    """Completions of each prompt, where they are sampled."""
+    best_of: int = 1
+    """Each completion is the likeliest of so many by its tokens' mean log-probability."""
+    strategies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name -> parameters on top of these. Every prompt is answered under each."""
+    params_key: str = "generation_params"
+    """Column of the validation data with a row's own parameters."""
+    turn: str = "last"
+    """Which of a conversation's assistant turns are answered: last, first, all."""
+    prompts: str = ""
+    """A file of prompts; "": none."""
+    prompts_mode: str = "replace"
+    """Whether they replace those of the validation data or are appended to them."""
+    before_train: bool = False
+    """Whether there is a round at the step that training starts from."""
+    every: int = 1
+    """A round at every so many validations, and at the last one."""
+    metrics: Sequence[str] = field(default_factory=list)
+    """Names of `metrics.METRICS`, or functions as `file.py:function` and `module:function`."""
+    best_metric: str = ""
+    """The scalar whose best value is kept; "": none."""
+    best_mode: str = "max"
     seed: int = 0
     dtype: str = "auto"
     """A torch dtype by name; auto: the trainer's compute dtype on accelerators, float32 on CPU."""
@@ -74,64 +105,38 @@ class GenerationSettings:
 
         With do_sample false, those that only sampling uses are left out: transformers would warn of them.
         """
-        own = {name: getattr(self, name) for name in ("do_sample", "temperature", "top_k", "top_p", "max_new_tokens")}
+        own = {name: getattr(self, name) for name in _OWN_PARAMETERS}
         unused = frozenset() if self.do_sample else hf_parameters.SAMPLING_ONLY
         return {name: value for name, value in {**own, **self.extra}.items() if name not in unused}
 
+    def overridden(self, params: Mapping[str, Any], source: str) -> GenerationSettings:
+        """These settings with other generation parameters (`best_of` among them), checked as those of a run are.
 
-class Setting(NamedTuple):
-    """What is known of one key."""
+        Args:
+            params: None unsets a parameter that has no default of ours.
+            source: Where they come from, for errors.
 
-    check: Check
-    variable: str | None = None
+        Raises:
+            ConfigError: One is unknown, refused or wrong, or they do not go together.
+        """
+        if not params:
+            return self
+        for name in params:
+            key = f"generation.{name}"
+            if name in _KEYS and name not in (*_OWN_PARAMETERS, "best_of"):
+                raise ConfigError(f"{source}: {plain(str(name))} is set once for the run, as {_KEYS[name]}")
+            _check_name(key, f"{source}.{plain(str(name))}")
+        own, extra = {}, dict(self.extra)
+        for name, value in params.items():
+            if name in _KEYS:
+                own[name] = _check(f"generation.{name}", value, f"{source}.{name}")
+            else:
+                extra[name] = None if value is None else _check(f"generation.{name}", value, f"{source}.{name}")
+        changed: dict[str, Any] = {**own, "extra": extra}
+        result = dataclasses.replace(self, **changed)
+        hf_parameters.check(result.parameters, source)
+        return result
 
-
-_TEMPERATURE = checks.number("a number > 0 (for greedy decoding set do_sample=false)", lambda x: x > 0)
-_SHARE = checks.number("a number in (0, 1]", lambda x: 0 < x <= 1)
-_CUTOFF = checks.number("a number in [0, 1) (0 switches it off)", lambda x: 0 <= x < 1)
-_SEED = checks.integer("an integer in [0, 2**63)", lambda x: 0 <= x < 2**63)
-_POSITIVE = checks.number("a number > 0", lambda x: x > 0)
-_DTYPE = checks.one_of(
-    *("auto", "float32", "bfloat16", "float16"),
-    aliases={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"},  # verl's spellings
-)
-
-SETTINGS = {
-    "generation.enabled": Setting(checks.boolean(), "VERL_GENERATION_ENABLED"),
-    "generation.do_sample": Setting(checks.boolean(), "VERL_GENERATION_DO_SAMPLE"),
-    "generation.temperature": Setting(_TEMPERATURE, "VERL_GENERATION_TEMPERATURE"),
-    "generation.top_k": Setting(checks.at_least(0, "0 switches it off"), "VERL_GENERATION_TOP_K"),
-    "generation.top_p": Setting(_SHARE, "VERL_GENERATION_TOP_P"),
-    "generation.max_new_tokens": Setting(checks.at_least(1), "VERL_GENERATION_MAX_NEW_TOKENS"),
-    "trainer.max_val_samples": Setting(checks.at_least(0, "0 switches generation off"), "VERL_MAX_VAL_SAMPLES"),
-    "generation.seed": Setting(_SEED, "VERL_GENERATION_SEED"),
-    "generation.dtype": Setting(_DTYPE),
-    "generation.backend": Setting(checks.one_of("auto", *BACKENDS)),
-    "generation.compile": Setting(checks.boolean()),
-    "generation.batch_size": Setting(checks.auto_or(checks.at_least(1))),
-    "generation.ranks": Setting(checks.auto_or(checks.at_least(1))),
-    "generation.gather": Setting(checks.one_of("auto", "copy", "sharded")),
-    "generation.max_round_time_s": Setting(checks.number("a number of seconds >= 0 (0: no limit)", lambda x: x >= 0)),
-    "generation.max_log_chars": Setting(checks.at_least(16)),
-    "generation.max_tracker_chars": Setting(checks.at_least(16)),
-    # Fields of GenerationConfig that transformers checks only while it generates, if at all.
-    "generation.min_p": Setting(checks.number("a number in [0, 1]", lambda x: 0 <= x <= 1)),
-    "generation.typical_p": Setting(_SHARE),
-    "generation.epsilon_cutoff": Setting(_CUTOFF),
-    "generation.eta_cutoff": Setting(_CUTOFF),
-    "generation.repetition_penalty": Setting(_POSITIVE),
-    "generation.length_penalty": Setting(checks.number("a number", lambda _: True)),
-    "generation.no_repeat_ngram_size": Setting(checks.at_least(0, "0 switches it off")),
-    "generation.min_new_tokens": Setting(checks.at_least(0)),
-    "generation.num_beams": Setting(checks.at_least(1)),
-    "generation.max_time": Setting(checks.number("a number of seconds > 0", lambda x: x > 0)),
-    "generation.top_h": Setting(_SHARE),
-    "generation.guidance_scale": Setting(checks.number("a number", lambda _: True)),
-    "generation.stop_strings": Setting(checks.texts()),
-    "generation.use_cache": Setting(checks.boolean()),
-    "generation.renormalize_logits": Setting(checks.boolean()),
-    "generation.remove_invalid_values": Setting(checks.boolean()),
-}
 
 _OWN_NAMES = [f.name for f in dataclasses.fields(GenerationSettings) if f.name != "extra"]
 _KEYS = {_name: next(key for key in SETTINGS if key.endswith(f".{_name}")) for _name in _OWN_NAMES}
@@ -183,7 +188,26 @@ def load_settings(
     extra = {key.removeprefix("generation."): select(whole, key) for key in sources if key not in _KEYS.values()}
     settings = GenerationSettings(**{**own, "enabled": enabled}, extra=extra)
     hf_parameters.check(settings.parameters)
+    check_metrics(settings.metrics, "generation.metrics")
+    _check_best_metric(settings)
+    if settings.prompts:
+        read_own_prompts(settings.prompts, settings.params_key)
+    for name, params in settings.strategies.items():
+        settings.overridden(params, f"generation.strategies.{name}")
     return settings
+
+
+def _check_best_metric(settings: GenerationSettings) -> None:
+    """Refuses what no round will have, as far as that is known: functions may give several scores."""
+    scope, _, name = settings.best_metric.rpartition("/")
+    metrics = [metric_name(spec) for spec in settings.metrics]
+    is_known = not name or name in ALWAYS or any(f"{name}_".startswith(f"{metric}_") for metric in metrics)
+    if not is_known or (scope and scope not in settings.strategies and not scope.startswith("by_source/")):
+        known = ", ".join([*metrics, *ALWAYS])
+        raise ConfigError(
+            f"generation.best_metric must be one of {plain(known, 300)}, alone or as <strategy>/<metric>, "
+            f"got {quoted(settings.best_metric)}"
+        )
 
 
 def _check(key: str, value: object, source: str | None = None) -> Any:
@@ -221,13 +245,17 @@ def _hint_for_variable(variable: str) -> str:
 
 
 def _check_names(keys: Iterable[str]) -> None:
-    """transformers takes any name in silence, so that a misspelt parameter would be lost there."""
-    known = {name: f"generation.{name}" for name in hf_parameters.field_names()} | _KEYS
     for key in keys:
-        name = key.partition(".")[2]
-        if name in hf_parameters.REFUSED:
-            raise ConfigError(f"{key} is not supported: {hf_parameters.REFUSED[name]}")
-        if key not in known.values():
-            close = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.7)
-            hint = f"did you mean {known[close[0]]}?" if close else "transformers.GenerationConfig has no such field"
-            raise ConfigError(f"unknown key {plain(key)}: {hint}")
+        _check_name(key, plain(key))
+
+
+def _check_name(key: str, shown: str) -> None:
+    """transformers takes any name in silence, so that a misspelt parameter would be lost there."""
+    name = key.partition(".")[2]
+    if name in hf_parameters.REFUSED:
+        raise ConfigError(f"{shown} is not supported: {hf_parameters.REFUSED[name]}")
+    known = {name: f"generation.{name}" for name in hf_parameters.field_names()} | _KEYS
+    if key not in known.values():
+        close = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.7)
+        hint = f"did you mean {known[close[0]]}?" if close else "transformers.GenerationConfig has no such field"
+        raise ConfigError(f"unknown key {shown}: {hint}")

@@ -21,14 +21,12 @@ _RUNS_CODE = "it would load or run code from outside this run"
 _NO_BATCHES = "assisted decoding cannot answer prompts in batches"
 _ON_THE_HUB = "it belongs to a generation mode whose code transformers loads from the hub"
 _TEXT_ONLY = "only the generated text is kept"
-_ONE_COMPLETION = "each prompt is given one completion"
 
 REFUSED = {
     "max_length": "it counts the prompt too; set generation.max_new_tokens",
     "min_length": "it counts the prompt too; set generation.min_new_tokens",
-    "n": _ONE_COMPLETION,
     "token_healing": "it changes the prompt, which is shown as it is",
-    "num_return_sequences": _ONE_COMPLETION,
+    "num_return_sequences": "set generation.n",
     "compile_config": "it is the backend that decides about compilation",
     "generation_kwargs": "parameters are given flat, as generation.<name>",
     **dict.fromkeys(("custom_generate", "trust_remote_code", "assistant_model", "assistant_tokenizer"), _RUNS_CODE),
@@ -52,8 +50,12 @@ def field_names() -> frozenset[str]:
     return frozenset(public) - REFUSED.keys() - {"transformers_version"}
 
 
-def check(parameters: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` where transformers would refuse these parameters, or cannot decode with them here."""
+def check(parameters: Mapping[str, Any], source: str = "generation") -> None:
+    """Raises `ConfigError` where transformers would refuse these parameters, or cannot decode with them here.
+
+    Args:
+        source: Where they come from, for the error.
+    """
     from transformers import GenerationConfig
     from transformers.generation import utils
 
@@ -61,19 +63,19 @@ def check(parameters: Mapping[str, Any]) -> None:
         hf_config = GenerationConfig(**parameters)  # validates
         mode = hf_config.get_generation_mode()
     except Exception as error:  # transformers compares values of any type: not only its own ValueError comes out of it
-        raise ConfigError(f"generation: transformers refuses these parameters: {plain(str(error), 300)}") from error
+        raise ConfigError(f"{source}: transformers refuses these parameters: {plain(str(error), 300)}") from error
 
     if mode.value == "beam_sample":
         raise ConfigError(
-            f"generation.num_beams must be 1 with do_sample=true, got {hf_config.num_beams}: "
+            f"{source}.num_beams must be 1 with do_sample=true, got {hf_config.num_beams}: "
             "beam sampling draws from torch's global random state (set do_sample=false for beam search)"
         )
     if mode.value == "beam_search" and hf_config.stop_strings:
-        raise ConfigError("generation.stop_strings cannot be combined with generation.num_beams > 1")
+        raise ConfigError(f"{source}.stop_strings cannot be combined with num_beams > 1")
     # transformers moves modes that it drops to the hub (4.56 did with four); before, it had no such mapping.
     home = getattr(utils, "GENERATION_MODES_MAPPING", {}).get(mode, "")
     if "/" in home:
-        raise ConfigError(f"generation: these parameters select {plain(mode.value)}, but {_ON_THE_HUB} ({plain(home)})")
+        raise ConfigError(f"{source}: these parameters select {plain(mode.value)}, but {_ON_THE_HUB} ({plain(home)})")
 
 
 def special_tokens(model_config: GenerationConfig | None, tokenizer: Any) -> GenerationConfig:

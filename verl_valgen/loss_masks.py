@@ -15,13 +15,14 @@ def without_padding(input_ids: Any, attention_mask: Any, loss_mask: Any) -> tupl
     return ids[real.bool()].tolist(), mask
 
 
-def answer_span(mask: list[bool] | None, num_tokens: int, shifted: bool) -> tuple[int, int]:
-    """Start and end of the answer: the last run of ones; (num_tokens, num_tokens) where there is none."""
-    if not mask or not any(mask):
-        return num_tokens, num_tokens
-    end = num_tokens - mask[::-1].index(True)
-    start = end - [*mask[:end][::-1], False].index(False)
-    return min(start + shifted, num_tokens), min(end + shifted, num_tokens)
+def answer_spans(mask: list[bool] | None, num_tokens: int, shifted: bool) -> list[tuple[int, int]]:
+    """Start and end of each answer: the runs of ones, in order; [] where there is none."""
+    spans, end = [], 0
+    while mask and True in mask[end:]:
+        start = mask.index(True, end)
+        end = next((i for i in range(start, len(mask)) if not mask[i]), len(mask))
+        spans.append((min(start + shifted, num_tokens), min(end + shifted, num_tokens)))
+    return spans
 
 
 def end_of_last(needle: list[int], ids: list[int]) -> int:

@@ -28,6 +28,8 @@ class Needs:
     """What is whole at any one time during the gather, on every rank."""
     sequence: int
     """One sequence, prompt and answer, the longest."""
+    logprobs: int = 0
+    """To tell how likely an answer is, one at a time."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def make_plan(
         ValueError: `gather` asks for what the model cannot do.
     """
     free *= _SHARE_OF_FREE
-    copy_takes, sharded_takes = needs.copy + needs.unit, needs.unit
+    sharded_takes = needs.unit + needs.logprobs
+    copy_takes = needs.copy + sharded_takes
     if gather != "sharded" and copy_takes + needs.sequence <= free:
         most_ranks = min(world_size if ranks == "auto" else int(ranks), world_size, num_requests)
         size = _batch_size(batch_size, num_requests, most_ranks, (free - copy_takes) / needs.sequence)

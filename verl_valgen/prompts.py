@@ -11,11 +11,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
-from verl_valgen.loss_masks import answer_span, end_of_last, without_padding
+from verl_valgen.loss_masks import answer_spans, end_of_last, without_padding
+from verl_valgen.row_data import RowData, plain, row_data
 from verl_valgen.samples import Prompt
+from verl_valgen.turns import answered_turns
 
 
 class DatasetPrompts(NamedTuple):
@@ -35,28 +38,43 @@ class _LeftOut(Enum):
     MULTI_MODAL = auto()
 
 
-def prompts_from_dataset(dataset: Any, rows: Sequence[int], tokenizer: Any) -> DatasetPrompts:
+def prompts_from_dataset(
+    dataset: Any, rows: Sequence[int], tokenizer: Any, *, turn: str = "last", params_key: str = "generation_params"
+) -> DatasetPrompts:
     """Read `rows` of `dataset`: their prompts, and those rows that have none.
 
-    A prompt is everything before the last assistant turn, the generation prompt included. Rows of verl's own data sets
-    are tokenized anew, as the data set does it; in the items of any other one, the loss mask tells where the answer is.
+    A prompt is everything before an assistant turn, the generation prompt included; `turn` says before which (last,
+    first, or a prompt for each of all). Rows of verl's own data sets are tokenized anew, as the data set does it; in
+    the items of any other one, the loss mask tells where the answers are. `params_key` is the column of a row's
+    parameters.
     `truncation=left` does not shorten the prompts of verl's data sets: at inference nothing is cut off either.
 
     Raises `ValueError` where an item of another data set has no `input_ids`, and whatever data set and template raise.
     """
-    read: Callable[[Any, int, Any], Prompt | _LeftOut]
+    read: Callable[[Any, int, Any, str], list[Prompt | _LeftOut]]
     if mask_is_shifted(dataset):
         read = _from_single_turn
     elif _is_verls(dataset, "multiturn_sft_dataset", "MultiTurnSFTDataset"):
         read = _from_conversation
     else:
         read = _from_item
-    results = [(row, read(dataset, row, tokenizer)) for row in rows]
-    return DatasetPrompts(
-        prompts=[result for _, result in results if isinstance(result, Prompt)],
-        without_answer=[row for row, result in results if result is _LeftOut.WITHOUT_ANSWER],
-        multi_modal=[row for row, result in results if result is _LeftOut.MULTI_MODAL],
-    )
+    found = DatasetPrompts([], [], [])
+    for row in rows:
+        results = read(dataset, row, tokenizer, turn)
+        prompts = [result for result in results if isinstance(result, Prompt)]
+        if prompts:
+            data = _row_data(dataset, row, params_key)
+            found.prompts.extend(replace(prompt, data=data) for prompt in prompts)
+        elif results[0] is _LeftOut.MULTI_MODAL:
+            found.multi_modal.append(row)
+        else:
+            found.without_answer.append(row)
+    return found
+
+
+def _row_data(dataset: Any, row: int, params_key: str) -> RowData:
+    frame: Any = getattr(dataset, "dataframe", None)
+    return row_data(frame.iloc[row].to_dict(), params_key) if hasattr(frame, "iloc") else RowData()
 
 
 def prompts_from_batch(batch: Any, tokenizer: Any, *, shifted: bool) -> list[Prompt | None]:
@@ -85,7 +103,7 @@ def prompts_from_batch(batch: Any, tokenizer: Any, *, shifted: bool) -> list[Pro
             prompts.append(None)
             continue
         ids, mask = without_padding(*row)
-        start, end = answer_span(mask, len(ids), shifted)
+        start, end = _last(answer_spans(mask, len(ids), shifted), len(ids))
         lost_beginning = len(ids) == len(row[0]) > 0 and ids[0] != opening
         if shifted and mask is not None and lost_beginning:
             start = end_of_last(generation_prompt, ids[:start])
@@ -112,33 +130,36 @@ def _is_verls(dataset: Any, module: str, name: str) -> bool:
     return verls is not None and getattr(type(dataset), "__getitem__", None) is verls.__getitem__
 
 
-def _from_single_turn(dataset: Any, row: int, _: Any) -> Prompt | _LeftOut:
+def _from_single_turn(dataset: Any, row: int, *_: Any) -> list[Prompt | _LeftOut]:
     """A row of verl's `SFTDataset`."""
     question = dataset.prompts[row]
     input_ids = _prompt_ids(dataset, [{"role": "user", "content": question}])
     if _answer_is_cut_off(dataset, input_ids):
-        return _LeftOut.WITHOUT_ANSWER
-    return Prompt(row, input_ids, _readable(question), dataset.responses[row].strip())
+        return [_LeftOut.WITHOUT_ANSWER]
+    return [Prompt(row, input_ids, _readable(question), dataset.responses[row].strip())]
 
 
-def _from_conversation(dataset: Any, row: int, _: Any) -> Prompt | _LeftOut:
+def _from_conversation(dataset: Any, row: int, _: Any, turn: str) -> list[Prompt | _LeftOut]:
     """A row of verl's `MultiTurnSFTDataset`; without an assistant turn to leave out, the whole conversation."""
     messages = _messages(dataset, row)
     if messages is None:
-        return _LeftOut.MULTI_MODAL
-    turns = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "assistant"]
-    before = messages[: turns[-1]] if turns else messages
+        return [_LeftOut.MULTI_MODAL]
     kwargs = _row_kwargs(dataset, row)
+    return [_from_turn(dataset, row, messages, i, kwargs) for i in answered_turns(messages, turn)]
 
+
+def _from_turn(dataset: Any, row: int, messages: list[dict], turn: int, kwargs: Mapping[str, Any]) -> Prompt | _LeftOut:
+    """The conversation up to the message `turn`, which is to be answered anew; it may lie behind the last."""
+    before = messages[:turn]
     input_ids = _prompt_ids(dataset, before, **kwargs)
     questions = [message.get("content") for message in before if message["role"] == "user"]
     text = _readable(questions[-1]) if questions else decode(dataset.tokenizer, input_ids, skip_special_tokens=True)
-    if not turns:
+    if turn == len(messages):
         return Prompt(row, input_ids, text, reference=None)
     if _answer_is_cut_off(dataset, input_ids):
         return _LeftOut.WITHOUT_ANSWER
 
-    answer = messages[turns[-1]]
+    answer = messages[turn]
     reference = _readable(answer.get("content"))
     if not reference or answer.get("tool_calls"):
         prompt = _render(dataset, before, add_generation_prompt=True, tokenize=False, **kwargs)
@@ -152,19 +173,19 @@ def _from_conversation(dataset: Any, row: int, _: Any) -> Prompt | _LeftOut:
 def _messages(dataset: Any, row: int) -> list[dict] | None:
     """A row of `MultiTurnSFTDataset` as it goes to the chat template; None if images or videos belong to it."""
     if not hasattr(dataset, "_build_messages"):  # verl <= 0.6
-        messages = _plain(dataset.messages[row])
+        messages = plain(dataset.messages[row])
         messages = [messages] if isinstance(messages, dict) else messages  # a single message comes unpacked
         return None if _has_other_parts(messages) else messages
     frame = dataset.dataframe
     for column in (dataset.image_key, dataset.video_key):
-        media = _plain(frame[column].iloc[row]) if column in frame.columns else None
+        media = plain(frame[column].iloc[row]) if column in frame.columns else None
         if isinstance(media, list) and media:  # an empty cell may be pandas.NA, which is neither true nor false
             return None
-    example = _plain(frame.iloc[row].to_dict())  # a copy: verl 0.7 changes messages in place
+    example = plain(frame.iloc[row].to_dict())  # a copy: verl 0.7 changes messages in place
     if _has_other_parts(example[dataset.messages_key]):
         return None
     # With a processor, string contents become lists of parts; which ones do depends on verl's version.
-    return _plain(dataset._build_messages(example))
+    return plain(dataset._build_messages(example))
 
 
 def _row_kwargs(dataset: Any, row: int) -> dict[str, Any]:
@@ -204,14 +225,6 @@ def _answer_is_cut_off(dataset: Any, prompt_ids: list[int]) -> bool:
     return cuts_right and len(prompt_ids) >= dataset.max_length
 
 
-def _plain(value: Any) -> Any:
-    """Nested arrays, as parquet gives them, as lists: for a template, an array of two is neither true nor false."""
-    value = _unwrapped(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
-
-
 def _readable(content: Any) -> str:
     """The text of a message's content, be it a string or a list of parts such as `{"type": "text", "text": ...}`."""
     if isinstance(content, str):
@@ -230,7 +243,7 @@ def _has_other_parts(messages: list[dict]) -> bool:
 # Other data sets, and batches
 
 
-def _from_item(dataset: Any, row: int, tokenizer: Any) -> Prompt | _LeftOut:
+def _from_item(dataset: Any, row: int, tokenizer: Any, turn: str) -> list[Prompt | _LeftOut]:
     """A row of a data set that is not verl's."""
     item = dataset[row]
     keys = ("input_ids", "attention_mask", "loss_mask")
@@ -238,11 +251,17 @@ def _from_item(dataset: Any, row: int, tokenizer: Any) -> Prompt | _LeftOut:
     if input_ids is None:
         raise ValueError(f"an item of {type(dataset).__name__} must be a mapping with `input_ids`, got {item!r:.200}")
     if _has_media(_unwrapped(item.get("multi_modal_inputs", None))):
-        return _LeftOut.MULTI_MODAL
+        return [_LeftOut.MULTI_MODAL]
     ids, mask = without_padding(input_ids, *masks)
     if mask is not None and not any(mask):
-        return _LeftOut.WITHOUT_ANSWER
-    return _split(ids, *answer_span(mask, len(ids), shifted=False), tokenizer, row)
+        return [_LeftOut.WITHOUT_ANSWER]
+    spans = answer_spans(mask, len(ids), shifted=False)
+    chosen = {"first": spans[:1], "last": spans[-1:], "all": spans}[turn] or [(len(ids), len(ids))]
+    return [_split(ids, *span, tokenizer, row) for span in chosen]
+
+
+def _last(spans: list[tuple[int, int]], num_tokens: int) -> tuple[int, int]:
+    return spans[-1] if spans else (num_tokens, num_tokens)
 
 
 def _split(ids: list[int], start: int, end: int, tokenizer: Any, row: int | None) -> Prompt:

@@ -1,4 +1,4 @@
-"""Rounds of generation: which prompts, when, and what becomes of the answers (`answering.py` makes them).
+"""Rounds of generation: when, and what becomes of the answers (`answering.py` makes them).
 
 All ranks take part in a round; it ends with samples in the trackers on the logging rank. Whatever fails costs a
 warning: `run` catches what answering raises, the trackers see to themselves.
@@ -7,20 +7,28 @@ warning: `run` catches what answering raises, the trackers see to themselves.
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from verl_valgen.aggregates import round_scalars
 from verl_valgen.answering import Answering
+from verl_valgen.best import Best
 from verl_valgen.config import GenerationSettings
-from verl_valgen.exchange import agree
+from verl_valgen.exchange import broadcast
 from verl_valgen.hosts.base import Host
-from verl_valgen.prompts import decode, mask_is_shifted, prompts_from_batch, prompts_from_dataset
+from verl_valgen.prompt_sources import read_prompts
+from verl_valgen.prompts import decode, mask_is_shifted, prompts_from_batch
+from verl_valgen.questions import Question, answered, make_questions, make_samples
 from verl_valgen.random_state import preserved_random_state
-from verl_valgen.samples import Completion, Prompt, Request, Sample
+from verl_valgen.samples import Completion, Prompt, Sample
+from verl_valgen.scoring import Scoring, with_scores
 from verl_valgen.text import describe, describe_at_length
 from verl_valgen.trackers import open_trackers
 from verl_valgen.trackers.composite import CompositeTracker
@@ -35,8 +43,12 @@ class ValidationRounds:
     def __init__(self, host: Host, settings: GenerationSettings) -> None:
         self.host, self.settings = host, settings
         self.answer = Answering(host, settings)
-        self.prompts: list[Prompt] = []
-        """Answered at every round; on the logging rank alone."""
+        self.scoring = Scoring(settings.metrics)
+        self.questions: list[Question] = []
+        """Asked at every round; on the logging rank alone, as are trackers, scores and the best value."""
+        self.steps: list[int] = []
+        """Of the rounds, as they are foretold; on all ranks."""
+        self.best: Best | None = None
         self.trackers: CompositeTracker | None = None
         self.warned: set[str] = set()
         self.stack = ExitStack()
@@ -48,10 +60,11 @@ class ValidationRounds:
     def __enter__(self) -> None:
         """Collective: all ranks must call."""
         if self._prepare():
-            self.stack.enter_context(self.host.after_each_validation(self.run))
+            self.stack.enter_context(self.host.hooked(self.run, before_train=self.settings.before_train))
 
     def __exit__(self, *exc_info: object) -> None:
         self.stack.close()
+        self.scoring.close()
         if self.trackers is not None:
             self.trackers.close()
             self.trackers = None  # another `fit()` has runs of its own
@@ -66,39 +79,30 @@ class ValidationRounds:
             if self.host.is_logging_rank:
                 logger.info("no samples: generation is not configured, or switched off")
             return False
+        steps: list[int] | None = None
         if self.host.is_logging_rank:
             try:
-                prompts, schedule = self._read_prompts(), self.host.schedule()
-                if prompts:
-                    logger.info("%d samples %s, in %s", len(prompts), schedule, self.directory)
-                    self._set_earlier_samples_aside(schedule.start_step)
-                self.prompts = prompts
+                steps = self._prepare_on_logging_rank()
             except Exception as e:
                 self._warn("the validation prompts could not be read, so there will be no samples", e)
-        return agree(bool(self.prompts) or not self.host.is_logging_rank, self.host.device)
+        found = broadcast(steps, self.host.is_logging_rank, self.host.device)
+        self.steps = found or []
+        return found is not None
 
-    def _read_prompts(self) -> list[Prompt]:
-        """The prompts of all rounds; [] after a warning that says why there are none."""
-        host = self.host
-        if (reason := host.why_no_validation_batch()) is not None:
-            logger.warning("no samples: %s", reason)
-            return []
-        model_class: Any = host.model_class
-        if not (hasattr(model_class, "generate") and model_class.can_generate()):
-            logger.warning("no samples: the model class %s has no `generate`", model_class.__name__)
-            return []
-        with preserved_random_state(host.device):
-            rows = host.validation_rows(self.settings.max_val_samples)
-            found = prompts_from_dataset(host.val_dataset, rows, host.tokenizer)
-        for skipped, reason in (
-            (found.without_answer, "have no answer left within data.max_length"),
-            (found.multi_modal, "have images or videos, and only text is generated from"),
-        ):
-            if skipped:
-                logger.warning("rows %s of the validation data %s: skipped", skipped, reason)
-        if not found.prompts:
-            logger.warning("no samples: none of the first %d validation rows can be answered", len(rows))
-        return found.prompts
+    def _prepare_on_logging_rank(self) -> list[int] | None:
+        """The steps of the rounds; None where there is nothing to ask."""
+        settings = self.settings
+        self.questions = make_questions(read_prompts(self.host, settings), settings)
+        if not self.questions:
+            return None
+        schedule = replace(self.host.schedule(), every=settings.every, before_train=settings.before_train)
+        num_samples = sum(question.num_completions for question in self.questions)
+        logger.info("%d samples %s, in %s", num_samples, schedule, self.directory)
+        self._set_earlier_samples_aside(schedule.start_step)
+        if settings.best_metric:
+            self.best = Best(self.directory, settings.best_metric, settings.best_mode, schedule.start_step)
+        self.scoring.start()
+        return schedule.round_steps()
 
     def _set_earlier_samples_aside(self, start_step: int) -> None:
         try:
@@ -110,72 +114,36 @@ class ValidationRounds:
                 logger.info("samples of an earlier run beyond step %d were moved to %s", start_step, folder)
 
     def run(self, step: int) -> None:
-        """One round; never raises. Collective: all ranks must call."""
+        """One round, if it is time for one; never raises. Collective: all ranks must call."""
+        if self.settings.every > 1 and step not in self.steps:
+            return
+        start, limit = time.time(), self.settings.max_round_time_s
         try:
             with preserved_random_state(self.host.device):
-                completions = self.answer(_requests(self.prompts))
+                completions = self.answer([request for question in self.questions for request in question.requests()])
                 if completions is not None:
-                    self._log(self._samples(completions, step), step)
+                    self._record(completions, step, time.time() - start, start + limit if limit else math.inf)
         except Exception as e:
             out_of_memory = isinstance(e, torch.OutOfMemoryError | MemoryError)
             advice = "lower generation.max_new_tokens, or set generation.gather=sharded" if out_of_memory else ""
             self._warn("no samples at this validation", e, advice)
 
-    def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
-        """See `ValidationGenerationMixin.generate_samples`. Collective: all ranks must call."""
-        tokenizer = self.host.tokenizer
-        prompts: list[Prompt] | None = None
-        error: Exception | None = None
-        with preserved_random_state(self.host.device):
-            if self.host.is_logging_rank:
-                try:
-                    prompts = self._prompts_of(batch)
-                except Exception as e:  # the others have to hear of it
-                    error = e
-            completions = self.answer(None if prompts is None else _requests(prompts))
-        if error is not None:
-            raise error
-        if prompts is None or completions is None:
-            return [], []
-        return (
-            [decode(tokenizer, prompt.input_ids, skip_special_tokens=False) for prompt in prompts],
-            [decode(tokenizer, completion.output_ids, skip_special_tokens=True) for completion in completions],
-        )
+    def _record(self, completions: Sequence[Completion], step: int, seconds: float, deadline: float) -> None:
+        """Scores and logs the answers, on the logging rank, while the others go on."""
+        dtype = str(self.answer.computed_in).removeprefix("torch.")
+        samples = make_samples(self.questions, completions, step, self.settings.seed, dtype, self.host.tokenizer)
+        verdicts = self.scoring.score(samples, deadline)
+        samples = list(map(with_scores, samples, verdicts))
+        num_tokens = sum(len(completion.output_ids) for completion in completions)
+        scalars = round_scalars(list(zip(samples, verdicts, strict=True)), seconds, num_tokens)
+        if self.best is not None:
+            try:
+                scalars |= self.best.update(scalars, step)
+            except OSError as e:
+                self._warn(f"{self.best.path} could not be written", e)
+        self._log(samples, {f"val/gen/{key}": value for key, value in scalars.items()}, step)
 
-    def _prompts_of(self, batch: Any) -> list[Prompt]:
-        in_batch = prompts_from_batch(batch, self.host.tokenizer, shifted=mask_is_shifted(self.host.val_dataset))
-        prompts = [prompt for prompt in in_batch if prompt is not None]
-        if len(prompts) < len(in_batch):
-            self._warn_once(
-                f"{len(in_batch) - len(prompts)} of the batch's {len(in_batch)} samples have images or videos, and "
-                "only text is generated from: left out"
-            )
-        return prompts
-
-    def _samples(self, completions: Sequence[Completion], step: int) -> list[Sample]:
-        tokenizer, settings = self.host.tokenizer, self.settings
-        params = settings.parameters | {"dtype": str(self.answer.computed_in).removeprefix("torch.")}
-        return [
-            Sample(
-                step=step,
-                index=index,
-                row=prompt.row,
-                strategy="default",
-                completion=0,
-                prompt=decode(tokenizer, prompt.input_ids, skip_special_tokens=False),
-                prompt_text=prompt.text,
-                generation=decode(tokenizer, completion.output_ids, skip_special_tokens=True),
-                reference=prompt.reference,
-                finish_reason=completion.finish_reason,
-                num_prompt_tokens=len(prompt.input_ids),
-                num_new_tokens=len(completion.output_ids),
-                seed=settings.seed,
-                params=params,
-            )
-            for index, (prompt, completion) in enumerate(zip(self.prompts, completions, strict=True))
-        ]
-
-    def _log(self, samples: Sequence[Sample], step: int) -> None:
+    def _log(self, samples: Sequence[Sample], scalars: dict[str, float], step: int) -> None:
         if self.trackers is None:  # verl opens its runs inside `fit()`
             loggers = self.host.config.trainer.logger
             self.trackers = open_trackers(
@@ -185,6 +153,42 @@ class ValidationRounds:
                 max_tracker_chars=self.settings.max_tracker_chars,
             )
         self.trackers.log_samples(samples, step)
+        self.trackers.log_scalars(scalars, step)
+
+    def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
+        """See `ValidationGenerationMixin.generate_samples`. Collective: all ranks must call."""
+        tokenizer = self.host.tokenizer
+        prompts: list[Prompt] = []
+        questions: list[Question] = []
+        error: Exception | None = None
+        with preserved_random_state(self.host.device):
+            if self.host.is_logging_rank:
+                try:
+                    prompts = self._prompts_of(batch)
+                    questions = make_questions(prompts, replace(self.settings, n=1, strategies={}))
+                except Exception as e:  # the others have to hear of it
+                    error = e
+            requests = [request for question in questions for request in question.requests()]
+            completions = self.answer(None if error else requests)
+        if error is not None:
+            raise error
+        if completions is None:
+            return [], []
+        answers = [completion for _, _, completion in answered(questions, completions)]
+        return (
+            [decode(tokenizer, prompt.input_ids, skip_special_tokens=False) for prompt in prompts],
+            [decode(tokenizer, completion.output_ids, skip_special_tokens=True) for completion in answers],
+        )
+
+    def _prompts_of(self, batch: Any) -> list[Prompt]:
+        in_batch = prompts_from_batch(batch, self.host.tokenizer, shifted=mask_is_shifted(self.host.val_dataset))
+        prompts = [replace(prompt, stream=i) for i, prompt in enumerate(p for p in in_batch if p is not None)]
+        if len(prompts) < len(in_batch):
+            self._warn_once(
+                f"{len(in_batch) - len(prompts)} of the batch's {len(in_batch)} samples have images or videos, and "
+                "only text is generated from: left out"
+            )
+        return prompts
 
     def _warn_once(self, message: str, cause: str = "") -> None:
         cause = cause or message
@@ -198,10 +202,3 @@ class ValidationRounds:
         self._warn_once(f"{what}: {cause}{f'; {advice}' if advice else ''}; training goes on", cause)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s\n%s", what, describe_at_length(error))
-
-
-def _requests(prompts: Sequence[Prompt]) -> list[Request]:
-    return [
-        Request(prompt.input_ids, key=(index if prompt.row is None else prompt.row, 0))
-        for index, prompt in enumerate(prompts)
-    ]

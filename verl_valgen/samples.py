@@ -5,10 +5,16 @@ This module owns their fields and their order in a JSONL line. It knows neither 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from verl_valgen.row_data import RowData
+
 FinishReason = Literal["eos", "stop", "length", "time"]
+
+DEFAULT_STRATEGY = "default"
+"""The name of the only one where none is configured."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,9 @@ class Prompt:
     """What a person reads: the last user message, or the prompt without special tokens."""
     reference: str | None
     """The expected answer without special tokens, stripped; None if there is none."""
+    data: RowData = field(default_factory=RowData)
+    stream: int = 0
+    """Stands for the row in sampling, where there is none."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,10 @@ class Request:
     input_ids: list[int]
     key: tuple[int, int]
     """(row, completion): with the seed and the position it determines every sampled token."""
+    params: Mapping[str, Any]
+    """`transformers.GenerationConfig` fields, checked. The model's own defaults do not leak in."""
+    wants_logprob: bool = False
+    """Whether the completion is to say how likely it is."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,8 @@ class Completion:
     output_ids: list[int]
     """New tokens, the end-of-sequence token included."""
     finish_reason: FinishReason
+    mean_logprob: float | None = None
+    """Of the new tokens, as the model has it before any logits processor, in nats; where it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,16 @@ class Sample:
     params: dict[str, Any] = field(default_factory=dict)
     """The generation parameters that were in force, `dtype` included."""
     scores: dict[str, float | None] = field(default_factory=dict)
+    data_source: str | None = None
+
+    # Not recorded: for metrics.
+    output_ids: Sequence[int] = ()
+    ground_truth: Any = None
+    extra_info: Any = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The record, in the order of the fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_RECORDED}
+
+
+_NOT_RECORDED = ("output_ids", "ground_truth", "extra_info")

@@ -17,6 +17,10 @@ class Schedule:
     """The step at which verl exits early, after a validation; the available steps unless configured."""
     test_freq: int
     """Validate every so many steps; 0 or less: only before the early exit."""
+    every: int = 1
+    """A round at every so many validations, counted from step 0, and at the last."""
+    before_train: bool = False
+    """A round at the step that the run starts from."""
 
     def validation_steps(self) -> list[int]:
         exit_step = max(self.total_training_steps, self.start_step + 1)
@@ -29,9 +33,14 @@ class Schedule:
             steps.add(exit_step)
         return sorted(steps)
 
-    def __str__(self) -> str:
-        """The steps in words, or why there is none."""
+    def round_steps(self) -> list[int]:
         steps = self.validation_steps()
+        chosen = [step for step in steps if step == steps[-1] or step // self.test_freq % self.every == 0]
+        return [self.start_step, *chosen] if self.before_train and self.start_step < self.available_steps else chosen
+
+    def __str__(self) -> str:
+        """The steps of the rounds in words, or why there is none."""
+        steps = self.round_steps()
         if not steps:
             if self.start_step >= self.available_steps:
                 return f"at no step: step {self.start_step}, from which the run resumes, is the last one of the data"
@@ -40,8 +49,9 @@ class Schedule:
                 f"(trainer.total_training_steps) lies beyond the data's {self.available_steps} steps"
             )
         if len(steps) == 1:
+            which = "the last one" if steps[0] > self.start_step else "before training"
             only = f"at step {steps[0]} only"
-            return only if self.test_freq > 0 else f"{only}, the last one (trainer.test_freq is {self.test_freq})"
+            return only if self.test_freq > 0 else f"{only}, {which} (trainer.test_freq is {self.test_freq})"
         shown = [str(step) for step in steps]
         if len(steps) > 4:
             shown[2:-1] = ["..."]

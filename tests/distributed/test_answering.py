@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from verl_valgen.samples import Request
 from verl_valgen.sampling import GumbelNoise
 
 CPU = torch.device("cpu")
-REQUESTS = [Request([5 + (row * 7 + i) % 80 for i in range(3 + 5 * row)], (row, 0)) for row in range(9)]
+REQUESTS = [Request([5 + (row * 7 + i) % 80 for i in range(3 + 5 * row)], (row, 0), {}) for row in range(9)]
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,9 @@ def directory(tmp_path_factory) -> Path:
 
 def answer(host: SmallHost, requests: list[Request] = REQUESTS, **settings: Any) -> Any:
     defaults = {"enabled": True, "max_new_tokens": 12, "top_p": 0.95}
-    completions = Answering(host, GenerationSettings(**(defaults | settings)))(
-        requests if host.is_logging_rank else None
-    )
+    made = GenerationSettings(**(defaults | settings))
+    with_parameters = [replace(request, params=made.parameters) for request in requests]
+    completions = Answering(host, made)(with_parameters if host.is_logging_rank else None)
     return completions and [(completion.output_ids, completion.finish_reason) for completion in completions]
 
 
@@ -100,6 +101,37 @@ def test_through_the_sharded_model_it_is_the_same_text(directory, tmp_path, stra
     assert second == (None, [None] * 2, None, [None] * 2, None, True)
 
 
+KINDS = [
+    {"do_sample": False, "max_new_tokens": 5},
+    {"do_sample": True, "max_new_tokens": 9, "temperature": 1.0, "top_k": 50, "top_p": 0.9},
+    {"do_sample": False, "max_new_tokens": 7, "num_beams": 2},
+]
+
+
+def of_many_kinds(directory: Path) -> dict[str, Any]:
+    """Uneven shares of uneven kinds, with and without log-probabilities."""
+    host = SmallHost(directory, directory, Rows())
+    host.model = wrap(AutoModelForCausalLM.from_pretrained(directory / "model"), "fsdp2", param_dtype=torch.float32)
+    asked = [replace(one, params=KINDS[i // 4], wants_logprob=i in (5, 6, 7)) for i, one in enumerate(REQUESTS)]
+    results = {}
+    for name, settings in (("copy", {}), ("spread", {"ranks": 2, "batch_size": 2}), ("sharded", {"gather": "sharded"})):
+        made = GenerationSettings(enabled=True, **settings)
+        completions = Answering(host, made)(asked if host.is_logging_rank else None)
+        results[name] = completions and [(one.output_ids, one.mean_logprob) for one in completions]
+    return results
+
+
+def test_requests_of_many_kinds_on_all_ways(directory, tmp_path):
+    first, second = run_distributed(of_many_kinds, 2, tmp_path, directory)
+    assert set(second.values()) == {None}
+    expected = first["copy"]
+    assert [i for i, (_, logprob) in enumerate(expected) if logprob is not None] == [5, 6, 7]
+    for way in ("spread", "sharded"):
+        assert [ids for ids, _ in first[way]] == [ids for ids, _ in expected]
+        for (_, found), (_, logprob) in zip(first[way], expected, strict=True):
+            assert found == (None if logprob is None else pytest.approx(logprob, abs=1e-5))
+
+
 def faults(directory: Path) -> dict[str, Any]:
     """Rank 1 fails in one way after the other; both ranks must still meet."""
     host = SmallHost(directory, directory, Rows())
@@ -142,8 +174,10 @@ def with_little_memory(directory: Path) -> dict[str, Any]:
     host = SmallHost(directory, directory, Rows())
     host.model = wrap(AutoModelForCausalLM.from_pretrained(directory / "model"), "fsdp2", param_dtype=torch.float32)
     needs = host.num_parameters * 4
-    answering = Answering(host, GenerationSettings(enabled=True, max_new_tokens=4, max_val_samples=3))
-    requests = REQUESTS[:3] if dist.get_rank() == 0 else None
+    settings = GenerationSettings(enabled=True, max_new_tokens=4, max_val_samples=3)
+    answering = Answering(host, settings)
+    asked = [replace(one, params=settings.parameters) for one in REQUESTS[:3]]
+    requests = asked if dist.get_rank() == 0 else None
     results: dict[str, Any] = {}
     for name, bytes_of_ranks in (("copy", (1e12, 1e12)), ("sharded", (1e12, needs)), ("nothing", (1e12, 1e3))):
         with pytest.MonkeyPatch.context() as patch:

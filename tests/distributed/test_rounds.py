@@ -56,7 +56,7 @@ class SmallHost(Host):
         return None
 
     @contextmanager
-    def after_each_validation(self, hook: Callable[[int], None]) -> Iterator[None]:
+    def hooked(self, hook: Callable[[int], None], *, before_train: bool) -> Iterator[None]:
         self.rounds = hook
         yield
 

@@ -171,9 +171,10 @@ def test_generations_are_those_of_a_plain_model(finished):
     if case.do_sample:
         # One prompt at a time, unlike the run.
         model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id, pad_token_id=0)
-        backend = HFBackend(model, tokenizer, {"do_sample": True, "max_new_tokens": MAX_NEW_TOKENS} | SAMPLING, seed=0)
+        params = {"do_sample": True, "max_new_tokens": MAX_NEW_TOKENS} | SAMPLING
+        backend = HFBackend(model, tokenizer, seed=0)
         outputs = [
-            backend.generate([Request(ids, (sample["row"], 0))])[0].output_ids
+            backend.generate([Request(ids, (sample["row"], 0), params)])[0].output_ids
             for ids, sample in zip(prompts, samples, strict=True)
         ]
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def captures(monkeypatch) -> list[Any]:
 
 def requests(*lengths: int) -> list[Request]:
     return [
-        Request([5 + (row * 7 + i * i) % 80 for i in range(length)], (row, 0)) for row, length in enumerate(lengths)
+        Request([5 + (row * 7 + i * i) % 80 for i in range(length)], (row, 0), {}) for row, length in enumerate(lengths)
     ]
 
 
@@ -83,7 +84,7 @@ MIXED = (3, 40, 1, 17, 90, 5, 60, 2, 33)
 @torch.no_grad()
 def answer(cls: type, model: Any, tokenizer: Any, params: Any, of: Any, **limits: Any) -> list[Completion]:
     with preserved_blas_workspaces(CUDA):
-        return cls(model, tokenizer, params, 0, Limits(**limits)).generate(of)
+        return cls(model, tokenizer, 0, Limits(**limits)).generate([replace(one, params=params) for one in of])
 
 
 def worst(reference: Any, completions: list[Completion]) -> float:

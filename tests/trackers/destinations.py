@@ -87,6 +87,7 @@ class Console(Destination):
         rounds: dict[int, Round] = {}
         for block in self._capsys.readouterr().out.split("=== Validation Samples (Step ")[1:]:
             header, *lines = block.rstrip("\n").split("\n")
+            lines = [line for line in lines if not line.startswith("Step ")]  # the round in numbers
             pairs = zip(lines[0::3], lines[1::3], strict=True) if lines else ()
             rounds[int(header.split(")")[0])] = Round(
                 [{"prompt_text": p.partition(": ")[2], "generation": g.partition(": ")[2]} for p, g in pairs]

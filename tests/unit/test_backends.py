@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import assets
 import pytest
 import torch
@@ -44,15 +46,17 @@ def model(directory, tokenizer):
 @pytest.fixture(params=list(BACKENDS))
 def answer(request, model, tokenizer):
     def generate(requests, params, seed=0, **limits):
-        backend = backend_class(request.param, "cpu")(model, tokenizer, params, seed, Limits(**limits))
+        backend = backend_class(request.param, "cpu")(model, tokenizer, seed, Limits(**limits))
         with torch.no_grad():
-            return backend.generate(requests)
+            return backend.generate([replace(request, params=request.params | params) for request in requests])
 
     return generate
 
 
 def requests_of_lengths(*lengths: int) -> list[Request]:
-    return [Request([5 + (row * 7 + i) % 80 for i in range(length)], (row, 0)) for row, length in enumerate(lengths)]
+    return [
+        Request([5 + (row * 7 + i) % 80 for i in range(length)], (row, 0), {}) for row, length in enumerate(lengths)
+    ]
 
 
 MIXED = (3, 40, 1, 17, 17, 5, 60, 2)
@@ -85,7 +89,7 @@ def test_the_same_seed_gives_the_same_text_and_another_one_another(answer):
     requests = requests_of_lengths(*MIXED)
     assert answer(requests, SAMPLING) == answer(requests, SAMPLING)
     assert answer(requests, SAMPLING) != answer(requests, SAMPLING, seed=1)
-    again = [Request(request.input_ids, (row, 1)) for row, request in enumerate(requests)]
+    again = [Request(request.input_ids, (row, 1), {}) for row, request in enumerate(requests)]
     assert answer(requests, SAMPLING) != answer(again, SAMPLING)
 
 
@@ -142,6 +146,39 @@ def test_beam_search_and_other_fields_reach_transformers(answer, model):
         model.generate(torch.tensor([r.input_ids]), generation_config=config)[0, len(r.input_ids) :] for r in requests
     ]
     assert [completion.output_ids for completion in beams] == [ids.tolist() for ids in expected]
+
+
+KINDS = [GREEDY, SAMPLING, PENALISED, GREEDY | {"num_beams": 2}, SAMPLING | {"max_new_tokens": 4}]
+
+
+def test_requests_of_different_parameters_go_together(answer):
+    requests = [replace(one, params=KINDS[i % len(KINDS)]) for i, one in enumerate(requests_of_lengths(*MIXED * 2))]
+    alone = [answer([one], {})[0] for one in requests]
+    assert answer(requests, {}) == answer(requests, {}, batch_size=3) == alone
+
+
+def test_how_likely_an_answer_is_where_it_is_asked_for(answer, model):
+    requests = [
+        replace(one, wants_logprob=i % 2 == 0) for i, one in enumerate(requests_of_lengths(*MIXED[:4], CONTEXT))
+    ]
+    completions = answer(requests, SAMPLING | {"repetition_penalty": 1.5})
+    assert [one.output_ids for one in completions] == [
+        one.output_ids
+        for one in answer(requests_of_lengths(*MIXED[:4], CONTEXT), SAMPLING | {"repetition_penalty": 1.5})
+    ]
+    assert [one.mean_logprob is not None for one in completions] == [
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]  # the last is empty
+    for request, one in zip(requests[:3:2], completions[:3:2], strict=True):
+        logprobs = []
+        for i, token in enumerate(one.output_ids):  # one pass for each token: no padding, nothing to slice
+            logits = model(torch.tensor([request.input_ids + one.output_ids[:i]])).logits[0, -1]
+            logprobs.append(logits.log_softmax(-1)[token].item())
+        assert one.mean_logprob == pytest.approx(sum(logprobs) / len(logprobs), abs=1e-5)
 
 
 def test_nothing_is_asked_nothing_is_answered(answer):

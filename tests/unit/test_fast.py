@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], set[str], str | None]] = {
 }
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.9, "max_new_tokens": 24}
-REQUESTS = [Request(list(range(5, 8 + 3 * row)), (row, 0)) for row in range(5)]
+REQUESTS = [Request(list(range(5, 8 + 3 * row)), (row, 0), {}) for row in range(5)]
 
 
 def build(name: str) -> Any:
@@ -56,7 +57,8 @@ def build(name: str) -> Any:
 
 @torch.no_grad()
 def answer(cls: type, model: Any, params: Any, requests: Any = REQUESTS, **limits: Any) -> Any:
-    return cls(model, None, params, 0, Limits(**({"batch_size": 3} | limits))).generate(requests)
+    backend = cls(model, None, 0, Limits(**({"batch_size": 3} | limits)))
+    return backend.generate([replace(request, params=params) for request in requests])
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
@@ -114,7 +116,7 @@ def test_a_model_without_steps_of_one_shape():
 def test_draws_among_candidates_follow_the_softmax_and_never_leave_the_top_k():
     """The same prompt two thousand times, in another row each."""
     model, num_draws, top_k = build("llama"), 2000, 5
-    requests = [Request([7, 8, 9], (row, 0)) for row in range(num_draws)]
+    requests = [Request([7, 8, 9], (row, 0), {}) for row in range(num_draws)]
     params = SAMPLING | {"top_k": top_k, "top_p": 1.0, "max_new_tokens": 1}
     tokens = [completion.output_ids[0] for completion in answer(FastBackend, model, params, requests, batch_size=500)]
     best, ids = model(torch.tensor([[7, 8, 9]])).logits[0, -1].double().topk(top_k)

@@ -43,3 +43,11 @@ def test_an_empty_loop_ends_too_and_a_loop_left_early_does_not():
     for _ in NotifyingLoader(Loader("ab"), lambda: events.append("left")):
         break
     assert events == ["empty"]
+
+
+def test_the_beginning_is_told_once_before_the_first_batch():
+    events = []
+    loader = CountingLoader(Loader("ab"), 7, lambda: events.append(loader.count))
+    for _ in range(2):
+        events += list(loader)
+    assert events == [7, "a", "b", "a", "b"]

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, LlavaProcessor
 from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 
 from verl_valgen.prompts import DatasetPrompts, decode, mask_is_shifted, prompts_from_batch, prompts_from_dataset
+from verl_valgen.row_data import RowData
 from verl_valgen.samples import Prompt
 
 try:
@@ -591,6 +592,67 @@ def test_text_of_a_vision_language_data_set_is_tokenized_by_the_processor(
     assert (short.text, short.reference, long.text, long.reference) == ("a?", "A", "b?", "B")
 
 
+# Which turns, and what else a row says
+
+ALL_TURNS = talk("a?", "A", "b?", "B", "c?", "C", system="brief")
+
+
+@pytest.mark.parametrize(("turn", "ends"), [("last", [6]), ("first", [2]), ("all", [2, 4, 6])])
+def test_the_turns_that_are_asked_for(tmp_path, tokenizer, turn, ends, rng_stays):
+    dataset = multi_turn(tmp_path, tokenizer, [ALL_TURNS, talk("d?", "D")])
+    found = prompts_from_dataset(dataset, [0, 1], tokenizer, turn=turn).prompts
+    expected = [(template_ids(tokenizer, ALL_TURNS[:end]), ALL_TURNS[end]["content"]) for end in ends]
+    assert ids_and_references(found[:-1]) == expected
+    assert [prompt.text for prompt in found[:-1]] == [ALL_TURNS[end - 1]["content"] for end in ends]
+    assert (found[-1].row, found[-1].reference) == (1, "D")
+
+
+def test_an_earlier_turn_has_tools_and_thinking_too(tmp_path, tokenizer):
+    conversation = [
+        {"role": "user", "content": "1+2?"},
+        {"role": "assistant", "content": "wait"},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "3"},
+    ]
+    columns = {"tools": [[TOOL], [TOOL]], "enable_thinking": [False, True]}
+    dataset = multi_turn(tmp_path, tokenizer, [conversation, conversation], columns)
+    for row, thinking in enumerate(columns["enable_thinking"]):
+        found = prompts_from_dataset(dataset, [row], tokenizer, turn="all").prompts
+        kwargs = {"tools": [TOOL], "enable_thinking": thinking}
+        assert ids_and_references(found) == [
+            (template_ids(tokenizer, conversation[:end], **kwargs), conversation[end]["content"]) for end in (1, 3)
+        ]
+
+
+def test_of_a_cut_conversation_the_turns_that_are_left(tmp_path, tokenizer):
+    length = len(template_ids(tokenizer, ALL_TURNS[:4])) + 1
+    dataset = multi_turn(tmp_path, tokenizer, [ALL_TURNS], max_length=length, truncation="right")
+    assert [prompt.reference for prompt in prompts_from_dataset(dataset, [0], tokenizer, turn="all").prompts] == [
+        "A",
+        "B",
+    ]
+    assert prompts_from_dataset(dataset, [0], tokenizer, turn="last") == DatasetPrompts([], [0], [])
+
+
+def test_what_a_row_says_beside_its_prompt(tmp_path, tokenizer):
+    columns = {
+        "data_source": ["openai/gsm8k", None],
+        "reward_model": [{"ground_truth": "18", "style": "rule"}, None],
+        "extra_info": [{"index": 3, "tags": ["x"]}, None],
+        "how": [{"top_k": 3, "top_p": None}, None],
+    }
+    dataset = multi_turn(tmp_path, tokenizer, [talk("a", "A"), talk("b", "B")], columns)
+    first, second = prompts_from_dataset(dataset, [0, 1], tokenizer, params_key="how").prompts
+    assert first.data == RowData("openai/gsm8k", "18", {"index": 3, "tags": ["x"]}, {"top_k": 3, "top_p": None})
+    assert second.data == RowData()
+    assert prompts_from_dataset(dataset, [0], tokenizer).prompts[0].data.params is None
+
+
+def test_a_row_that_is_drawn_twice_is_there_twice(tmp_path, tokenizer):
+    dataset = multi_turn(tmp_path, tokenizer, [talk("a", "A"), talk("b", "B")])
+    assert [prompt.row for prompt in prompts_from_dataset(dataset, [1, 0, 1], tokenizer).prompts] == [1, 0, 1]
+
+
 # Other data sets
 
 
@@ -628,6 +690,14 @@ def test_custom_data_set_is_read_by_its_mask(tokenizer):
         without_answer=[2],
         multi_modal=[],
     )
+
+
+@pytest.mark.parametrize(("turn", "spans"), [("last", [(5, 6)]), ("first", [(1, 3)]), ("all", [(1, 3), (5, 6)])])
+def test_of_a_custom_data_set_the_runs_of_its_mask(tokenizer, turn, spans):
+    ids = tokenizer("abcdef")["input_ids"]
+    dataset = Items({"input_ids": ids, "loss_mask": [0, 1, 1, 0, 0, 1]})
+    found = prompts_from_dataset(dataset, [0], tokenizer, turn=turn).prompts
+    assert ids_and_references(found) == [(ids[:start], "abcdef"[start:end]) for start, end in spans]
 
 
 IMAGES = {"pixel_values": torch.ones(4, 3), "image_grid_thw": torch.tensor([[1, 2, 2]])}

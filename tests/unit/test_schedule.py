@@ -45,3 +45,29 @@ def test_validation_steps_are_those_of_the_loop(start, available, total, test_fr
 )
 def test_the_schedule_in_words(schedule, text):
     assert str(schedule) == text
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "text"),
+    [
+        (Schedule(0, 100, 100, 10, every=3), [30, 60, 90, 100], "at steps 30, 60, 90 and 100"),
+        (Schedule(40, 100, 95, 10, every=2), [60, 80, 95], "at steps 60, 80 and 95"),
+        (Schedule(0, 100, 100, -1, every=5), [100], "at step 100 only, the last one (trainer.test_freq is -1)"),
+        (Schedule(0, 40, 40, 10, every=100), [40], "at step 40 only"),
+        (Schedule(0, 20, 20, 10, before_train=True), [0, 10, 20], "at steps 0, 10 and 20"),
+        (Schedule(10, 20, 20, 10, before_train=True), [10, 20], "at steps 10 and 20"),
+        (
+            Schedule(0, 40, 1000, -1, before_train=True),
+            [0],
+            "at step 0 only, before training (trainer.test_freq is -1)",
+        ),
+        (
+            Schedule(20, 20, 20, 10, before_train=True),
+            [],
+            "at no step: step 20, from which the run resumes, is the last",
+        ),
+    ],
+)
+def test_rounds_at_some_validations_and_before_training(schedule, steps, text):
+    assert schedule.round_steps() == steps
+    assert str(schedule).startswith(text)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from verl_valgen.samples import Completion, Request
 
@@ -31,13 +31,12 @@ class Limits:
 
 
 class Backend(ABC):
-    """Completes requests, with the weights and the parameters that it was made with.
+    """Completes requests, with the weights that it was made with.
 
     Args:
         model: A plain model, in eval mode, for this backend alone: it may be changed. Its `generation_config` must hold
             the special token ids and nothing else.
         tokenizer: For stop strings alone.
-        params: `transformers.GenerationConfig` fields, checked. The model's own defaults do not leak in.
         seed: Of the sampled tokens; see `sampling.stream_keys`.
     """
 
@@ -45,11 +44,10 @@ class Backend(ABC):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        params: Mapping[str, Any],
         seed: int,
         limits: Limits = Limits(),
     ) -> None:
-        self.model, self.tokenizer, self.params, self.seed, self.limits = model, tokenizer, params, seed, limits
+        self.model, self.tokenizer, self.seed, self.limits = model, tokenizer, seed, limits
 
     @abstractmethod
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
@@ -26,8 +26,8 @@ class Group(NamedTuple):
     """0 where the prompt fills the model's context."""
 
 
-def groups(requests: Sequence[Request], params: Mapping[str, Any], config: PretrainedConfig) -> list[Group]:
-    """All requests, in as few groups as may be.
+def groups(requests: Sequence[Request], config: PretrainedConfig) -> list[list[Group]]:
+    """All requests, in as few groups as may be; in one list those that have the same parameters.
 
     Of equal length where parameters are set that look at the prompt's tokens (a repetition penalty, say), for these
     take the padding for text.
@@ -36,10 +36,16 @@ def groups(requests: Sequence[Request], params: Mapping[str, Any], config: Pretr
     process), so a request's own prompt bounds what can follow.
     """
     max_positions = getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
-    takes_padding = params.keys() <= BLIND_TO_PADDING
-    found: dict[tuple[int, int], list[int]] = {}
+    found: dict[str, dict[tuple[int, int], list[int]]] = {}
+    for request in requests:  # in the order of their first
+        found.setdefault(_kind(request), {})
     for i in sorted(range(len(requests)), key=lambda i: len(requests[i].input_ids)):
-        length = len(requests[i].input_ids)
-        limit = int(max(0, min(params["max_new_tokens"], max_positions - length)))
-        found.setdefault((limit, 0 if takes_padding else length), []).append(i)
-    return [Group(indices, limit) for (limit, _), indices in found.items()]
+        request, length = requests[i], len(requests[i].input_ids)
+        limit = int(max(0, min(request.params["max_new_tokens"], max_positions - length)))
+        takes_padding = request.params.keys() <= BLIND_TO_PADDING
+        found[_kind(request)].setdefault((limit, 0 if takes_padding else length), []).append(i)
+    return [[Group(indices, limit) for (limit, _), indices in alike.items()] for alike in found.values()]
+
+
+def _kind(request: Request) -> str:
+    return repr((sorted(request.params.items()), request.wants_logprob))

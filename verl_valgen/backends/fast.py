@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from verl_valgen.backends.base import UnsuitableError
-from verl_valgen.backends.batching import groups
+from verl_valgen.backends.batching import Group
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.hf_parameters import SAMPLING_ONLY
 from verl_valgen.samples import Completion, Request
@@ -34,23 +34,27 @@ class FastBackend(HFBackend):
 
     loop: DecodingLoop | None = None
     """Kept from one batch for the next."""
+    is_lean = False
     unsuitable: str | None = None
     """Why Hugging Face's loop runs."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        found = groups(requests, self.params, self.model.config)
-        # Of all batches, so that one loop serves them; a multiple, so that attention reads the mask as it is.
-        longest = max((len(requests[group.indices[-1]].input_ids) + group.max_new_tokens for group in found), default=0)
-        self.cache_length = -(-longest // 64) * 64
-        self.unsuitable = why_unsuitable(self.model, self.params, self.cache_length)
-        if self.unsuitable is None and self.model.device.type == "cuda":
-            from verl_valgen.backends.lean import make_lean
-
-            make_lean(self.model)
         try:
             return super().generate(requests)
         finally:
             self.release()
+
+    def begin(self, requests: Sequence[Request], alike: Sequence[Group]) -> None:
+        self.release()
+        # Of all batches, so that one loop serves them; a multiple, so that attention reads the mask as it is.
+        longest = max(len(requests[group.indices[-1]].input_ids) + group.max_new_tokens for group in alike)
+        self.cache_length = -(-longest // 64) * 64
+        self.unsuitable = why_unsuitable(self.model, requests[alike[0].indices[0]].params, self.cache_length)
+        if self.unsuitable is None and self.model.device.type == "cuda" and not self.is_lean:
+            from verl_valgen.backends.lean import make_lean
+
+            make_lean(self.model)
+            self.is_lean = True
 
     def release(self) -> None:
         self.loop = None

@@ -10,7 +10,8 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from verl_valgen.backends.base import Backend
-from verl_valgen.backends.batching import groups
+from verl_valgen.backends.batching import Group, groups
 from verl_valgen.hf_parameters import SAMPLING_ONLY
 from verl_valgen.samples import Completion, FinishReason, Request
 from verl_valgen.sampling import GumbelNoise, logits_warpers
@@ -39,13 +40,27 @@ class HFBackend(Backend):
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         completions: list[Completion] = [Completion([], "time")] * len(requests)
+        for alike in groups(requests, self.model.config):
+            self.begin(requests, alike)
+            self._generate_alike(requests, alike, completions)
+        return completions
+
+    def begin(self, requests: Sequence[Request], alike: Sequence[Group]) -> None:
+        """What follows are these groups, which have the same parameters."""
+
+    def _generate_alike(
+        self, requests: Sequence[Request], alike: Sequence[Group], completions: list[Completion]
+    ) -> None:
+        """Fills in the completions of groups that have the same parameters."""
         batch_size = self.limits.batch_size
-        for group in groups(requests, self.params, self.model.config):
+        for group in alike:
             todo = group.indices
             while todo and time.time() <= self.limits.deadline:
-                batch = todo[:batch_size]
+                batch = [requests[i] for i in todo[:batch_size]]
                 try:
-                    answers = self.generate_batch([requests[i] for i in batch], group.max_new_tokens)
+                    answers = self.generate_batch(batch, group.max_new_tokens)
+                    if batch[0].wants_logprob:
+                        answers = self.with_logprobs(batch, answers)
                 except torch.OutOfMemoryError as e:
                     if len(batch) == 1:
                         raise
@@ -54,29 +69,29 @@ class HFBackend(Backend):
                     traceback.clear_frames(e.__traceback__)  # they hold what was allocated
                     self.release()
                     continue
-                for i, answer in zip(batch, answers, strict=True):
+                for i, answer in zip(todo, answers, strict=False):  # of which there is a batch
                     completions[i] = answer
                 todo = todo[batch_size:]
-        return completions
 
     def release(self) -> None:
         """Gives back what is kept from one batch for the next."""
 
     def generate_batch(self, requests: Sequence[Request], max_new_tokens: int) -> list[Completion]:
-        """One completion per request of a single batch."""
+        """One completion per request of a single batch; all have the same parameters."""
         if max_new_tokens <= 0:  # the prompt fills the model's context
             return [Completion([], "length") for _ in requests]
         device = self.model.device
         input_ids, attention_mask = left_pad([request.input_ids for request in requests], device)  # (B, L) each
-        config = self._generation_config(max_new_tokens)
+        params = requests[0].params
+        config = self._generation_config(params, max_new_tokens)
 
         processors = LogitsProcessorList()
-        if self.params["do_sample"]:
+        if params["do_sample"]:
             keys = [request.key for request in requests]
-            processors += logits_warpers(self.params, device)
+            processors += logits_warpers(params, device)
             processors.append(GumbelNoise(self.seed, keys, input_ids.shape[1], max_new_tokens, device))
         criteria = StoppingCriteriaList()
-        stop = StopStrings(self.tokenizer, self.params["stop_strings"]) if self.params.get("stop_strings") else None
+        stop = StopStrings(self.tokenizer, params["stop_strings"]) if params.get("stop_strings") else None
         if stop is not None:
             criteria.append(stop)
         if self.limits.deadline < math.inf:
@@ -100,14 +115,33 @@ class HFBackend(Backend):
         # Without being told, transformers guesses `synced_gpus` from the number of ranks.
         return model.generate(input_ids, **({"synced_gpus": False} | kwargs))
 
-    def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
+    def with_logprobs(self, requests: Sequence[Request], completions: Sequence[Completion]) -> list[Completion]:
+        """The completions with what a forward pass over prompt and answer says of them.
+
+        One at a time, for there are logits of all its tokens at once.
+        """
+        return [
+            replace(done, mean_logprob=self.mean_logprob(request, done)) if done.output_ids else done
+            for request, done in zip(requests, completions, strict=True)
+        ]
+
+    def mean_logprob(self, request: Request, completion: Completion) -> float:
+        """The mean of ln p(token | what goes before) over the new tokens, of which there is at least one."""
+        model: Any = self.model
+        ids = torch.tensor([request.input_ids + completion.output_ids], device=model.device)  # (1, L + T)
+        num_new = len(completion.output_ids)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        logprobs = logits[0, -num_new - 1 : -1].float().log_softmax(-1)  # (T, V)
+        return logprobs.gather(1, ids[0, -num_new:, None]).mean().item()
+
+    def _generation_config(self, params: Mapping[str, Any], max_new_tokens: int) -> GenerationConfig:
         ours = SAMPLING_ONLY | {"do_sample", "stop_strings", "max_new_tokens"}
         special_ids = {
             name: getattr(self.model.generation_config, name)
             for name in ("eos_token_id", "pad_token_id", "bos_token_id")
         }
-        params = {name: value for name, value in self.params.items() if name not in ours}
-        return GenerationConfig(**(special_ids | params), max_new_tokens=max_new_tokens, do_sample=False)
+        others = {name: value for name, value in params.items() if name not in ours}
+        return GenerationConfig(**(special_ids | others), max_new_tokens=max_new_tokens, do_sample=False)
 
 
 class StopStrings(StoppingCriteria):

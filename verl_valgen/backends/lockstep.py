@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from verl_valgen.backends.batching import groups
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.exchange import agree, largest
 from verl_valgen.samples import Completion, Request
+
+_COMPANY = Request([0], (0, 0), {"do_sample": False, "max_new_tokens": 1})
+"""What a rank without requests of its own answers, for the forward passes of the others."""
 
 
 class LockstepBackend(HFBackend):
@@ -37,7 +41,7 @@ class LockstepBackend(HFBackend):
         """
         device = self.model.device
         completions: list[Completion] = [Completion([], "time")] * len(requests)
-        todo = groups(requests, self.params, self.model.config)
+        todo = [group for alike in groups(requests, self.model.config) for group in alike]
         batch_size = self.limits.batch_size
         error: Exception | None = None
         while largest(len(todo), device) > 0:
@@ -52,7 +56,7 @@ class LockstepBackend(HFBackend):
                 continue
             # A rank without requests keeps the others company.
             try:
-                answers = self.generate_batch([requests[i] for i in batch] or [Request([0], (0, 0))], limit)
+                answers = self.generate_batch([requests[i] for i in batch] or [_COMPANY], limit)
             except Exception as e:
                 error, todo = e, []
                 continue
@@ -61,9 +65,23 @@ class LockstepBackend(HFBackend):
             if todo:
                 del todo[0].indices[: len(batch)]
                 todo = [group for group in todo if group.indices]
+        self._add_logprobs(requests, [] if error else completions)
         if error is not None:
             raise error
         return completions
+
+    def _add_logprobs(self, requests: Sequence[Request], completions: list[Completion]) -> None:
+        """Collective: all ranks must call."""
+        device = self.model.device
+        todo = [i for i, done in enumerate(completions) if requests[i].wants_logprob and done.output_ids]
+        for _ in range(int(largest(len(todo), device))):
+            if not agree(time.time() <= self.limits.deadline, device):
+                break
+            if todo:
+                i = todo.pop()
+                completions[i] = replace(completions[i], mean_logprob=self.mean_logprob(requests[i], completions[i]))
+            else:
+                self.mean_logprob(_COMPANY, Completion([0], "length"))
 
     def _fits(self, num_sequences: int) -> bool:
         # A cache that grows is there twice while it does.

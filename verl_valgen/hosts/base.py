@@ -6,19 +6,19 @@ A host's class is also asked what a run needs where generation is off: what gath
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from verl_valgen.hosts.loaders import after_each_validation
+from verl_valgen.hosts.loaders import hooked
 from verl_valgen.schedule import Schedule
 
 
@@ -108,9 +108,18 @@ class Host(ABC):
     def why_no_validation_batch(self) -> str | None:
         """The reason for which a validation would see no batch, None where it sees one."""
 
-    def after_each_validation(self, hook: Callable[[int], None]) -> AbstractContextManager[None]:
-        """While it is open, every validation of `fit()` ends with `hook(step)`, on all ranks in step."""
-        return after_each_validation(self.trainer, hook)
+    def hooked(self, hook: Callable[[int], None], *, before_train: bool) -> AbstractContextManager[None]:
+        """While it is open, `fit()` calls `hook(step)` at the end of every validation, on all ranks in step.
+
+        Args:
+            before_train: And before the first training batch.
+        """
+        return hooked(self.trainer, hook, before_train=before_train)
+
+    @property
+    def chat_template_kwargs(self) -> Mapping[str, Any]:
+        """What verl's data sets pass to the chat template of every row."""
+        return OmegaConf.select(self.config, "data.apply_chat_template_kwargs") or {}
 
     @classmethod
     def while_building(cls) -> AbstractContextManager[None]:

@@ -15,13 +15,16 @@ from verl_valgen.patching import patched
 
 
 @contextmanager
-def after_each_validation(trainer: Any, hook: Callable[[int], None]) -> Iterator[None]:
+def hooked(trainer: Any, hook: Callable[[int], None], *, before_train: bool) -> Iterator[None]:
     """While it is open, every validation of the trainer's `fit()` ends with `hook(step)`.
 
     Args:
         trainer: Has `train_dataloader`, `val_dataloader` and `resume_global_step`.
+        before_train: Whether it is called before the first training batch as well, with the step that the run starts
+            from. (verl has opened its trackers by then.)
     """
-    counter = CountingLoader(trainer.train_dataloader, start=trainer.resume_global_step)
+    start = trainer.resume_global_step
+    counter = CountingLoader(trainer.train_dataloader, start, (lambda: hook(start)) if before_train else None)
     notifier = NotifyingLoader(trainer.val_dataloader, lambda: hook(counter.count))
     with patched(trainer, "train_dataloader", counter), patched(trainer, "val_dataloader", notifier):
         yield
@@ -41,11 +44,16 @@ class _LoaderProxy:
 class CountingLoader(_LoaderProxy):
     """Counts the batches that were yielded, over all epochs: while a batch is in use, it is in the count."""
 
-    def __init__(self, loader: Any, start: int) -> None:
+    def __init__(self, loader: Any, start: int, at_start: Callable[[], None] | None = None) -> None:
+        """`at_start` is called once, before the first batch of all."""
         super().__init__(loader)
         self.count = start
+        self.at_start = at_start
 
     def __iter__(self) -> Iterator[Any]:
+        at_start, self.at_start = self.at_start, None
+        if at_start is not None:
+            at_start()
         for batch in self.loader:
             self.count += 1
             yield batch

@@ -23,17 +23,19 @@ class BackgroundQueue:
         self._changed = threading.Condition()
 
     def submit(self, job: Callable[[], object]) -> None:
-        """Queues `job`, in place of the oldest if `max_pending` wait. Raises the last error since the last call."""
+        """Queues `job`, in place of the oldest if `max_pending` wait. Raises the last error of the jobs before it."""
         with self._changed:
+            error, self._error = self._error, None
             if len(self._pending) == self._max_pending:
                 self._pending.popleft()
-                self._error = TimeoutError(f"{self._name} does not keep up: an earlier call was dropped")
+                error = TimeoutError(f"{self._name} does not keep up: an earlier call was dropped")
             self._pending.append(job)
             self._changed.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name=f"verl-valgen-{self._name}", daemon=True)
                 self._thread.start()
-        self._raise_error()
+        if error is not None:
+            raise error
 
     def drain(self, timeout_s: float) -> None:
         """Waits until everything is done, at most `timeout_s`. Raises the last error since the last call."""

@@ -1,12 +1,10 @@
 """Samples as JSON lines, whole: the source of truth, from which every other destination could be filled again.
 
-This module owns the folder of step files: their names, how one is written so that a crash leaves the old file or the
-new one, and how the files of an earlier run are put out of the way.
+This module owns the folder of step files: their names, and how those of an earlier run are put out of the way.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -16,11 +14,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from verl_valgen.files import TEMPORARY_SUFFIX, replace_file
 from verl_valgen.samples import Sample
 from verl_valgen.trackers.base import Tracker
 
 _STEP_FILE = re.compile(r"step_(\d{8,})\.jsonl")
-_TEMPORARY_SUFFIX = ".tmp"
 
 
 class JsonlTracker(Tracker):
@@ -33,7 +31,7 @@ class JsonlTracker(Tracker):
         content = "".join(f"{_to_json(sample)}\n" for sample in samples)
         self._directory.mkdir(parents=True, exist_ok=True)
         # Only a lone surrogate cannot be encoded, and its replacement `\ud800` is JSON's own escape for it.
-        _replace_file(self._directory / f"step_{step:08d}.jsonl", content.encode("utf-8", errors="backslashreplace"))
+        replace_file(self._directory / f"step_{step:08d}.jsonl", content.encode("utf-8", errors="backslashreplace"))
 
     def log_scalars(self, scalars: dict[str, float], step: int) -> None:
         """Nothing: the scores stand in the records."""
@@ -48,7 +46,7 @@ def set_aside(directory: str | os.PathLike[str], start_step: int) -> Path | None
     directory = Path(directory)
     if not directory.is_dir():
         return None
-    for path in directory.glob(f"step_*.jsonl{_TEMPORARY_SUFFIX}"):
+    for path in directory.glob(f"step_*.jsonl{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
     matches = [(path, _STEP_FILE.fullmatch(path.name)) for path in sorted(directory.iterdir())]
     stale = [path for path, match in matches if match and int(match[1]) > start_step]
@@ -72,30 +70,3 @@ def _without_non_finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_non_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """Writes `path` so that a crash at any moment leaves the old file or the new one, whole."""
-    temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        # What failed above is what the caller should hear of, not that there was nothing to remove.
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    # Makes the new name durable. Some network file systems refuse it; the file is in place all the same.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

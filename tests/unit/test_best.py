@@ -1,0 +1,58 @@
+"""The best value over rounds and runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from verl_valgen.best import Best
+
+
+def best(directory, mode="max", metric="right", start_step=0):
+    return Best(directory, metric, mode, start_step)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("max", [(1, 1), (1, 1), (3, 3)]), ("min", [(1, 1), (0.5, 2), (0.5, 2)])]
+)
+def test_it_is_kept_with_its_step(tmp_path, mode, expected):
+    keeper = best(tmp_path / "generations", mode)
+    found = [keeper.update({"right": value}, step) for step, value in ((1, 1.0), (2, 0.5), (3, 3.0))]
+    assert found == [{"best": value, "best_step": step} for value, step in expected]
+    record = {"metric": "right", "mode": mode, "value": expected[-1][0], "step": expected[-1][1]}
+    assert json.loads((tmp_path / "generations" / "best.json").read_text()) == record
+
+
+def test_of_equal_values_the_first_is_the_best(tmp_path):
+    keeper = best(tmp_path)
+    assert [keeper.update({"right": 1.0}, step)["best_step"] for step in (1, 2)] == [1, 1]
+
+
+def test_a_resumed_run_goes_on_from_it(tmp_path):
+    best(tmp_path).update({"right": 2.0}, 10)
+    assert best(tmp_path, start_step=10).update({"right": 1.0}, 11) == {"best": 2.0, "best_step": 10}
+
+
+@pytest.mark.parametrize("other", [{"start_step": 9}, {"metric": "f1"}, {"mode": "min"}], ids=str)
+def test_another_runs_is_not_taken_over(tmp_path, other):
+    best(tmp_path).update({"right": 2.0}, 10)
+    assert best(tmp_path, **other).update({"right": 1.0, "f1": 1.0}, 11) == {"best": 1.0, "best_step": 11}
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"metric": "right"}', '{"metric": "right", "mode": "max", "value": []}']
+)
+def test_a_broken_file_is_as_none(tmp_path, content):
+    (tmp_path / "best.json").write_text(content)
+    assert best(tmp_path).update({"right": 1.0}, 1) == {"best": 1.0, "best_step": 1}
+
+
+def test_a_round_without_it_is_said_once_and_nan_is_never_the_best(tmp_path, caplog):
+    keeper = best(tmp_path)
+    with caplog.at_level(logging.WARNING, "verl_valgen"):
+        assert [keeper.update({"empty": 0.0}, step) for step in (1, 2)] == [{}, {}]
+    assert caplog.messages == ["generation.best_metric: this round has no right; there are empty"]
+    assert keeper.update({"right": float("nan")}, 3) == {}
+    assert not (tmp_path / "best.json").exists()

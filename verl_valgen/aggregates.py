@@ -1,0 +1,149 @@
+"""The numbers of a round, of the samples' own. Pure functions; keys are those of the trackers, without `val/gen/`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from math import prod
+
+from verl_valgen.samples import DEFAULT_STRATEGY, Sample
+from verl_valgen.scoring import Verdict
+
+Scored = tuple[Sample, Mapping[str, Verdict]]
+
+_MAX_SOURCES = 32
+"""Of which there are numbers of their own: a data set with a source for every row would fill a tracker."""
+
+ALWAYS = ("num_new_tokens", "cut_off", "empty", "distinct_2", "repeated_ngram")
+"""What is told of any answers."""
+
+
+def round_scalars(scored: Sequence[Scored], seconds: float, num_tokens: int) -> dict[str, float]:
+    """All numbers of a round: of all samples, of each strategy where there are several or one with a name, and of each
+    source of data.
+
+    Args:
+        scored: The samples of one round, at least one.
+        seconds: That the answers took.
+        num_tokens: That were generated, those of candidates that were not chosen included.
+    """
+    scalars = {
+        "num_samples": float(len(scored)),
+        "seconds": seconds,
+        "tokens_per_s": num_tokens / seconds if seconds > 0 else 0.0,
+        **_of(scored),
+    }
+    by_strategy, by_source = defaultdict(list), defaultdict(list)
+    for item in scored:
+        by_strategy[item[0].strategy].append(item)
+        if item[0].data_source is not None:
+            by_source[source_key(item[0].data_source)].append(item)
+    if list(by_strategy) != [DEFAULT_STRATEGY]:
+        for name, items in by_strategy.items():
+            scalars |= {f"{name}/{key}": value for key, value in _of(items).items()}
+    for name, items in list(by_source.items())[:_MAX_SOURCES]:
+        scalars |= {f"by_source/{name}/{key}": value for key, value in _of(items).items()}
+    return scalars
+
+
+def source_key(data_source: str) -> str:
+    """A data source as part of a key that every tracker takes."""
+    parts = re.sub(r"[^A-Za-z0-9_./-]", "_", data_source[:64]).split("/")
+    return "/".join(part for part in parts if part.strip(".")) or "_"
+
+
+def _of(scored: Sequence[Scored]) -> dict[str, float]:
+    samples = [sample for sample, _ in scored]
+    values = {
+        "num_new_tokens": _mean(sample.num_new_tokens for sample in samples),
+        "cut_off": _mean(sample.finish_reason == "length" for sample in samples),
+        "empty": _mean(not sample.generation.strip() for sample in samples),
+        "distinct_2": distinct_2([sample.output_ids for sample in samples]),
+        "repeated_ngram": _mean(repeated_ngram(sample.output_ids) for sample in samples),
+    }
+    metrics = dict.fromkeys(name for _, verdicts in scored for name in verdicts)
+    for metric in metrics:
+        values |= _of_metric(metric, scored)
+    logprobs = [score for sample in samples if (score := sample.scores.get("mean_logprob")) is not None]
+    return values | ({"mean_logprob": _mean(logprobs)} if logprobs else {})
+
+
+def _of_metric(metric: str, scored: Sequence[Scored]) -> dict[str, float]:
+    """The mean of each score, and where prompts have several completions: best, worst, pass@k, majority."""
+    of_prompts: dict[tuple[int, str], list[Verdict]] = defaultdict(list)
+    for sample, verdicts in scored:
+        if metric in verdicts and verdicts[metric].scores:
+            of_prompts[sample.index, sample.strategy].append(verdicts[metric])
+    most = max(map(len, of_prompts.values()), default=0)
+    values = {}
+    for name in dict.fromkeys(name for verdicts in of_prompts.values() for v in verdicts for name in v.scores):
+        groups = [[v for v in verdicts if name in v.scores] for verdicts in of_prompts.values()]
+        scores = [[v.scores[name] for v in group] for group in groups if group]
+        values[name] = _mean(score for group in scores for score in group)
+        if most == 1:
+            continue
+        values[f"{name}_best"] = _mean(map(max, scores))
+        values[f"{name}_worst"] = _mean(map(min, scores))
+        judged = next(v.is_correctness for group in groups for v in group)
+        is_correctness = all(score in (0, 1) for group in scores for score in group) if judged is None else judged
+        if is_correctness:
+            values |= {
+                f"{name}_pass_at_{k}": _mean(
+                    pass_at_k(len(group), group.count(1), k) for group in scores if len(group) >= k
+                )
+                for k in _powers_of_two_and(most)
+            }
+            values[f"{name}_majority"] = _mean(majority(group, name) for group in groups if group)
+    return values
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that of k completions, drawn from n of which c are right, one is right at least; unbiased.
+
+    Source: M. Chen et al., "Evaluating Large Language Models Trained on Code", 2021, equation 1 (as in figure 3).
+    """
+    return 1.0 if n - c < k else 1.0 - prod(1.0 - k / i for i in range(n - c + 1, n + 1))
+
+
+def majority(verdicts: Sequence[Verdict], name: str) -> float:
+    """The score of the most frequent answer; of equally frequent ones, of the first.
+
+    Source: X. Wang et al., "Self-Consistency Improves Chain of Thought Reasoning in Language Models", ICLR 2023.
+    """
+    (vote, _), *_ = Counter(verdict.vote for verdict in verdicts).most_common(1)
+    return next(verdict.scores[name] for verdict in verdicts if verdict.vote == vote)
+
+
+def distinct_2(answers: Sequence[Sequence[int]]) -> float:
+    """Different pairs of neighbouring tokens, as a share of all of them, over all answers; 1.0 where there is none.
+
+    Source: J. Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", NAACL 2016, section
+    5.1 (there divided by the number of tokens).
+    """
+    pairs = [pair for ids in answers for pair in pairwise(ids)]
+    return len(set(pairs)) / len(pairs) if pairs else 1.0
+
+
+def repeated_ngram(ids: Sequence[int]) -> float:
+    """The length of the longest run of tokens that occurs twice (the two may overlap), as a share of all tokens."""
+    text = "".join(map(chr, ids))  # slices of a text are hashed fast
+    low, high = 0, max(0, len(text) - 1)
+    while low < high:  # where one of some length occurs twice, so do shorter ones
+        length = (low + high + 1) // 2
+        num_places = len(text) - length + 1
+        if len({text[i : i + length] for i in range(num_places)}) < num_places:
+            low = length
+        else:
+            high = length - 1
+    return low / len(text) if text else 0.0
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = [float(value) for value in values]
+    return sum(listed) / len(listed)
+
+
+def _powers_of_two_and(n: int) -> list[int]:
+    return sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})

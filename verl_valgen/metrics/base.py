@@ -1,0 +1,26 @@
+"""What a metric is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from verl_valgen.metrics.text import normalized
+from verl_valgen.samples import Sample
+
+
+class Metric(ABC):
+    """Scores one sample at a time. It may raise, and it may hang: it runs where both cost one value."""
+
+    name: str
+    is_correctness: bool | None = None
+    """Whether a score is 1 for a right answer and 0 for a wrong one; None: where all scores of a round are."""
+
+    @abstractmethod
+    def __call__(self, sample: Sample) -> float | Mapping[str, Any] | None:
+        """The score, or several by name; None where there is nothing to compare with."""
+
+    def vote(self, sample: Sample) -> str:
+        """Answers with the same vote are the same answer."""
+        return normalized(sample.generation)

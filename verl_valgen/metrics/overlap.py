@@ -1,0 +1,54 @@
+"""Overlap with the reference, as rouge-score and sacrebleu compute it."""
+
+from __future__ import annotations
+
+from verl_valgen.metrics.base import Metric
+from verl_valgen.samples import Sample
+
+
+class RougeL(Metric):
+    """F-measure of the longest common subsequence of words, in [0, 1]. rouge-score's words are of a to z and digits."""
+
+    name = "rouge_l"
+    is_correctness = False
+
+    def __init__(self) -> None:
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+        except ImportError as error:
+            raise ImportError("rouge_l needs a package: pip install verl-valgen[metrics]") from error
+        self._scorer = RougeScorer(["rougeL"], use_stemmer=False)
+
+    def __call__(self, sample: Sample) -> float | None:
+        if sample.reference is None:
+            return None
+        return float(self._scorer.score(sample.reference, sample.generation)["rougeL"].fmeasure)
+
+
+class _Sacrebleu(Metric):
+    is_correctness = False
+
+    def __init__(self) -> None:
+        try:
+            import sacrebleu
+        except ImportError as error:
+            raise ImportError(f"{self.name} needs a package: pip install verl-valgen[metrics]") from error
+        # Of sentences: without the effective order, those of fewer than four words would all be 0.
+        self._metric = sacrebleu.BLEU(effective_order=True) if self.name == "bleu" else sacrebleu.CHRF()
+
+    def __call__(self, sample: Sample) -> float | None:
+        if sample.reference is None:
+            return None
+        return float(self._metric.sentence_score(sample.generation, [sample.reference]).score)
+
+
+class Bleu(_Sacrebleu):
+    """sacrebleu's sentence BLEU, in [0, 100]."""
+
+    name = "bleu"
+
+
+class ChrF(_Sacrebleu):
+    """sacrebleu's sentence chrF2, in [0, 100]."""
+
+    name = "chrf"

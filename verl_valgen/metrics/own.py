@@ -1,0 +1,134 @@
+"""Functions of a user's as metrics: `f(sample)`, or with the signature of verl's reward functions."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from verl_valgen.checks import ConfigError, plain
+from verl_valgen.metrics.base import Metric
+from verl_valgen.samples import Sample
+
+_MAX_SOURCE_BYTES = 1 << 20
+
+
+def metric_name(spec: str) -> str:
+    """What a metric is recorded as: its own name, or that of the function."""
+    return spec.rpartition(":")[2].rpartition(".")[2]
+
+
+class OwnMetric(Metric):
+    """A function that is named as `file.py:function` or `module:function`."""
+
+    def __init__(self, spec: str) -> None:
+        self.name = metric_name(spec)
+        path, _, attribute = spec.rpartition(":")
+        function: Any = _module_of_file(path) if path.endswith(".py") else importlib.import_module(path)
+        for name in attribute.split("."):
+            function = getattr(function, name)
+        self._function = function
+        self._is_verls = {"solution_str", "ground_truth"} <= _parameters(function)
+
+    def __call__(self, sample: Sample) -> float | Mapping[str, Any] | None:
+        if not self._is_verls:
+            return self._function(sample)
+        ground_truth = sample.reference if sample.ground_truth is None else sample.ground_truth
+        if ground_truth is None:
+            return None
+        return self._function(
+            data_source=sample.data_source,
+            solution_str=sample.generation,
+            ground_truth=ground_truth,
+            extra_info=sample.extra_info,
+        )
+
+
+def check_function(spec: str, source: str) -> None:
+    """Raises `ConfigError` where `spec` names no function that can score. Reads its source, and executes nothing."""
+    path, _, attribute = spec.rpartition(":")
+    shown = plain(spec)
+    if path.endswith(".py"):
+        file: Path | None = Path(path)
+        if not Path(path).is_file():
+            raise ConfigError(f"{source}: {shown}: there is no such file")
+    else:
+        try:
+            found = importlib.util.find_spec(path)
+        except (ImportError, ValueError, AttributeError) as e:
+            raise ConfigError(f"{source}: {shown}: {plain(str(e), 200)}") from None
+        if found is None:
+            raise ConfigError(f"{source}: {shown}: there is no such module")
+        file = Path(found.origin) if found.origin and found.origin.endswith(".py") else None
+    if file is None:
+        return  # no source to read: it will be seen when it is loaded
+    if file.stat().st_size > _MAX_SOURCE_BYTES:
+        raise ConfigError(f"{source}: {shown}: the file is larger than {_MAX_SOURCE_BYTES >> 20} MiB")
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise ConfigError(f"{source}: {shown}: it is no Python: {plain(str(e), 200)}") from None
+    definition = _definition(tree, attribute.partition(".")[0])
+    if definition is None:
+        raise ConfigError(f"{source}: {shown}: the file defines no {plain(attribute)}")
+    if isinstance(definition, ast.FunctionDef) and not _can_score(definition):
+        raise ConfigError(
+            f"{source}: {shown} must take a sample, or data_source, solution_str, ground_truth and extra_info"
+        )
+
+
+def _definition(tree: ast.Module, name: str) -> ast.stmt | None:
+    """The last statement of a module that binds a name; a star import might bind any."""
+    found = None
+    for statement in ast.walk(tree):
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names = {statement.name}
+        elif isinstance(statement, ast.Import | ast.ImportFrom):
+            names = {(alias.asname or alias.name).partition(".")[0] for alias in statement.names}
+        elif isinstance(statement, ast.Assign):
+            names = {target.id for target in statement.targets if isinstance(target, ast.Name)}
+        else:
+            continue
+        if names & {name, "*"}:
+            found = statement
+    return found
+
+
+def _can_score(function: ast.FunctionDef) -> bool:
+    arguments = function.args
+    positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+    if {"solution_str", "ground_truth"} <= {*positional, *(argument.arg for argument in arguments.kwonlyargs)}:
+        return True
+    num_required = len(positional) - len(arguments.defaults)
+    takes_one = num_required <= 1 and (positional or arguments.vararg is not None)
+    return bool(takes_one) and all(default is not None for default in arguments.kw_defaults)
+
+
+def _parameters(function: Any) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except ValueError:  # some that are written in C tell nothing
+        return set()
+
+
+def _module_of_file(path: str) -> Any:
+    """The module in a file, loaded once in this process."""
+    name = f"verl_valgen_metric_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None, "a path that ends in .py has a loader"
+        assert spec.loader is not None, "a path that ends in .py has a loader"
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

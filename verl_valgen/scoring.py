@@ -1,0 +1,180 @@
+"""Scores for samples, from metrics that run in a process of their own: one that hangs, even in C, can be left behind.
+
+That process is started when training begins, so that what it imports is loaded by the first round; it sees no GPU. This
+module owns it and the time that it is given. It knows neither ranks nor trackers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from verl_valgen.metrics.own import metric_name
+from verl_valgen.samples import Sample
+from verl_valgen.text import describe, printable
+
+logger = logging.getLogger(__name__)
+
+_MAX_SCORING_S = 60.0
+"""Where a round has no limit of its own."""
+
+_MAX_LOST_PROCESSES = 3
+
+
+class Verdict(NamedTuple):
+    """What one metric says of one sample."""
+
+    scores: dict[str, float]
+    is_correctness: bool | None
+    """See `Metric.is_correctness`."""
+    vote: str
+    """See `Metric.vote`."""
+
+
+class Scoring:
+    """The metrics of a run.
+
+    Args:
+        metrics: As `metrics.check_metrics` takes them.
+    """
+
+    def __init__(self, metrics: Sequence[str]) -> None:
+        self.metrics = [_absolute(spec) for spec in metrics]
+        self._process: _Worker | None = None
+        self._num_lost = 0
+        self._warned: set[str] = set()
+
+    def start(self) -> None:
+        """Starts the process, if there are metrics, and does not wait for it."""
+        if self.metrics and self._process is None and self._num_lost < _MAX_LOST_PROCESSES:
+            try:
+                self._process = _Worker(self.metrics)
+            except OSError as e:
+                self._num_lost = _MAX_LOST_PROCESSES
+                logger.warning("no scores: the process for metrics could not be started: %s", describe(e))
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
+
+    def score(self, samples: Sequence[Sample], deadline: float) -> list[dict[str, Verdict]]:
+        """What each metric says of each sample, by the metric's name; warns of what is missing, once per metric.
+
+        Args:
+            deadline: `time.time()` at which to give up, with what there is by then; infinity: after a minute.
+        """
+        verdicts: list[dict[str, Verdict]] = [{} for _ in samples]
+        self.start()
+        if self._process is None or not samples:
+            return verdicts
+        if deadline == math.inf:
+            deadline = time.time() + _MAX_SCORING_S
+        self._process.send(samples)
+        num_answers = 0
+        while (message := self._process.receive(deadline - time.time())) is not None:
+            num_answers += 1
+            metric, i, *found = message
+            if len(found) == 1:
+                self._warn_once(metric, f"a sample has no score: {printable(str(found[0]), 300)}")
+            else:
+                verdicts[i][metric] = Verdict(*found)
+        if not self._process.is_done:
+            metric = metric_name(self.metrics[min(num_answers // len(samples), len(self.metrics) - 1)])
+            reason = "the process that it ran in has ended" if self._process.has_ended else "it did not end in time"
+            self._warn_once(metric, f"{reason}, so that samples lack scores (see generation.max_round_time_s)")
+            self.close()
+            self._num_lost += 1
+            if self._num_lost == _MAX_LOST_PROCESSES:
+                logger.warning("no more scores: metrics were given up %d times", self._num_lost)
+            self.start()
+        return verdicts
+
+    def _warn_once(self, metric: str, message: str) -> None:
+        if metric not in self._warned:
+            self._warned.add(metric)
+            logger.warning("metric %s: %s", metric, message)
+        else:
+            logger.debug("metric %s: %s", metric, message)
+
+
+def with_scores(sample: Sample, verdicts: Mapping[str, Verdict]) -> Sample:
+    """The sample with what its metrics say of it."""
+    found = {name: score for verdict in verdicts.values() for name, score in verdict.scores.items()}
+    return dataclasses.replace(sample, scores={**sample.scores, **found})
+
+
+class _Worker:
+    """The process, and a thread that writes to it and reads what it answers."""
+
+    def __init__(self, metrics: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "verl_valgen.metrics.worker", *metrics],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # What a metric prints stays apart from the round's samples.
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **_environment()},
+        )
+        self._to_send: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._received: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.is_done = True
+        self.has_ended = False
+        threading.Thread(target=self._talk, name="verl-valgen-metrics", daemon=True).start()
+
+    def send(self, samples: Sequence[Sample]) -> None:
+        fields = [{f.name: getattr(sample, f.name) for f in dataclasses.fields(sample)} for sample in samples]
+        self.is_done = False
+        self._to_send.put(json.dumps(fields, default=str) + "\n")
+
+    def receive(self, timeout_s: float) -> list[Any] | None:
+        """The next answer; None after the last, or where there is none within `timeout_s`."""
+        try:
+            line = self._received.get(timeout=max(0.0, timeout_s))
+        except queue.Empty:
+            return None
+        self.has_ended = not line
+        message = json.loads(line) if line else None
+        self.is_done = bool(line) and message is None
+        return message
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _talk(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            while True:
+                self._process.stdin.write(self._to_send.get().encode("ascii"))
+                self._process.stdin.flush()
+                while (line := self._process.stdout.readline().decode("ascii")) != "null\n":
+                    self._received.put(line)
+                    if not line:
+                        return
+                self._received.put(line)
+        except OSError:  # it is gone
+            self._received.put("")
+
+
+def _environment() -> dict[str, str]:
+    """It finds the modules that this process finds, and no GPU."""
+    path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+    return {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def _absolute(spec: str) -> str:
+    """Paths are those of the program, wherever it goes later."""
+    path, separator, function = spec.rpartition(":")
+    return f"{os.path.abspath(path)}:{function}" if separator and path.endswith(".py") else spec
