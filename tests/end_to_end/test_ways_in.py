@@ -207,7 +207,7 @@ def test_resuming_counts_on_and_sets_samples_of_a_longer_run_aside(tmp_path, ass
     assert str(Schedule(3, 5, 5, 1)) in second.output
 
 
-@pytest.mark.parametrize("example", ["environment.sh", "config.sh", "subclass.py"])
+@pytest.mark.parametrize("example", ["environment.sh", "config.sh", "subclass.py", "judging.sh"])
 def test_the_examples_run_as_they_stand(tmp_path, example):
     """In a copy, for they write beside themselves."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
@@ -223,7 +223,8 @@ def test_the_examples_run_as_they_stand(tmp_path, example):
     call("bash" if example.endswith(".sh") else sys.executable, f"{folder}/{example}")
     run_name = f"engine-{name}" if HAS_ENGINES else name
     files = sorted((tmp_path / "demo" / run_name / "generations").glob("*.jsonl"))
-    assert len(files) == 2  # one in the middle, one at the early exit
+    # One in the middle, one at the early exit; or before training, at every second of five validations, at the last.
+    assert [int(path.stem.removeprefix("step_")) for path in files] == ([0, 4, 8, 10] if name == "judging" else [5, 10])
     assert all(json.loads(line)["generation"] is not None for path in files for line in path.read_text().splitlines())
 
 
