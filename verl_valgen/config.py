@@ -18,13 +18,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from verl_valgen import checks, hf_parameters
-from verl_valgen.aggregates import ALWAYS
 from verl_valgen.checks import ConfigError, plain, quoted
 from verl_valgen.hydra_values import as_omegaconf, keys_named_by, keys_under, select, task_overrides
 from verl_valgen.keys import SETTINGS
-from verl_valgen.metrics import check_metrics
-from verl_valgen.metrics.own import metric_name
-from verl_valgen.own_prompts import read_own_prompts
 
 __all__ = ["SETTINGS", "ConfigError", "GenerationSettings", "load_settings", "task_overrides"]
 
@@ -188,20 +184,33 @@ def load_settings(
     extra = {key.removeprefix("generation."): select(whole, key) for key in sources if key not in _KEYS.values()}
     settings = GenerationSettings(**{**own, "enabled": enabled}, extra=extra)
     hf_parameters.check(settings.parameters)
-    check_metrics(settings.metrics, "generation.metrics")
-    _check_best_metric(settings)
-    if settings.prompts:
-        read_own_prompts(settings.prompts, settings.params_key)
+    _check_what_is_named(settings)
     for name, params in settings.strategies.items():
         settings.overridden(params, f"generation.strategies.{name}")
     return settings
 
 
+def _check_what_is_named(settings: GenerationSettings) -> None:
+    """Refuses metrics and files that cannot be used."""
+    # What is used with generation on alone is loaded then alone.
+    from verl_valgen.metrics import check_metrics
+    from verl_valgen.own_prompts import read_own_prompts
+
+    check_metrics(settings.metrics, "generation.metrics")
+    if settings.best_metric:
+        _check_best_metric(settings)
+    if settings.prompts:
+        read_own_prompts(settings.prompts, settings.params_key)
+
+
 def _check_best_metric(settings: GenerationSettings) -> None:
     """Refuses what no round will have, as far as that is known: functions may give several scores."""
+    from verl_valgen.aggregates import ALWAYS
+    from verl_valgen.metrics.own import metric_name
+
     scope, _, name = settings.best_metric.rpartition("/")
     metrics = [metric_name(spec) for spec in settings.metrics]
-    is_known = not name or name in ALWAYS or any(f"{name}_".startswith(f"{metric}_") for metric in metrics)
+    is_known = name in ALWAYS or any(f"{name}_".startswith(f"{metric}_") for metric in metrics)
     if not is_known or (scope and scope not in settings.strategies and not scope.startswith("by_source/")):
         known = ", ".join([*metrics, *ALWAYS])
         raise ConfigError(

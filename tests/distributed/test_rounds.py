@@ -183,3 +183,39 @@ def test_generate_samples_on_uneven_batches(directory):
     prompts, generations = first
     assert len(prompts) == len(generations) == 2
     assert prompts[0] == prompts[1]
+
+
+WAITS_FOR_RANK_1 = """
+import os, time
+
+def waits(sample):
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if os.path.exists("{done}"):
+            return 1.0
+        time.sleep(0.01)
+    return 0.0
+"""
+
+
+def with_a_slow_metric(directory: Path) -> list[float]:
+    """The metric waits until rank 1 has left the round."""
+    done = directory / "rank 1 is done"
+    (directory / "slow.py").write_text(WAITS_FOR_RANK_1.format(done=done))
+    host = SmallHost(directory, directory / "slow", Rows())
+    settings = GenerationSettings(
+        enabled=True, max_new_tokens=4, max_val_samples=1, metrics=[f"{directory}/slow.py:waits"], max_round_time_s=300
+    )
+    with ValidationRounds(host, settings):
+        host.rounds(1)
+        if dist.get_rank() == 1:
+            done.touch()
+        agree(True, CPU)
+    if dist.get_rank() == 1:
+        return []
+    path = directory / "slow" / "generations" / "step_00000001.jsonl"
+    return [json.loads(line)["scores"]["waits"] for line in path.read_text().splitlines()]
+
+
+def test_metrics_do_not_hold_the_other_ranks(directory):
+    assert run_distributed(with_a_slow_metric, 2, directory, directory) == [[1.0], []]

@@ -74,9 +74,15 @@ def observed_run(
 def test_training_is_the_same_with_generation_and_without(tmp_path, assets, overrides, num_ranks):
     sampling = {"VERL_GENERATION_MAX_NEW_TOKENS": "8"}
     overrides = [*overrides, "trainer.test_freq=1"]
-    on, seen_on = observed_run(tmp_path / "on", assets, sampling, overrides, num_ranks)
+    rounds = [
+        "+generation.before_train=true",
+        "+generation.strategies={likeliest: {best_of: 2}, beam: {do_sample: false, num_beams: 2}}",
+    ]
+    on, seen_on = observed_run(
+        tmp_path / "on", assets, sampling, [*overrides, *rounds, "+generation.metrics=[exact_match]"], num_ranks
+    )
     off, seen_off = observed_run(tmp_path / "off", assets, {}, overrides, num_ranks)
-    assert len(on.samples(1)) == 5
+    assert len(on.samples(0)) == len(on.samples(1)) == 10
     assert not off.generations.exists()
 
     for key in ("train/loss", "val/loss"):
@@ -91,6 +97,7 @@ def test_training_is_the_same_with_generation_and_without(tmp_path, assets, over
         assert rank_on["trainer"][:3] == [TRAINER_NAME, "ValidationGenerationMixin", TRAINER_NAME]
         assert rank_off["trainer"] == [TRAINER_NAME, "object"]
         heavy = {"mixin", "rounds", "gather", "plain_copy", "sampling", "prompts", "trackers"}
+        heavy |= {"metrics", "own_prompts", "questions", "scoring"}
         assert {name.split(".")[1] for name in rank_off["loaded"] if "." in name}.isdisjoint(heavy)
 
 
