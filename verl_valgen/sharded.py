@@ -45,7 +45,8 @@ def generating_through(wrapped: nn.Module, generation_config: Any, device: torch
     finally:
         for module, training in was_training:
             module.training = training
-        # As verl's own forward passes leave it: the root, which FSDP2 keeps whole, goes at the next one.
+        # FSDP2 keeps the root's parameters whole after a forward pass without a backward one; training would find their
+        # memory taken.
         for module in wrapped.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

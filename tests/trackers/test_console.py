@@ -56,3 +56,51 @@ def test_letters_that_the_terminal_lacks_are_escaped(monkeypatch):
     ConsoleTracker(500).log_samples([make_sample(generation="日本 ok")], 1)
     terminal.seek(0)
     assert "Generation 1: \\u65e5\\u672c ok\n" in terminal.read()
+
+
+def test_completions_of_a_prompt_stand_together_and_are_told_apart(capsys):
+    samples = [
+        make_sample(index=0, strategy="greedy", generation="a", prompt_text="p"),
+        make_sample(index=0, strategy="hot", completion=0, generation="b", prompt_text="p"),
+        make_sample(index=0, strategy="hot", completion=1, generation="c", prompt_text="p"),
+    ]
+    ConsoleTracker(500).log_samples(samples, 1)
+    assert capsys.readouterr().out.splitlines()[1:-1] == [
+        "Prompt 1: p", "Generation 1 (greedy): a", "Generation 1 (hot, 1): b", "Generation 1 (hot, 2): c",
+    ]  # fmt: skip
+
+
+ROUND = {"num_samples": 5.0, "seconds": 1.234, "tokens_per_s": 2345.6, "num_new_tokens": 83.2, "cut_off": 0.2}
+
+
+def summary(capsys, scalars, max_chars=500):
+    ConsoleTracker(max_chars).log_scalars({f"val/gen/{key}": value for key, value in scalars.items()}, 8)
+    return capsys.readouterr().out
+
+
+def test_a_round_in_one_line(capsys):
+    scores = {
+        "exact_match": 0.5,
+        "exact_match_best": 1.0,
+        "exact_match_pass_at_2": 0.75,
+        "by_source/x/exact_match": 1.0,
+    }
+    assert summary(capsys, ROUND | scores | {"best": 0.6, "best_step": 4.0}) == (
+        "Step 8: 5 samples in 1.23 s, 2346 tokens/s; num_new_tokens 83.2, cut_off 0.2, exact_match 0.5; "
+        "best 0.6 at step 4\n"
+    )
+
+
+def test_a_round_of_several_strategies_in_one_line(capsys):
+    scores = {"f1": 0.5, "a/num_new_tokens": 3.0, "a/f1": 0.25, "a/f1_majority": 1.0, "b/f1": 0.75, "b/chrf": 41.0}
+    assert summary(capsys, ROUND | scores) == (
+        "Step 8: 5 samples in 1.23 s, 2346 tokens/s; num_new_tokens 83.2, cut_off 0.2; a: f1 0.25; "
+        "b: f1 0.75, chrf 41\n"
+    )
+
+
+def test_the_line_is_cut_and_printable(capsys):
+    line = summary(capsys, ROUND | {f"\x1b[31m{i}": 1.0 for i in range(100)}, 200)
+    assert line.endswith("...\n")
+    assert len(line) == 201
+    assert line[:-1].isprintable()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +66,10 @@ class SFTHost(Host):
 
     @property
     def num_parameters(self) -> int:
-        if self.is_sharded_by_fsdp:
-            return super().num_parameters
+        return super().num_parameters if self.is_sharded_by_fsdp else self._num_parameters_of_other_engines
+
+    @cached_property
+    def _num_parameters_of_other_engines(self) -> int:
         return sum(parameter.numel() for parameter in self._empty_model().parameters())
 
     @property
