@@ -102,5 +102,5 @@ def test_a_round_of_several_strategies_in_one_line(capsys):
 def test_the_line_is_cut_and_printable(capsys):
     line = summary(capsys, ROUND | {f"\x1b[31m{i}": 1.0 for i in range(100)}, 200)
     assert line.endswith("...\n")
-    assert len(line) == 201
+    assert len(line) <= 201
     assert line[:-1].isprintable()
