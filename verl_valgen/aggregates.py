@@ -6,7 +6,9 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from math import prod
+from math import isfinite, nan, prod
+
+import numpy as np
 
 from verl_valgen.samples import DEFAULT_STRATEGY, Sample
 from verl_valgen.scoring import Verdict
@@ -45,7 +47,7 @@ def round_scalars(scored: Sequence[Scored], seconds: float, num_tokens: int) -> 
             scalars |= {f"{name}/{key}": value for key, value in _of(items).items()}
     for name, items in list(by_source.items())[:_MAX_SOURCES]:
         scalars |= {f"by_source/{name}/{key}": value for key, value in _of(items).items()}
-    return scalars
+    return {key: value for key, value in scalars.items() if isfinite(value)}
 
 
 def source_key(data_source: str) -> str:
@@ -79,8 +81,10 @@ def _of_metric(metric: str, scored: Sequence[Scored]) -> dict[str, float]:
     most = max(map(len, of_prompts.values()), default=0)
     values = {}
     for name in dict.fromkeys(name for verdicts in of_prompts.values() for v in verdicts for name in v.scores):
-        groups = [[v for v in verdicts if name in v.scores] for verdicts in of_prompts.values()]
+        groups = [[v for v in verdicts if isfinite(v.scores.get(name, nan))] for verdicts in of_prompts.values()]
         scores = [[v.scores[name] for v in group] for group in groups if group]
+        if not scores:
+            continue
         values[name] = _mean(score for group in scores for score in group)
         if most == 1:
             continue
@@ -128,16 +132,35 @@ def distinct_2(answers: Sequence[Sequence[int]]) -> float:
 
 def repeated_ngram(ids: Sequence[int]) -> float:
     """The length of the longest run of tokens that occurs twice (the two may overlap), as a share of all tokens."""
-    text = "".join(map(chr, ids))  # slices of a text are hashed fast
-    low, high = 0, max(0, len(text) - 1)
-    while low < high:  # where one of some length occurs twice, so do shorter ones
+    num_tokens = len(ids)
+    # By prefix doubling: classes[k][i] is the same for two places from which the same 2**k tokens follow.
+    # (Karp, Miller, Rosenberg, "Rapid identification of repeated patterns in strings, trees and arrays", STOC 1972.)
+    classes = [_classes(np.asarray(ids, dtype=np.int64))]
+    while len(classes[-1]) > 2 ** (len(classes) - 1) and _has_equal(classes[-1]):
+        classes.append(_classes(_of_both(classes[-1], 2 ** (len(classes) - 1), num_tokens)))
+
+    def occurs_twice(length: int) -> bool:
+        k = length.bit_length() - 1
+        return k < len(classes) and _has_equal(_of_both(classes[k], length - 2**k, num_tokens))
+
+    low, high = 0, max(0, num_tokens - 1)
+    while low < high:  # where a run of some length occurs twice, so do shorter ones
         length = (low + high + 1) // 2
-        num_places = len(text) - length + 1
-        if len({text[i : i + length] for i in range(num_places)}) < num_places:
-            low = length
-        else:
-            high = length - 1
-    return low / len(text) if text else 0.0
+        low, high = (length, high) if occurs_twice(length) else (low, length - 1)
+    return low / num_tokens if num_tokens else 0.0
+
+
+def _classes(values: np.ndarray) -> np.ndarray:
+    return np.unique(values, return_inverse=True)[1]
+
+
+def _of_both(classes: np.ndarray, distance: int, num_tokens: int) -> np.ndarray:
+    """One number for the classes at a place and at a distance behind it; there are num_tokens classes at most."""
+    return classes[: len(classes) - distance] * num_tokens + classes[distance:]
+
+
+def _has_equal(values: np.ndarray) -> bool:
+    return len(np.unique(values)) < len(values)
 
 
 def _mean(values: Iterable[float]) -> float:

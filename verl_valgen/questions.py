@@ -67,7 +67,8 @@ def make_questions(prompts: Sequence[Prompt], settings: GenerationSettings) -> l
     A prompt's own parameters go before the global ones, those of a strategy before both. Where they cannot be used, a
     warning says so, with the row, and the global ones stand.
     """
-    of_prompts = [_with_own_parameters(index, prompt, settings) for index, prompt in enumerate(prompts)]
+    of_all = _of_strategies(settings, "generation")
+    of_prompts = [_with_own_parameters(index, prompt, settings) or of_all for index, prompt in enumerate(prompts)]
     return [
         _question(index, prompt, name, of_strategies[name])
         for name in settings.strategies or (DEFAULT_STRATEGY,)
@@ -96,18 +97,21 @@ def _question(index: int, prompt: Prompt, strategy: str, settings: GenerationSet
     return Question(index, prompt, strategy, settings.parameters, num_completions, best_of)
 
 
-def _with_own_parameters(index: int, prompt: Prompt, settings: GenerationSettings) -> dict[str, GenerationSettings]:
-    """The settings of one prompt under each strategy."""
+def _with_own_parameters(
+    index: int, prompt: Prompt, settings: GenerationSettings
+) -> dict[str, GenerationSettings] | None:
+    """The settings of one prompt under each strategy; None where it has none of its own that can be used."""
     source = plain(settings.params_key)
     try:
-        return _of_strategies(settings.overridden(parameters(prompt.data.params), source), source)
+        own = parameters(prompt.data.params)
+        return _of_strategies(settings.overridden(own, source), source) if own else None
     except ConfigError as e:
         reason = str(e)
     except ValueError as e:
         reason = f"{source}: {e}"
     where = f"row {prompt.row}" if prompt.row is not None else f"prompt {index + 1}"
     logger.warning("%s: %s; it is answered with the global parameters", where, printable(reason, 400))
-    return _of_strategies(settings, "generation")
+    return None
 
 
 def _of_strategies(settings: GenerationSettings, source: str) -> dict[str, GenerationSettings]:

@@ -128,3 +128,11 @@ def test_any_source_makes_a_key(source):
     assert len(key) <= 64
     assert all(part.strip(".") for part in key.split("/"))
     assert set(key) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_./-")
+
+
+def test_a_score_that_is_no_number_counts_for_nothing():
+    scored = [(sample(0), {"right": verdict(1.0)}), (sample(1), {"right": verdict(float("nan"))})]
+    assert round_scalars(scored, 1.0, 1)["right"] == 1.0
+    assert "right" not in round_scalars(scored[1:], 1.0, 1)
+    unlikely = sample(0, scores={"mean_logprob": float("-inf")})
+    assert "mean_logprob" not in round_scalars([(unlikely, {})], 1.0, 1)

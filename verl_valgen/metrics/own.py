@@ -51,7 +51,10 @@ class OwnMetric(Metric):
 
 
 def check_function(spec: str, source: str) -> None:
-    """Raises `ConfigError` where `spec` names no function that can score. Reads its source, and executes nothing."""
+    """Raises `ConfigError` where `spec` names no function that can score.
+
+    Its source is read; nothing is executed but what importing the packages around a module does.
+    """
     path, _, attribute = spec.rpartition(":")
     shown = plain(spec)
     if path.endswith(".py"):
