@@ -118,6 +118,25 @@ def test_one_capture_serves_all_batches(lean, tokenizer, captures):
     assert len(captures) == 1
 
 
+@torch.no_grad()
+def test_requests_of_different_parameters_go_together(plain, lean, tokenizer, captures):
+    kinds = [*PARAMETERS.values()]
+    asked = [
+        replace(one, params=kinds[i % len(kinds)], wants_logprob=i % 3 == 0)
+        for i, one in enumerate(requests(*MIXED, *MIXED))
+    ]
+    with preserved_blas_workspaces(CUDA):
+        expected = HFBackend(plain, tokenizer, 0, Limits(batch_size=1)).generate(asked)
+        found = FastBackend(lean, tokenizer, 0, Limits()).generate(asked)
+    assert [one.output_ids for one in found] == [one.output_ids for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.mean_logprob == (None if other.mean_logprob is None else pytest.approx(other.mean_logprob, abs=1e-4))
+    # One for every kind but beams; what asks for log-probabilities is a kind of its own.
+    assert len(captures) == len(
+        {(str(one.params), one.wants_logprob) for one in asked if "num_beams" not in one.params}
+    )
+
+
 def test_random_states_are_left_alone(lean, tokenizer):
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
     answer(FastBackend, lean, tokenizer, SAMPLING, requests(*MIXED))
