@@ -5,7 +5,6 @@ This module knows how ranks share the work. It knows neither data sets nor track
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -23,9 +22,9 @@ from verl_valgen.config import GenerationSettings
 from verl_valgen.exchange import broadcast, gather_values, rank, world_size
 from verl_valgen.hf_parameters import special_tokens
 from verl_valgen.hosts.base import Host
-from verl_valgen.memory import free_bytes, preserved_blas_workspaces, sequence_bytes
+from verl_valgen.memory import free_bytes, largest_sequence_bytes, logprobs_bytes, preserved_blas_workspaces
 from verl_valgen.planning import Needs, Plan, make_plan, shares
-from verl_valgen.samples import Completion, Request
+from verl_valgen.samples import Completion, Request, pack, unpack
 from verl_valgen.text import describe, describe_at_length
 
 logger = logging.getLogger(__name__)
@@ -69,9 +68,9 @@ class Answering:
         limit = self.settings.max_round_time_s
         deadline = time.time() + limit if limit else math.inf
         logging_rank, received = broadcast(
-            [rank(), None if requests is None else _packed(requests)], host.is_logging_rank, host.device
+            [rank(), None if requests is None else pack(requests)], host.is_logging_rank, host.device
         )
-        all_requests = [] if received is None else _unpacked(received)
+        all_requests = [] if received is None else unpack(received)
         if not all_requests:
             return [] if host.is_logging_rank else None
         with preserved_blas_workspaces(host.device), ExitStack() as moved:
@@ -142,7 +141,7 @@ class Answering:
                 copy=host.num_parameters * self.dtype.itemsize,
                 unit=host.largest_unit_bytes,
                 sequence=self._sequence_bytes(requests),
-                logprobs=self._logprobs_bytes(requests),
+                logprobs=logprobs_bytes(requests, host.model_config.get_text_config(), self.dtype),
             ),
             free,
             world_size(),
@@ -161,24 +160,7 @@ class Answering:
         return plan
 
     def _sequence_bytes(self, requests: Sequence[Request]) -> int:
-        """Of the request that takes the most, all of its beams together."""
-        text_config = self.host.model_config.get_text_config()
-        needs = [
-            request.params.get("num_beams", 1)
-            * sequence_bytes(text_config, len(request.input_ids), request.params["max_new_tokens"], self.dtype)
-            for request in requests
-        ]
-        return max(needs, default=0)
-
-    def _logprobs_bytes(self, requests: Sequence[Request]) -> int:
-        """Of the request that takes the most: the logits of all its tokens, twice more in float32 for the new ones."""
-        vocab_size = self.host.model_config.get_text_config().vocab_size
-        needs = [
-            vocab_size * (len(request.input_ids) * self.dtype.itemsize + request.params["max_new_tokens"] * 12)
-            for request in requests
-            if request.wants_logprob
-        ]
-        return max(needs, default=0)
+        return largest_sequence_bytes(requests, self.host.model_config.get_text_config(), self.dtype)
 
     def _with_a_copy(
         self, requests: Sequence[Request], plan: Plan, deadline: float, moved: ExitStack
@@ -221,24 +203,3 @@ class Answering:
 
     def _special_tokens(self) -> GenerationConfig:
         return special_tokens(self.host.generation_config, self.host.tokenizer)
-
-
-def _packed(requests: Sequence[Request]) -> dict[str, Any]:
-    """Requests for JSON; parameters, which many share, once."""
-    kinds: dict[str, int] = {}
-    of_requests = [kinds.setdefault(json.dumps(request.params, sort_keys=True), len(kinds)) for request in requests]
-    return {
-        "params": list(kinds),
-        "requests": [
-            [request.input_ids, request.key, kind, request.wants_logprob]
-            for request, kind in zip(requests, of_requests, strict=True)
-        ],
-    }
-
-
-def _unpacked(packed: dict[str, Any]) -> list[Request]:
-    params = [json.loads(text) for text in packed["params"]]
-    return [
-        Request(input_ids, (row, completion), params[kind], wants_logprob)
-        for input_ids, (row, completion), kind, wants_logprob in packed["requests"]
-    ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from verl_valgen.samples import Request
 
 
 def free_bytes(device: torch.device) -> float:
@@ -34,6 +36,33 @@ def sequence_bytes(config: Any, prompt_length: int, max_new_tokens: int, dtype: 
     # A sort in float32 with its int64 indices, once more for what it gives, and a handful of temporary tensors.
     logits = 48 * config.vocab_size
     return (cache + activations) * dtype.itemsize + logits
+
+
+def largest_sequence_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> int:
+    """`sequence_bytes` of the request that takes the most, all of its beams together; 0 of none."""
+    return max(
+        (
+            sequence_bytes(config, len(request.input_ids), request.params["max_new_tokens"], dtype)
+            * request.params.get("num_beams", 1)
+            for request in requests
+        ),
+        default=0,
+    )
+
+
+def logprobs_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> int:
+    """What it takes to say how likely an answer is, of the request that takes the most; 0 where none asks for it.
+
+    The logits of all its tokens, and in float32 three times those of the new ones.
+    """
+    return max(
+        (
+            config.vocab_size * (len(request.input_ids) * dtype.itemsize + request.params["max_new_tokens"] * 12)
+            for request in requests
+            if request.wants_logprob
+        ),
+        default=0,
+    )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ This module owns their fields and their order in a JSONL line. It knows neither 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -96,3 +97,25 @@ class Sample:
 
 
 _NOT_RECORDED = ("output_ids", "ground_truth", "extra_info")
+
+
+def pack(requests: Sequence[Request]) -> dict[str, Any]:
+    """Requests for JSON; parameters, which many share, once."""
+    kinds: dict[str, int] = {}
+    of_requests = [kinds.setdefault(json.dumps(request.params, sort_keys=True), len(kinds)) for request in requests]
+    return {
+        "params": list(kinds),
+        "requests": [
+            [request.input_ids, request.key, kind, request.wants_logprob]
+            for request, kind in zip(requests, of_requests, strict=True)
+        ],
+    }
+
+
+def unpack(packed: dict[str, Any]) -> list[Request]:
+    """What `pack` made, after a way through JSON."""
+    params = [json.loads(text) for text in packed["params"]]
+    return [
+        Request(input_ids, (row, completion), params[kind], wants_logprob)
+        for input_ids, (row, completion), kind, wants_logprob in packed["requests"]
+    ]

@@ -182,7 +182,7 @@ def with_little_memory(directory: Path) -> dict[str, Any]:
     for name, bytes_of_ranks in (("copy", (1e12, 1e12)), ("sharded", (1e12, needs)), ("nothing", (1e12, 1e3))):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(answering_module, "free_bytes", lambda device, free=bytes_of_ranks: free[dist.get_rank()])
-            patch.setattr(answering_module, "sequence_bytes", lambda *args: 1000)
+            patch.setattr(answering_module, "largest_sequence_bytes", lambda *args: 1000)
             results[name] = []
             for _ in range(2):
                 try:

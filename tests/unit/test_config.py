@@ -459,3 +459,53 @@ def test_any_yaml_value_parses_or_is_refused(data):
     block = data.draw(VALUES | st.dictionaries(st.sampled_from(names) | st.text(), VALUES, max_size=3))
     trainer = data.draw(st.just({}) | st.fixed_dictionaries({"max_val_samples": VALUES}) | VALUES)
     parses_or_refuses({"generation": block, "trainer": trainer}, {})
+
+
+def test_metrics_files_and_strategies_are_checked_at_start(tmp_path):
+    strategies = {"hot": {"temperature": 2, "best_of": 3}, "plain": None}
+    (tmp_path / "own.txt").write_text("a\n")
+    block = {"strategies": strategies, "metrics": "exact_match", "best_metric": "hot/exact_match_best", "n": 2}
+    loaded = load(block | {"prompts": f"{tmp_path}/own.txt"})
+    assert loaded.strategies == {"hot": {"temperature": 2, "best_of": 3}, "plain": {}}
+    assert (loaded.metrics, loaded.prompts) == (["exact_match"], f"{tmp_path}/own.txt")
+    assert load({"strategies": None, "metrics": None, "prompts": None, "best_metric": None}) == load({})
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        ({"strategies": {"hot": {"temprature": 2}}}, "unknown key generation.strategies.hot.temprature: did you mean"),
+        ({"strategies": {"hot": {"temperature": 0}}}, "generation.strategies.hot.temperature must be a number > 0"),
+        ({"strategies": {"hot": {"n": 2}}}, "generation.strategies.hot: n is set once for the run, as generation.n"),
+        ({"strategies": {"x": {"num_beams": 2}}}, "generation.strategies.x.num_beams must be 1 with do_sample=true"),
+        ({"strategies": {"x": {"do_sample": None}}}, "generation.strategies.x.do_sample must be a boolean"),
+        (
+            {"strategies": {"x": {"penalty_alpha": 0.6}}},
+            "generation.strategies.x.penalty_alpha is not supported: it be",
+        ),
+        (
+            {"strategies": {"a/b": {}}},
+            "generation.strategies must be a mapping of names (letters, digits, _ and -) to map",
+        ),
+        ({"strategies": {"by_source": {}}}, "generation.strategies must be a mapping of names"),
+        ({"strategies": {"a": 3}}, "generation.strategies must be a mapping of names"),
+        ({"strategies": ["a"]}, "generation.strategies must be a mapping of names"),
+        ({"metrics": ["blue"]}, "generation.metrics must be names (exact_match, "),
+        ({"metrics": [3]}, "generation.metrics must be a list of texts, none empty, got [3]"),
+        ({"prompts": "/nowhere.txt"}, "generation.prompts: /nowhere.txt: there is no such file"),
+        ({"prompts_mode": "add"}, "generation.prompts_mode must be one of replace, append, got 'add'"),
+        ({"turn": "second"}, "generation.turn must be one of last, first, all, got 'second'"),
+        ({"every": 0}, "generation.every must be an integer >= 1, got 0"),
+        ({"best_of": 0}, "generation.best_of must be an integer >= 1, got 0"),
+        ({"params_key": ""}, "generation.params_key must be a text that is not empty, got ''"),
+        ({"best_metric": "bleu"}, "generation.best_metric must be one of num_new_tokens, cut_off, empty, "),
+        ({"best_metric": "x/empty"}, "alone or as <strategy>/<metric>, got 'x/empty'"),
+    ],
+)
+def test_what_is_named_wrongly_is_refused(block, expected):
+    assert expected in message(block)
+
+
+def test_with_generation_off_nothing_that_is_named_is_looked_for():
+    block = {"enabled": False, "metrics": ["/nowhere.py:f"], "prompts": "/nowhere.txt"}
+    assert not load_settings({"generation": block}, {}, read_when_off=True).enabled
