@@ -18,9 +18,6 @@ Scored = tuple[Sample, Mapping[str, Verdict]]
 _MAX_SOURCES = 32
 """Of which there are numbers of their own: a data set with a source for every row would fill a tracker."""
 
-ALWAYS = ("num_new_tokens", "cut_off", "empty", "distinct_2", "repeated_ngram")
-"""What is told of any answers."""
-
 
 def round_scalars(scored: Sequence[Scored], seconds: float, num_tokens: int) -> dict[str, float]:
     """All numbers of a round: of all samples, of each strategy where there are several or one with a name, and of each

@@ -17,6 +17,9 @@ FinishReason = Literal["eos", "stop", "length", "time"]
 DEFAULT_STRATEGY = "default"
 """The name of the only one where none is configured."""
 
+ALWAYS = ("num_new_tokens", "cut_off", "empty", "distinct_2", "repeated_ngram")
+"""The numbers of a round that are told of any samples: see `aggregates.py`."""
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 _MAX_SCORING_S = 60.0
 """Where a round has no limit of its own."""
 
-_MAX_LOST_PROCESSES = 3
+_MAX_LOST_ROUNDS = 3
+"""In a row, after which metrics are given up."""
+
+_ENDED = "ended the process that it ran in"
 
 
 class Verdict(NamedTuple):
@@ -56,11 +59,11 @@ class Scoring:
 
     def start(self) -> None:
         """Starts the process, if there are metrics, and does not wait for it."""
-        if self.metrics and self._process is None and self._num_lost < _MAX_LOST_PROCESSES:
+        if self.metrics and self._process is None and self._num_lost < _MAX_LOST_ROUNDS:
             try:
                 self._process = _Worker(self.metrics)
             except OSError as e:
-                self._num_lost = _MAX_LOST_PROCESSES
+                self._num_lost = _MAX_LOST_ROUNDS
                 logger.warning("no scores: the process for metrics could not be started: %s", describe(e))
 
     def close(self) -> None:
@@ -76,36 +79,55 @@ class Scoring:
         """
         verdicts: list[dict[str, Verdict]] = [{} for _ in samples]
         self.start()
-        if self._process is None or not samples:
+        process = self._process
+        if process is None or not samples:
             return verdicts
         if deadline == math.inf:
             deadline = time.time() + _MAX_SCORING_S
-        self._process.send(samples)
+        if not process.is_done:
+            process.receive(deadline - time.time())
+            if not process.is_done:
+                reason = _ENDED if process.has_ended else "were not loaded yet"
+                self._lose("", f"the metrics {reason}", keep=not process.has_ended)
+                return verdicts
+        if time.time() >= deadline:
+            self._warn_once("", "the answers left no time for metrics (see generation.max_round_time_s)")
+            return verdicts
+        process.send(samples)
         num_answers = 0
-        while (message := self._process.receive(deadline - time.time())) is not None:
+        while (message := process.receive(deadline - time.time())) is not None:
             num_answers += 1
             metric, i, *found = message
             if len(found) == 1:
-                self._warn_once(metric, f"a sample has no score: {printable(str(found[0]), 300)}")
+                self._warn_once(metric, f"metric {metric}: a sample has no score: {printable(str(found[0]), 300)}")
             else:
                 verdicts[i][metric] = Verdict(*found)
-        if not self._process.is_done:
+        if process.is_done:
+            self._num_lost = 0
+        else:
             metric = metric_name(self.metrics[min(num_answers // len(samples), len(self.metrics) - 1)])
-            reason = "the process that it ran in has ended" if self._process.has_ended else "it did not end in time"
-            self._warn_once(metric, f"{reason}, so that samples lack scores (see generation.max_round_time_s)")
-            self.close()
-            self._num_lost += 1
-            if self._num_lost == _MAX_LOST_PROCESSES:
-                logger.warning("no more scores: metrics were given up %d times", self._num_lost)
-            self.start()
+            reason = _ENDED if process.has_ended else "did not end in time"
+            self._lose(metric, f"metric {metric} {reason}", keep=False)
         return verdicts
 
+    def _lose(self, metric: str, what: str, *, keep: bool) -> None:
+        """A round without scores that there should be.
+
+        Args:
+            keep: Whether the process may be of use to the next round.
+        """
+        self._warn_once(metric, f"{what}, so that samples lack scores (see generation.max_round_time_s)")
+        self._num_lost += 1
+        if self._num_lost == _MAX_LOST_ROUNDS:
+            logger.warning("no more scores: some were missing in %d rounds in a row", self._num_lost)
+        if not keep or self._num_lost == _MAX_LOST_ROUNDS:
+            self.close()
+        self.start()
+
     def _warn_once(self, metric: str, message: str) -> None:
-        if metric not in self._warned:
-            self._warned.add(metric)
-            logger.warning("metric %s: %s", metric, message)
-        else:
-            logger.debug("metric %s: %s", metric, message)
+        """Once per metric; the rest is for DEBUG."""
+        logger.log(logging.DEBUG if metric in self._warned else logging.WARNING, "%s", message)
+        self._warned.add(metric)
 
 
 def with_scores(sample: Sample, verdicts: Mapping[str, Verdict]) -> Sample:
@@ -128,7 +150,8 @@ class _Worker:
         )
         self._to_send: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._received: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.is_done = True
+        self.is_done = False
+        """Whether all is answered; before that, whether the metrics are loaded."""
         self.has_ended = False
         threading.Thread(target=self._talk, name="verl-valgen-metrics", daemon=True).start()
 
@@ -157,13 +180,13 @@ class _Worker:
         assert self._process.stdout is not None
         try:
             while True:
-                self._process.stdin.write(self._to_send.get().encode("ascii"))
-                self._process.stdin.flush()
                 while (line := self._process.stdout.readline().decode("ascii")) != "null\n":
                     self._received.put(line)
                     if not line:
                         return
                 self._received.put(line)
+                self._process.stdin.write(self._to_send.get().encode("ascii"))
+                self._process.stdin.flush()
         except OSError:  # it is gone
             self._received.put("")
 

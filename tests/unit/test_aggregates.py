@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_valgen.aggregates import ALWAYS, distinct_2, majority, pass_at_k, repeated_ngram, round_scalars, source_key
-from verl_valgen.samples import Sample
+from verl_valgen.aggregates import distinct_2, majority, pass_at_k, repeated_ngram, round_scalars, source_key
+from verl_valgen.samples import ALWAYS, Sample
 from verl_valgen.scoring import Verdict
 
 

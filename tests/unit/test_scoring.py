@@ -123,7 +123,7 @@ def test_one_that_hangs_is_left_behind_with_what_there_is(own, name, caplog):
         assert hanging._process.poll() is not None  # killed, not waited for
     assert first.keys() == second.keys() == {"length"}
     assert caplog.messages == [
-        f"metric {name}: it did not end in time, so that samples lack scores (see generation.max_round_time_s)"
+        f"metric {name} did not end in time, so that samples lack scores (see generation.max_round_time_s)"
     ]
 
 
@@ -133,9 +133,9 @@ def test_a_process_that_ends_is_begun_anew_and_given_up_in_the_end(own, name, ca
         found = [made.score(SAMPLES, math.inf)[0].keys() for _ in range(5)]
     assert found == [{"length"}] * 3 + [set()] * 2
     assert caplog.messages == [
-        f"metric {name}: the process that it ran in has ended, so that samples lack scores "
+        f"metric {name} ended the process that it ran in, so that samples lack scores "
         "(see generation.max_round_time_s)",
-        "no more scores: metrics were given up 3 times",
+        "no more scores: some were missing in 3 rounds in a row",
     ]
 
 
@@ -168,3 +168,50 @@ def test_where_no_process_can_be_started_there_are_no_scores(monkeypatch, own, c
         assert made.score(SAMPLES, math.inf) == [{}, {}]
         assert made.score(SAMPLES, math.inf) == [{}, {}]
     assert [text.partition(":")[0] for text in caplog.messages] == ["no scores"]
+
+
+def test_a_process_that_still_loads_is_waited_for_by_the_next_round(own, caplog, tmp_path):
+    """It loads as soon as a file is there."""
+    gate = tmp_path / "gate"
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\ndef f(sample): return 1\n"
+    )
+    made = Scoring([f"{slow}:f"])
+    with caplog.at_level(logging.WARNING, "verl_valgen"):
+        assert made.score(SAMPLES, time.time() + 0.1) == [{}, {}]
+        gate.touch()
+        assert made.score(SAMPLES, math.inf)[1]["f"].scores == {"f": 1.0}
+    made.close()
+    assert caplog.messages == [
+        "the metrics were not loaded yet, so that samples lack scores (see generation.max_round_time_s)"
+    ]
+
+
+def test_one_that_never_loads_is_given_up(own, caplog, tmp_path):
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time\nwhile True: time.sleep(1)\ndef f(sample): return 1\n")
+    made = Scoring([f"{slow}:f"])
+    with caplog.at_level(logging.WARNING, "verl_valgen"):
+        for _ in range(4):
+            assert made.score(SAMPLES, time.time() + 0.05) == [{}, {}]
+    assert made._process is None
+    assert [text[:16] for text in caplog.messages] == ["the metrics were", "no more scores: "]
+
+
+def test_a_round_that_has_used_up_its_time_costs_its_scores_and_no_process(own, caplog):
+    with caplog.at_level(logging.WARNING, "verl_valgen"), scoring(own, "length") as made:
+        made.score(SAMPLES, math.inf)
+        for _ in range(4):
+            assert made.score(SAMPLES, time.time() - 1.0) == [{}, {}]
+        assert made.score(SAMPLES, math.inf)[0].keys() == {"length"}
+    assert caplog.messages == ["the answers left no time for metrics (see generation.max_round_time_s)"]
+
+
+def test_a_process_that_was_killed_between_two_rounds_is_begun_anew(own):
+    with scoring(own, "length") as made:
+        made.score(SAMPLES, math.inf)
+        assert made._process is not None
+        made._process._process.kill()
+        made.score(SAMPLES, math.inf)
+        assert made.score(SAMPLES, math.inf)[0].keys() == {"length"}

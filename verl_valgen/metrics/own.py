@@ -56,7 +56,7 @@ def check_function(spec: str, source: str) -> None:
     Its source is read; nothing is executed but what importing the packages around a module does.
     """
     path, _, attribute = spec.rpartition(":")
-    shown = plain(spec)
+    shown = plain(spec, 200)
     if path.endswith(".py"):
         file: Path | None = Path(path)
         if not Path(path).is_file():

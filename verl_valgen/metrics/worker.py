@@ -1,7 +1,8 @@
 """The process in which metrics run: `python -m verl_valgen.metrics.worker SPEC...`, JSON lines in and out.
 
-A line in is a list of samples. Lines out are `[metric, sample, scores, is_correctness, vote]` or `[metric, sample,
-error]`, in the order of the metrics, and null when all is done. What a metric prints goes to the standard error.
+The first line out is null: the metrics are loaded. A line in is a list of samples. Lines out are then `[metric, sample,
+scores, is_correctness, vote]` or `[metric, sample, error]`, in the order of the metrics, and null when all is done.
+What a metric prints goes to the standard error.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def main(specs: list[str]) -> None:
             metrics[spec] = load_metric(spec)
         except Exception as e:
             metrics[spec] = describe(e)
+    _write(out, None)
     for line in sys.stdin:
         samples = [Sample(**fields) for fields in json.loads(line)]
         for spec, metric in metrics.items():

@@ -10,8 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from verl_valgen.aggregates import ALWAYS
-from verl_valgen.samples import DEFAULT_STRATEGY, Sample
+from verl_valgen.samples import ALWAYS, DEFAULT_STRATEGY, Sample
 from verl_valgen.text import printable
 from verl_valgen.trackers.base import Tracker
 
