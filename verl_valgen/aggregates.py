@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,8 @@ from verl_valgen.samples import DEFAULT_STRATEGY, Sample
 from verl_valgen.scoring import Verdict
 
 Scored = tuple[Sample, Mapping[str, Verdict]]
+
+_MAX_SOURCE_CHARS = 64
 
 _MAX_SOURCES = 32
 """Of which there are numbers of their own: a data set with a source for every row would fill a tracker."""
@@ -48,9 +51,13 @@ def round_scalars(scored: Sequence[Scored], seconds: float, num_tokens: int) -> 
 
 
 def source_key(data_source: str) -> str:
-    """A data source as part of a key that every tracker takes."""
-    parts = re.sub(r"[^A-Za-z0-9_./-]", "_", data_source[:64]).split("/")
-    return "/".join(part for part in parts if part.strip(".")) or "_"
+    """A data source as part of a key that every tracker takes; different ones for different sources."""
+    parts = re.sub(r"[^A-Za-z0-9_./-]", "_", data_source).split("/")
+    key = "/".join(part for part in parts if part.strip("."))
+    if key and key == data_source and len(key) <= _MAX_SOURCE_CHARS:
+        return key
+    digest = hashlib.sha256(data_source.encode("utf-8", errors="backslashreplace")).hexdigest()[:8]
+    return f"{(key or '_')[: _MAX_SOURCE_CHARS - 9].rstrip('/')}_{digest}"
 
 
 def _of(scored: Sequence[Scored]) -> dict[str, float]:
@@ -75,7 +82,6 @@ def _of_metric(metric: str, scored: Sequence[Scored]) -> dict[str, float]:
     for sample, verdicts in scored:
         if metric in verdicts and verdicts[metric].scores:
             of_prompts[sample.index, sample.strategy].append(verdicts[metric])
-    most = max(map(len, of_prompts.values()), default=0)
     values = {}
     for name in dict.fromkeys(name for verdicts in of_prompts.values() for v in verdicts for name in v.scores):
         groups = [[v for v in verdicts if isfinite(v.scores.get(name, nan))] for verdicts in of_prompts.values()]
@@ -83,6 +89,7 @@ def _of_metric(metric: str, scored: Sequence[Scored]) -> dict[str, float]:
         if not scores:
             continue
         values[name] = _mean(score for group in scores for score in group)
+        fewest, most = min(map(len, scores)), max(map(len, scores))
         if most == 1:
             continue
         values[f"{name}_best"] = _mean(map(max, scores))
@@ -90,12 +97,9 @@ def _of_metric(metric: str, scored: Sequence[Scored]) -> dict[str, float]:
         judged = next(v.is_correctness for group in groups for v in group)
         is_correctness = all(score in (0, 1) for group in scores for score in group) if judged is None else judged
         if is_correctness:
-            values |= {
-                f"{name}_pass_at_{k}": _mean(
-                    pass_at_k(len(group), group.count(1), k) for group in scores if len(group) >= k
-                )
-                for k in _powers_of_two_and(most)
-            }
+            # Where all prompts have as many, for else each k would be of other prompts.
+            for k in _powers_of_two_and(fewest) if fewest > 1 else ():
+                values[f"{name}_pass_at_{k}"] = _mean(pass_at_k(len(group), group.count(1), k) for group in scores)
             values[f"{name}_majority"] = _mean(majority(group, name) for group in groups if group)
     return values
 

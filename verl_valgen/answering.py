@@ -67,9 +67,14 @@ class Answering:
         host = self.host
         limit = self.settings.max_round_time_s
         deadline = time.time() + limit if limit else math.inf
-        logging_rank, received = broadcast(
-            [rank(), None if requests is None else pack(requests)], host.is_logging_rank, host.device
-        )
+        packed, error = None, None
+        try:
+            packed = None if requests is None else pack(requests)
+        except Exception as e:  # the others wait for a word
+            error = e
+        logging_rank, received = broadcast([rank(), packed], host.is_logging_rank, host.device)
+        if error is not None:
+            raise error
         all_requests = [] if received is None else unpack(received)
         if not all_requests:
             return [] if host.is_logging_rank else None
@@ -148,7 +153,7 @@ class Answering:
             gather=settings.gather,
             ranks=settings.ranks,
             batch_size=settings.batch_size,
-            why_not_sharded=host.why_not_sharded(),
+            why_not_sharded=host.why_not_sharded() or _why_not_in_step(requests),
         )
         logger.debug("%s for %d prompts; %.1f GiB are free", plan, len(requests), free / 2**30)
         if plan.is_sharded and settings.gather == "auto" and not self.has_warned and host.is_logging_rank:
@@ -203,3 +208,11 @@ class Answering:
 
     def _special_tokens(self) -> GenerationConfig:
         return special_tokens(self.host.generation_config, self.host.tokenizer)
+
+
+def _why_not_in_step(requests: Sequence[Request]) -> str | None:
+    """Why ranks with different requests could not go through the sharded model in step."""
+    for name, neutral in (("guidance_scale", 1.0), ("prefill_chunk_size", None)):
+        if any(request.params.get(name, neutral) not in (neutral, None) for request in requests):
+            return f"with generation.{name} the number of forward passes differs from rank to rank"
+    return None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_valgen.files import replace_file
+from verl_valgen.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ class Best:
         directory: Of the samples.
         metric: A key of `aggregates.round_scalars`.
         mode: max or min.
-        start_step: What the file says of later steps belongs to an earlier run.
+        start_step: What the file says of later steps belongs to an earlier run, as all does for a new one.
     """
 
     def __init__(self, directory: Path, metric: str, mode: str, start_step: int) -> None:
@@ -30,7 +31,7 @@ class Best:
         self.step = 0
         self._is_unknown = False
         before = self._read()
-        if before is not None and before["step"] <= start_step:
+        if before is not None and 0 < start_step >= before["step"]:
             self.value, self.step = before["value"], before["step"]
 
     def update(self, scalars: Mapping[str, float], step: int) -> dict[str, float]:
@@ -43,9 +44,8 @@ class Best:
         if value is None:
             if not self._is_unknown:
                 self._is_unknown = True
-                logger.warning(
-                    "generation.best_metric: this round has no %s; there are %s", self.metric, ", ".join(scalars)
-                )
+                known = printable(", ".join(scalars), 300)
+                logger.warning("generation.best_metric: this round has no %s; there are %s", self.metric, known)
         elif math.isfinite(value) and (self.value is None or self._is_better(value)):
             self.value, self.step = value, step
             record = {"metric": self.metric, "mode": self.mode, "value": value, "step": step}

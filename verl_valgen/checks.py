@@ -128,8 +128,8 @@ def mapping_of_mappings(pattern: str, allowed_names: str) -> Check:
 
 
 def finite() -> Check:
-    """Anything at all, except for NaN and infinity within it."""
-    return Check(_read_anything, lambda _: True, "free of NaN and infinity")
+    """Anything that JSON can hold: NaN and infinity it cannot."""
+    return Check(_read_anything, lambda _: True, "free of NaN and infinity, and of what JSON cannot hold")
 
 
 def _read_boolean(value: object) -> bool:
@@ -180,5 +180,7 @@ def _read_anything(value: Any) -> Any:
     for item in inner:
         _read_anything(item)
     if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError
+    if not isinstance(value, str | int | float | list | Mapping | None):
         raise ValueError
     return value

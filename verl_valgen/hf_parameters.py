@@ -27,6 +27,7 @@ REFUSED = {
     "min_length": "it counts the prompt too; set generation.min_new_tokens",
     "token_healing": "it changes the prompt, which is shown as it is",
     "num_return_sequences": "set generation.n",
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "decoder_start_token_id"), "it is the model's own that is used"),
     "compile_config": "it is the backend that decides about compilation",
     "generation_kwargs": "parameters are given flat, as generation.<name>",
     **dict.fromkeys(("custom_generate", "trust_remote_code", "assistant_model", "assistant_tokenizer"), _RUNS_CODE),

@@ -28,7 +28,7 @@ _DTYPE = checks.one_of(
     *("auto", "float32", "bfloat16", "float16"),
     aliases={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"},  # verl's spellings
 )
-_STRATEGIES = checks.mapping_of_mappings("(?!by_source$)[A-Za-z0-9_-]{1,64}", "letters, digits, _ and -")
+_STRATEGIES = checks.mapping_of_mappings("(?!by_source$)[A-Za-z0-9_-]{1,64}", "letters, digits, _ and -; not by_source")
 
 SETTINGS = {
     "generation.enabled": Setting(checks.boolean(), "VERL_GENERATION_ENABLED"),

@@ -149,7 +149,7 @@ def _reader(file: Path, named: str) -> Callable[[Path], Iterable[Any]]:
 
 def _read_lines(file: Path) -> Iterable[str]:
     # Not `splitlines`, which ends a line at a form feed too.
-    return [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    return [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
 
 def _read_jsonl(file: Path) -> Iterable[Any]:

@@ -27,7 +27,7 @@ from verl_valgen.prompt_sources import read_prompts
 from verl_valgen.prompts import decode, mask_is_shifted, prompts_from_batch
 from verl_valgen.questions import Question, answered, make_questions, make_samples
 from verl_valgen.random_state import preserved_random_state
-from verl_valgen.samples import Completion, Prompt, Sample
+from verl_valgen.samples import Completion, Prompt
 from verl_valgen.scoring import Scoring, with_scores
 from verl_valgen.text import describe, describe_at_length
 from verl_valgen.trackers import open_trackers
@@ -134,6 +134,8 @@ class ValidationRounds:
         samples = make_samples(self.questions, completions, step, self.settings.seed, dtype, self.host.tokenizer)
         verdicts = self.scoring.score(samples, deadline)
         samples = list(map(with_scores, samples, verdicts))
+        trackers = self._open_trackers()
+        trackers.log_samples(samples, step)
         num_tokens = sum(len(completion.output_ids) for completion in completions)
         scalars = round_scalars(list(zip(samples, verdicts, strict=True)), seconds, num_tokens)
         if self.best is not None:
@@ -141,9 +143,9 @@ class ValidationRounds:
                 scalars |= self.best.update(scalars, step)
             except OSError as e:
                 self._warn(f"{self.best.path} could not be written", e)
-        self._log(samples, {f"val/gen/{key}": value for key, value in scalars.items()}, step)
+        trackers.log_scalars({f"val/gen/{key}": value for key, value in scalars.items()}, step)
 
-    def _log(self, samples: Sequence[Sample], scalars: dict[str, float], step: int) -> None:
+    def _open_trackers(self) -> CompositeTracker:
         if self.trackers is None:  # verl opens its runs inside `fit()`
             loggers = self.host.config.trainer.logger
             self.trackers = open_trackers(
@@ -152,8 +154,7 @@ class ValidationRounds:
                 max_log_chars=self.settings.max_log_chars,
                 max_tracker_chars=self.settings.max_tracker_chars,
             )
-        self.trackers.log_samples(samples, step)
-        self.trackers.log_scalars(scalars, step)
+        return self.trackers
 
     def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
         """See `ValidationGenerationMixin.generate_samples`. Collective: all ranks must call."""

@@ -6,12 +6,14 @@ module owns it and the time that it is given. It knows neither ranks nor tracker
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -30,6 +32,8 @@ _MAX_SCORING_S = 60.0
 
 _MAX_LOST_ROUNDS = 3
 """In a row, after which metrics are given up."""
+
+_MAX_KILL_S = 5.0
 
 _ENDED = "ended the process that it ran in"
 
@@ -147,6 +151,7 @@ class _Worker:
             # What a metric prints stays apart from the round's samples.
             stderr=subprocess.DEVNULL,
             env={**os.environ, **_environment()},
+            start_new_session=True,
         )
         self._to_send: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._received: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -157,8 +162,9 @@ class _Worker:
 
     def send(self, samples: Sequence[Sample]) -> None:
         fields = [{f.name: getattr(sample, f.name) for f in dataclasses.fields(sample)} for sample in samples]
+        line = json.dumps(fields, default=str, skipkeys=True) + "\n"
         self.is_done = False
-        self._to_send.put(json.dumps(fields, default=str) + "\n")
+        self._to_send.put(line)
 
     def receive(self, timeout_s: float) -> list[Any] | None:
         """The next answer; None after the last, or where there is none within `timeout_s`."""
@@ -166,14 +172,18 @@ class _Worker:
             line = self._received.get(timeout=max(0.0, timeout_s))
         except queue.Empty:
             return None
-        self.has_ended = not line
-        message = json.loads(line) if line else None
-        self.is_done = bool(line) and message is None
+        # A line that is not whole is the last of a process that was killed.
+        self.has_ended = not line.endswith("\n")
+        message = None if self.has_ended else json.loads(line)
+        self.is_done = not self.has_ended and message is None
         return message
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        """And whatever it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a dead disk cannot even be killed
+            self._process.wait(timeout=_MAX_KILL_S)
 
     def _talk(self) -> None:
         assert self._process.stdin is not None

@@ -153,6 +153,14 @@ def faults(directory: Path) -> dict[str, Any]:
             except Exception as e:
                 results[name] = f"{type(e).__name__}: {e}"
         results[f"{name}: met"] = agree(True, CPU)
+    unspeakable = [replace(REQUESTS[0], params={"max_new_tokens": 2, "do_sample": False, "suppress_tokens": b"x"})]
+    try:
+        results["pack"] = Answering(host, GenerationSettings(enabled=True))(
+            unspeakable if host.is_logging_rank else None
+        )
+    except TypeError as e:
+        results["pack"] = str(e)
+    results["pack: met"] = agree(True, CPU)
     return results
 
 
@@ -163,6 +171,9 @@ def test_what_fails_on_another_rank_is_told_on_the_logging_rank(directory, tmp_p
         assert second[name] is None
         assert first[f"{name}: met"]
         assert second[f"{name}: met"]
+    assert (first["pack"], second["pack"]) == ("Object of type bytes is not JSON serializable", None)
+    assert first["pack: met"]
+    assert second["pack: met"]
 
 
 def with_little_memory(directory: Path) -> dict[str, Any]:

@@ -136,3 +136,15 @@ def test_a_score_that_is_no_number_counts_for_nothing():
     assert "right" not in round_scalars(scored[1:], 1.0, 1)
     unlikely = sample(0, scores={"mean_logprob": float("-inf")})
     assert "mean_logprob" not in round_scalars([(unlikely, {})], 1.0, 1)
+
+
+def test_a_score_that_some_completions_lack():
+    both, one = Verdict({"m": 1.0, "m_acc": 1.0}, None, ""), Verdict({"m": 0.0}, None, "")
+    found = round_scalars([(sample(0, 0), {"m": both}), (sample(0, 1), {"m": one})], 1.0, 1)
+    assert (found["m"], found["m_pass_at_2"], found["m_acc"]) == (0.5, 1.0, 1.0)
+    assert "m_acc_pass_at_2" not in found
+
+
+def test_different_sources_have_different_keys():
+    assert len({source_key(source) for source in ("数学", "代码", "a" * 70, "a" * 71, "x", "x/", "")}) == 7
+    assert source_key("openai/gsm8k") == "openai/gsm8k"

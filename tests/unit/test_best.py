@@ -38,7 +38,10 @@ def test_a_resumed_run_goes_on_from_it(tmp_path):
 @pytest.mark.parametrize("other", [{"start_step": 9}, {"metric": "f1"}, {"mode": "min"}], ids=str)
 def test_another_runs_is_not_taken_over(tmp_path, other):
     best(tmp_path).update({"right": 2.0}, 10)
-    assert best(tmp_path, **other).update({"right": 1.0, "f1": 1.0}, 11) == {"best": 1.0, "best_step": 11}
+    assert best(tmp_path, **({"start_step": 10} | other)).update({"right": 1.0, "f1": 1.0}, 11) == {
+        "best": 1.0,
+        "best_step": 11,
+    }
 
 
 @pytest.mark.parametrize(
@@ -56,3 +59,8 @@ def test_a_round_without_it_is_said_once_and_nan_is_never_the_best(tmp_path, cap
     assert caplog.messages == ["generation.best_metric: this round has no right; there are empty"]
     assert keeper.update({"right": float("nan")}, 3) == {}
     assert not (tmp_path / "best.json").exists()
+
+
+def test_a_new_run_takes_nothing_over(tmp_path):
+    best(tmp_path).update({"right": 2.0}, 0)
+    assert best(tmp_path).update({"right": 1.0}, 0) == {"best": 1.0, "best_step": 0}

@@ -226,7 +226,10 @@ class TestErrors:
             ({"min_p": 2}, "generation.min_p must be a number in [0, 1], got 2"),
             ({"repetition_penalty": 0}, "generation.repetition_penalty must be a number > 0, got 0"),
             ({"stop_strings": [""]}, "generation.stop_strings must be a text or a list of texts, none of them empty"),
-            ({"suppress_tokens": [math.nan]}, "generation.suppress_tokens must be free of NaN and infinity, got [nan]"),
+            (
+                {"suppress_tokens": [math.nan]},
+                "generation.suppress_tokens must be free of NaN and infinity, and of what",
+            ),
             ({"temprature": 3}, "unknown key generation.temprature: did you mean generation.temperature?"),
             ({"topk": 3}, "unknown key generation.topk: did you mean generation.top_k?"),
             ({"typicalp": 3}, "unknown key generation.typicalp: did you mean generation.typical_p?"),
@@ -485,7 +488,7 @@ def test_metrics_files_and_strategies_are_checked_at_start(tmp_path):
         ),
         (
             {"strategies": {"a/b": {}}},
-            "generation.strategies must be a mapping of names (letters, digits, _ and -) to map",
+            "generation.strategies must be a mapping of names (letters, digits, _ and -; not by_",
         ),
         ({"strategies": {"by_source": {}}}, "generation.strategies must be a mapping of names"),
         ({"strategies": {"a": 3}}, "generation.strategies must be a mapping of names"),

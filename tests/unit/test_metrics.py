@@ -173,3 +173,35 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
             monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ImportError, match=rf"{name} needs a package: pip install verl-valgen\[{extra}\]"):
             load_metric(name)
+
+
+def test_verls_functions_are_given_what_they_take(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def few(solution_str, ground_truth, method='x'): return solution_str == ground_truth and method == 'x'\n"
+        "def many(solution_str, ground_truth, **kwargs): return {'score': 1, 'n': len(kwargs)}\n"
+        "def careless(data_source, solution_str, ground_truth, extra_info): return extra_info.get('x', 7)\n"
+    )
+    one = sample(generation="4", reference="4")
+    assert load_metric(f"{tmp_path}/own.py:few")(one) is True
+    assert load_metric(f"{tmp_path}/own.py:many")(one) == {"score": 1, "n": 2}
+    assert load_metric(f"{tmp_path}/own.py:careless")(one) == 7
+    assert load_metric("verl.utils.reward_score.gsm8k:compute_score")(sample(generation="#### 4", reference="4")) == 1.0
+
+
+def test_what_a_module_defines_is_told_from_what_is_within(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from collections.abc import Callable\n"
+        "if True:\n    def score(sample): return 1\n"
+        "class Other:\n    def score(self, a, b, c): return 1\n    def inner(sample): return 1\n"
+        "named: Callable = score\n"
+        "async def later(sample): return 1\n"
+        "def seconds(sample): return 1\n"
+    )
+    check_metrics([f"{tmp_path}/own.py:score", f"{tmp_path}/own.py:named"], "metrics")
+    for name, reason in (
+        ("inner", "the file defines no inner"),
+        ("later", "must not be async"),
+        ("seconds", "a round has a number called seconds already"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            check_metrics([f"{tmp_path}/own.py:{name}"], "metrics")

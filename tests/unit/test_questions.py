@@ -109,6 +109,8 @@ def test_an_empty_cell_changes_nothing(empty, caplog):
         ({"max_val_samples": 3}, "generation_params: max_val_samples is set once for the run, as trainer.max_val_s"),
         ({"num_beams": 2}, "generation_params.num_beams must be 1 with do_sample=true"),
         ({"early_stopping": [1]}, "generation_params: transformers refuses these parameters"),
+        ({"suppress_tokens": b"x"}, "generation_params.suppress_tokens must be free of NaN and infinity, and of"),
+        ({"pad_token_id": 3}, "generation_params.pad_token_id is not supported: it is the model's own that is used"),
         ("{", "generation_params: it is no JSON"),
         ("[1]", "generation_params: it must be a mapping or JSON of one, got a list"),
         (3, "generation_params: it must be a mapping or JSON of one, got a int"),

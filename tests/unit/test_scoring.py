@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,16 @@ def length(sample):
 
 def several(sample):
     return {"score": 1, "chars": len(sample.generation), "pred": "vote", "note": "text", "none": None}
+
+def odd(sample):
+    return {"score": 1, "a\\x1b[2J/b": 2, "list": [1], "true": True}
+
+def starting(sample):
+    import subprocess
+    started = subprocess.Popen(["sleep", "600"])
+    open(os.path.join(os.path.dirname(__file__), "pid"), "w").write(str(started.pid))
+    while True:
+        time.sleep(0.01)
 
 def raising(sample):
     if sample.index == 0:
@@ -215,3 +226,28 @@ def test_a_process_that_was_killed_between_two_rounds_is_begun_anew(own):
         made._process._process.kill()
         made.score(SAMPLES, math.inf)
         assert made.score(SAMPLES, math.inf)[0].keys() == {"length"}
+
+
+def test_odd_names_and_values(own):
+    with scoring(own, "odd") as made:
+        scores = made.score(SAMPLES, math.inf)[0]["odd"].scores
+    assert scores == {"odd": 1.0, "odd_a__2J_b": 2.0, "odd_true": 1.0}
+
+
+def test_what_a_metric_has_started_goes_with_it(own):
+    pid_file = own.with_name("pid")
+    with scoring(own, "starting") as made:
+        made.start()
+        end = time.monotonic() + 60
+        threading.Thread(target=made.score, args=(SAMPLES, math.inf), daemon=True).start()
+        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < end:
+            time.sleep(0.01)
+    state = Path(f"/proc/{pid_file.read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"  # killed; whoever adopted it may not have looked
+
+
+def test_a_custom_row_that_json_cannot_hold_keeps_its_scores(own):
+    with scoring(own, "length") as made:
+        assert made.score([replace(SAMPLES[0], extra_info={(1, 2): b"x"})], math.inf)[0]["length"].scores == {
+            "length": 5.0
+        }

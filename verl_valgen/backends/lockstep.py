@@ -65,23 +65,29 @@ class LockstepBackend(HFBackend):
             if todo:
                 del todo[0].indices[: len(batch)]
                 todo = [group for group in todo if group.indices]
-        self._add_logprobs(requests, [] if error else completions)
+        error = self._add_logprobs(requests, [] if error else completions) or error
         if error is not None:
             raise error
         return completions
 
-    def _add_logprobs(self, requests: Sequence[Request], completions: list[Completion]) -> None:
-        """Collective: all ranks must call."""
+    def _add_logprobs(self, requests: Sequence[Request], completions: list[Completion]) -> Exception | None:
+        """What failed here, after the last collective. Collective: all ranks must call."""
         device = self.model.device
+        error: Exception | None = None
         todo = [i for i, done in enumerate(completions) if requests[i].wants_logprob and done.output_ids]
         for _ in range(int(largest(len(todo), device))):
             if not agree(time.time() <= self.limits.deadline, device):
                 break
-            if todo:
-                i = todo.pop()
-                completions[i] = replace(completions[i], mean_logprob=self.mean_logprob(requests[i], completions[i]))
-            else:
-                self.mean_logprob(_COMPANY, Completion([0], "length"))
+            i = todo.pop() if todo else None
+            try:
+                if i is None:
+                    self.mean_logprob(_COMPANY, Completion([0], "length"))
+                else:
+                    logprob = self.mean_logprob(requests[i], completions[i])
+                    completions[i] = replace(completions[i], mean_logprob=logprob)
+            except Exception as e:  # behind the forward pass: the others count on the next
+                error, todo = error or e, []
+        return error
 
     def _fits(self, num_sequences: int) -> bool:
         # A cache that grows is there twice while it does.

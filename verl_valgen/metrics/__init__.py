@@ -14,6 +14,10 @@ from typing import NamedTuple
 from verl_valgen.checks import ConfigError, plain
 from verl_valgen.metrics.base import Metric
 from verl_valgen.metrics.own import OwnMetric, check_function, metric_name
+from verl_valgen.samples import ALWAYS
+
+RESERVED = (*ALWAYS, "num_samples", "seconds", "tokens_per_s", "best", "best_step", "mean_logprob")
+"""Names of numbers that a round has anyway."""
 
 
 class BuiltIn(NamedTuple):
@@ -58,6 +62,8 @@ def check_metrics(specs: Sequence[str], source: str) -> None:
             if package is not None and find_spec(package) is None:
                 raise ConfigError(f"{source}: {spec} needs a package: pip install verl-valgen[{extra}]")
         name = metric_name(spec)
+        if name in RESERVED:
+            raise ConfigError(f"{source}: {plain(spec, 200)}: a round has a number called {name} already")
         if name in names:
             raise ConfigError(f"{source} must have different names, got {plain(name)!r} twice")
         names.add(name)

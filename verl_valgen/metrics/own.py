@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from verl_valgen.metrics.base import Metric
 from verl_valgen.samples import Sample
 
 _MAX_SOURCE_BYTES = 1 << 20
+
+_VERLS_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
+"""Of verl's reward functions; each takes some of them."""
 
 
 def metric_name(spec: str) -> str:
@@ -34,7 +37,10 @@ class OwnMetric(Metric):
         for name in attribute.split("."):
             function = getattr(function, name)
         self._function = function
-        self._is_verls = {"solution_str", "ground_truth"} <= _parameters(function)
+        parameters = _parameters(function)
+        self._is_verls = {"solution_str", "ground_truth"} <= parameters.keys()
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        self._arguments = [name for name in _VERLS_ARGUMENTS if takes_any or name in parameters]
 
     def __call__(self, sample: Sample) -> float | Mapping[str, Any] | None:
         if not self._is_verls:
@@ -42,12 +48,9 @@ class OwnMetric(Metric):
         ground_truth = sample.reference if sample.ground_truth is None else sample.ground_truth
         if ground_truth is None:
             return None
-        return self._function(
-            data_source=sample.data_source,
-            solution_str=sample.generation,
-            ground_truth=ground_truth,
-            extra_info=sample.extra_info,
-        )
+        values = (sample.data_source, sample.generation, ground_truth, sample.extra_info or {})
+        given = dict(zip(_VERLS_ARGUMENTS, values, strict=True))
+        return self._function(**{name: given[name] for name in self._arguments})
 
 
 def check_function(spec: str, source: str) -> None:
@@ -80,6 +83,8 @@ def check_function(spec: str, source: str) -> None:
     definition = _definition(tree, attribute.partition(".")[0])
     if definition is None:
         raise ConfigError(f"{source}: {shown}: the file defines no {plain(attribute)}")
+    if isinstance(definition, ast.AsyncFunctionDef):
+        raise ConfigError(f"{source}: {shown} must not be async")
     if isinstance(definition, ast.FunctionDef) and not _can_score(definition):
         raise ConfigError(
             f"{source}: {shown} must take a sample, or data_source, solution_str, ground_truth and extra_info"
@@ -89,18 +94,27 @@ def check_function(spec: str, source: str) -> None:
 def _definition(tree: ast.Module, name: str) -> ast.stmt | None:
     """The last statement of a module that binds a name; a star import might bind any."""
     found = None
-    for statement in ast.walk(tree):
+    for statement in _statements(tree):
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names = {statement.name}
         elif isinstance(statement, ast.Import | ast.ImportFrom):
             names = {(alias.asname or alias.name).partition(".")[0] for alias in statement.names}
-        elif isinstance(statement, ast.Assign):
-            names = {target.id for target in statement.targets if isinstance(target, ast.Name)}
+        elif isinstance(statement, ast.Assign | ast.AnnAssign):
+            names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
         else:
             continue
         if names & {name, "*"}:
             found = statement
     return found
+
+
+def _statements(node: ast.AST) -> Iterator[ast.stmt]:
+    """Those of a module, in order, within `if`, `try` and `with` too, but not within functions and classes."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt):
+            yield child
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield from _statements(child)
 
 
 def _can_score(function: ast.FunctionDef) -> bool:
@@ -113,11 +127,11 @@ def _can_score(function: ast.FunctionDef) -> bool:
     return bool(takes_one) and all(default is not None for default in arguments.kw_defaults)
 
 
-def _parameters(function: Any) -> set[str]:
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
     try:
-        return set(inspect.signature(function).parameters)
+        return inspect.signature(function).parameters
     except ValueError:  # some that are written in C tell nothing
-        return set()
+        return {}
 
 
 def _module_of_file(path: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping
@@ -60,9 +61,9 @@ def _scored(metric: Metric | str, name: str, sample: Sample) -> list[Any]:
         # verl's reward functions give the answer that they found as "pred".
         vote = str(values["pred"]) if "pred" in values else metric.vote(sample)
         scores = {
-            name if key == "score" else f"{name}_{key}": float(value)
+            name if key == "score" else re.sub(r"[^A-Za-z0-9_-]", "_", f"{name}_{key}"): float(value)
             for key, value in values.items()
-            if not isinstance(value, str) and value is not None
+            if hasattr(value, "__float__")
         }
         return [scores, metric.is_correctness, vote]
     except Exception as e:

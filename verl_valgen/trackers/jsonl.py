@@ -40,8 +40,8 @@ class JsonlTracker(Tracker):
 def set_aside(directory: str | os.PathLike[str], start_step: int) -> Path | None:
     """Moves the step files beyond `start_step`, which an earlier run left, to `<directory>/old-<k>/`.
 
-    k is the smallest number from 1 that is free. Temporary files that a crash left are removed. Returns the new
-    folder, or None if nothing had to be moved.
+    For a new run, which starts at 0, these are all. k is the smallest number from 1 that is free. Temporary files that a
+    crash left are removed. Returns the new folder, or None if nothing had to be moved.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -49,7 +49,7 @@ def set_aside(directory: str | os.PathLike[str], start_step: int) -> Path | None
     for path in directory.glob(f"step_*.jsonl{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
     matches = [(path, _STEP_FILE.fullmatch(path.name)) for path in sorted(directory.iterdir())]
-    stale = [path for path, match in matches if match and int(match[1]) > start_step]
+    stale = [path for path, match in matches if match and (int(match[1]) > start_step or start_step == 0)]
     if not stale:
         return None
     folder = next(path for k in count(1) if not (path := directory / f"old-{k}").exists())
