@@ -40,8 +40,8 @@ class JsonlTracker(Tracker):
 def set_aside(directory: str | os.PathLike[str], start_step: int) -> Path | None:
     """Moves the step files beyond `start_step`, which an earlier run left, to `<directory>/old-<k>/`.
 
-    For a new run, which starts at 0, these are all. k is the smallest number from 1 that is free. Temporary files that a
-    crash left are removed. Returns the new folder, or None if nothing had to be moved.
+    For a new run, which starts at 0, these are all. k is the smallest number from 1 that is free. Temporary files that
+    a crash left are removed. Returns the new folder, or None if nothing had to be moved.
     """
     directory = Path(directory)
     if not directory.is_dir():
