@@ -17,7 +17,7 @@ from verl_valgen.checks import ConfigError, quoted
 from verl_valgen.checks import plain as shown
 from verl_valgen.row_data import RowData, cell, plain, row_data
 from verl_valgen.samples import Prompt
-from verl_valgen.turns import answered_turns
+from verl_valgen.turns import answered_turns, readable
 
 _MAX_PROMPTS = 10_000
 _MAX_BYTES = 256 << 20
@@ -84,13 +84,13 @@ def tokenized(
         is_answered = messages[-1]["role"] == "assistant" and len(messages) > 1
         for place in answered_turns(messages, turn) if is_answered else [len(messages)]:
             before = messages[:place]
-            answer = _text(messages[place]).strip() or None if place < len(messages) else None
-            questions = [_text(message) for message in before if message["role"] == "user"]
+            answer = readable(messages[place].get("content")).strip() or None if place < len(messages) else None
+            questions = [readable(message.get("content")) for message in before if message["role"] == "user"]
             found.append(
                 Prompt(
                     row=None,
                     input_ids=_input_ids(before, tokenizer, {**template_kwargs, **own.template_kwargs}),
-                    text=questions[-1] if questions else _text(before[-1]),
+                    text=questions[-1] if questions else readable(before[-1].get("content")),
                     reference=answer if own.reference is None else own.reference,
                     data=own.data,
                     stream=stream,
@@ -103,7 +103,7 @@ def _input_ids(messages: list[dict[str, Any]], tokenizer: Any, template_kwargs: 
     if getattr(tokenizer, "chat_template", None) is None:
         if [message["role"] for message in messages] != ["user"]:
             raise ValueError("the tokenizer has no chat template, so that a prompt must be one text")
-        return tokenizer(_text(messages[0]))["input_ids"]
+        return tokenizer(readable(messages[0].get("content")))["input_ids"]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the chat template has put them in
 
@@ -133,11 +133,6 @@ def _is_message(message: Any) -> bool:
     if isinstance(content, list):
         return all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content)
     return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
 def _reader(file: Path, named: str) -> Callable[[Path], Iterable[Any]]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from verl_valgen.loss_masks import answer_spans, end_of_last, without_padding
 from verl_valgen.row_data import RowData, plain, row_data
 from verl_valgen.samples import Prompt
-from verl_valgen.turns import answered_turns
+from verl_valgen.turns import answered_turns, readable
 
 
 class DatasetPrompts(NamedTuple):
@@ -136,7 +136,7 @@ def _from_single_turn(dataset: Any, row: int, *_: Any) -> list[Prompt | _LeftOut
     input_ids = _prompt_ids(dataset, [{"role": "user", "content": question}])
     if _answer_is_cut_off(dataset, input_ids):
         return [_LeftOut.WITHOUT_ANSWER]
-    return [Prompt(row, input_ids, _readable(question), dataset.responses[row].strip())]
+    return [Prompt(row, input_ids, readable(question), dataset.responses[row].strip())]
 
 
 def _from_conversation(dataset: Any, row: int, _: Any, turn: str) -> list[Prompt | _LeftOut]:
@@ -153,14 +153,14 @@ def _from_turn(dataset: Any, row: int, messages: list[dict], turn: int, kwargs: 
     before = messages[:turn]
     input_ids = _prompt_ids(dataset, before, **kwargs)
     questions = [message.get("content") for message in before if message["role"] == "user"]
-    text = _readable(questions[-1]) if questions else decode(dataset.tokenizer, input_ids, skip_special_tokens=True)
+    text = readable(questions[-1]) if questions else decode(dataset.tokenizer, input_ids, skip_special_tokens=True)
     if turn == len(messages):
         return Prompt(row, input_ids, text, reference=None)
     if _answer_is_cut_off(dataset, input_ids):
         return _LeftOut.WITHOUT_ANSWER
 
     answer = messages[turn]
-    reference = _readable(answer.get("content"))
+    reference = readable(answer.get("content"))
     if not reference or answer.get("tool_calls"):
         prompt = _render(dataset, before, add_generation_prompt=True, tokenize=False, **kwargs)
         whole = _render(dataset, [*before, answer], add_generation_prompt=False, tokenize=False, **kwargs)
@@ -223,14 +223,6 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 def _answer_is_cut_off(dataset: Any, prompt_ids: list[int]) -> bool:
     cuts_right = dataset.truncation == "right" or getattr(dataset, "pad_mode", None) == "no_padding"
     return cuts_right and len(prompt_ids) >= dataset.max_length
-
-
-def _readable(content: Any) -> str:
-    """The text of a message's content, be it a string or a list of parts such as `{"type": "text", "text": ...}`."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    return "".join(part.get("text") or "" for part in parts if isinstance(part, dict))
 
 
 def _has_other_parts(messages: list[dict]) -> bool:

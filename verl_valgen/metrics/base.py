@@ -24,3 +24,13 @@ class Metric(ABC):
     def vote(self, sample: Sample) -> str:
         """Answers with the same vote are the same answer."""
         return normalized(sample.generation)
+
+
+class ReferenceMetric(Metric):
+    """Compares the answer with the reference, where there is one."""
+
+    def __call__(self, sample: Sample) -> float | None:
+        return None if sample.reference is None else self.compare(sample.generation, sample.reference)
+
+    @abstractmethod
+    def compare(self, answer: str, reference: str) -> float: ...

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from verl_valgen.metrics.base import Metric
-from verl_valgen.samples import Sample
+from verl_valgen.metrics.base import ReferenceMetric
 
 
-class RougeL(Metric):
+class RougeL(ReferenceMetric):
     """F-measure of the longest common subsequence of words, in [0, 1]. rouge-score's words are of a to z and digits."""
 
     name = "rouge_l"
@@ -19,13 +18,11 @@ class RougeL(Metric):
             raise ImportError("rouge_l needs a package: pip install verl-valgen[metrics]") from error
         self._scorer = RougeScorer(["rougeL"], use_stemmer=False)
 
-    def __call__(self, sample: Sample) -> float | None:
-        if sample.reference is None:
-            return None
-        return float(self._scorer.score(sample.reference, sample.generation)["rougeL"].fmeasure)
+    def compare(self, answer: str, reference: str) -> float:
+        return float(self._scorer.score(reference, answer)["rougeL"].fmeasure)
 
 
-class _Sacrebleu(Metric):
+class _Sacrebleu(ReferenceMetric):
     is_correctness = False
 
     def __init__(self) -> None:
@@ -36,10 +33,8 @@ class _Sacrebleu(Metric):
         # Of sentences: without the effective order, those of fewer than four words would all be 0.
         self._metric = sacrebleu.BLEU(effective_order=True) if self.name == "bleu" else sacrebleu.CHRF()
 
-    def __call__(self, sample: Sample) -> float | None:
-        if sample.reference is None:
-            return None
-        return float(self._metric.sentence_score(sample.generation, [sample.reference]).score)
+    def compare(self, answer: str, reference: str) -> float:
+        return float(self._metric.sentence_score(answer, [reference]).score)
 
 
 class Bleu(_Sacrebleu):

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 from collections import Counter
 
-from verl_valgen.metrics.base import Metric
+from verl_valgen.metrics.base import ReferenceMetric
 from verl_valgen.metrics.text import normalized
-from verl_valgen.samples import Sample
 
 
-class ExactMatch(Metric):
+class ExactMatch(ReferenceMetric):
     """1.0 where the normalized answer is the normalized reference, else 0.0."""
 
     name = "exact_match"
     is_correctness = True
 
-    def __call__(self, sample: Sample) -> float | None:
-        if sample.reference is None:
-            return None
-        return float(normalized(sample.generation) == normalized(sample.reference))
+    def compare(self, answer: str, reference: str) -> float:
+        return float(normalized(answer) == normalized(reference))
 
 
-class TokenF1(Metric):
+class TokenF1(ReferenceMetric):
     """The harmonic mean of precision and recall of normalized words, in [0, 1]; 1.0 where both have none."""
 
     name = "token_f1"
     is_correctness = False
 
-    def __call__(self, sample: Sample) -> float | None:
-        if sample.reference is None:
-            return None
-        answer, reference = normalized(sample.generation).split(), normalized(sample.reference).split()
-        if not answer or not reference:
-            return float(answer == reference)
-        num_common = (Counter(answer) & Counter(reference)).total()
-        return 2 * num_common / (len(answer) + len(reference))
+    def compare(self, answer: str, reference: str) -> float:
+        said, expected = normalized(answer).split(), normalized(reference).split()
+        if not said or not expected:
+            return float(said == expected)
+        num_common = (Counter(said) & Counter(expected)).total()
+        return 2 * num_common / (len(said) + len(expected))

@@ -27,8 +27,6 @@ class ConsoleTracker(Tracker):
         self._max_chars = max_chars
 
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
-        from tqdm import tqdm  # verl's own dependency, and its class: only that one knows verl's progress bar
-
         lines = [f"=== Validation Samples (Step {step}) ==="]
         of_prompts: dict[int, list[Sample]] = {}
         for sample in samples:
@@ -39,16 +37,19 @@ class ConsoleTracker(Tracker):
                 label = _label(sample, of_prompt)
                 lines.append(f"Generation {index + 1}{label}: {printable(sample.generation, self._max_chars)}")
             lines.append(_RULE)
-        # In one call: the bar is taken away and drawn again around it.
-        tqdm.write(_encodable("\n".join(lines)))
-        sys.stdout.flush()
+        _write("\n".join(lines))
 
     def log_scalars(self, scalars: dict[str, float], step: int) -> None:
         """One line that sums up the round; numbers by source of data are left to the trackers."""
-        from tqdm import tqdm
+        _write(printable(_summary(scalars, step), self._max_chars))
 
-        tqdm.write(_encodable(printable(_summary(scalars, step), self._max_chars)))
-        sys.stdout.flush()
+
+def _write(text: str) -> None:
+    """In one call: the bar is taken away and drawn again around it."""
+    from tqdm import tqdm  # verl's own dependency, and its class: only that one knows verl's progress bar
+
+    tqdm.write(_encodable(text))
+    sys.stdout.flush()
 
 
 def _label(sample: Sample, of_prompt: Sequence[Sample]) -> str:
