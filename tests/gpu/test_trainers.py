@@ -195,20 +195,24 @@ def trained_model(result: Run, assets: Assets, *, lora: bool) -> PreTrainedModel
     return model.to("cuda")
 
 
-def answers_ulp_below_the_best(result: Run, assets: Assets, model: PreTrainedModel) -> list[float]:
-    """Of each answer of the last round the token that is the worst under the model."""
+def token_ids(sample: dict[str, Any], assets: Assets) -> tuple[list[int], list[int]]:
+    """Of the prompt and of the answer."""
     tokenizer = AutoTokenizer.from_pretrained(assets.model)
-    worst = []
-    for sample in result.samples(3):
-        assert sample["params"]["dtype"] == "bfloat16"
-        prompt_ids = tokenizer(sample["prompt"], add_special_tokens=False)["input_ids"]
-        # This tokenizer has one token per character: encoding the text gives the generated ids back.
-        output_ids = tokenizer(sample["generation"], add_special_tokens=False)["input_ids"]
-        output_ids += [tokenizer.eos_token_id] * (sample["finish_reason"] == "eos")
-        assert (len(prompt_ids), len(output_ids)) == (sample["num_prompt_tokens"], sample["num_new_tokens"])
-        worst.append(max(ulp_below_the_best(model, prompt_ids, output_ids)))
-    assert len(worst) == 5
-    return worst
+    prompt_ids = tokenizer(sample["prompt"], add_special_tokens=False)["input_ids"]
+    # This tokenizer has one token per character: encoding the text gives the generated ids back.
+    output_ids = tokenizer(sample["generation"], add_special_tokens=False)["input_ids"]
+    output_ids += [tokenizer.eos_token_id] * (sample["finish_reason"] == "eos")
+    assert (len(prompt_ids), len(output_ids)) == (sample["num_prompt_tokens"], sample["num_new_tokens"])
+    return prompt_ids, output_ids
+
+
+def answers_ulp_below_the_best(
+    result: Run, assets: Assets, model: PreTrainedModel, *, of_strategy: str = "default"
+) -> list[float]:
+    """Of each answer of the last round the token that is the worst under the model."""
+    samples = [sample for sample in result.samples(3) if sample["strategy"] == of_strategy]
+    assert [sample["params"]["dtype"] for sample in samples] == ["bfloat16"] * 5
+    return [max(ulp_below_the_best(model, *token_ids(sample, assets))) for sample in samples]
 
 
 def test_the_copy_is_the_trained_model(finished, trained):
@@ -308,3 +312,44 @@ def test_verls_own_command(tmp_path, assets, fsdp, lora, num_ranks, how):
     worst = answers_ulp_below_the_best(result, assets, trained_model(result, assets, lora=lora))
     assert max(worst) <= MAX_ULP, worst
     shutil.rmtree(result.checkpoints / "global_step_3")
+
+
+STRATEGIES = (
+    "{greedy: {do_sample: false}, nucleus: {top_p: 0.95}, beams: {do_sample: false, num_beams: 2}, best: {best_of: 3}}"
+)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "lora", "num_ranks", "how"),
+    [
+        ("fsdp2", True, 1, ()),
+        pytest.param("fsdp", False, 2, SPREAD, marks=needs_two),
+        pytest.param("fsdp2", False, 2, SHARDED, marks=needs_two),
+    ],
+)
+def test_strategies_and_their_likelihoods(tmp_path, assets, fsdp, lora, num_ranks, how):
+    overrides = [*assets.overrides(multiturn=True), strategy(fsdp), f"{SAVE_CONTENTS}=[model]", *how]
+    overrides += ["model.lora_rank=8"] if lora else [f"optim.lr={LEARNING_RATE}"]
+    overrides += [f"+generation.strategies={STRATEGIES}", "+generation.n=2", "+generation.metrics=[exact_match]"]
+    overrides += ["+generation.before_train=true", "+generation.max_new_tokens=24"]
+    result = run(tmp_path, overrides, num_ranks=None if num_ranks == 1 else num_ranks)
+    assert result.returncode == 0, result.output[-5000:]
+    assert not [line for line in result.output.splitlines() if "WARNING" in line and "verl_valgen" in line]
+    for step in (0, 2, 3):
+        assert len(result.samples(step)) == 5 * (1 + 2 + 1 + 2)
+    model = trained_model(result, assets, lora=lora)
+    worst = answers_ulp_below_the_best(result, assets, model, of_strategy="greedy")
+    assert max(worst) <= MAX_ULP, worst
+    for sample in result.samples(3):
+        assert sample["scores"]["exact_match"] in (0.0, 1.0)
+        if sample["strategy"] == "best":
+            logprob = mean_logprob(model, *token_ids(sample, assets))
+            assert sample["scores"]["mean_logprob"] == pytest.approx(logprob, abs=0.03)  # of bfloat16 logits
+    shutil.rmtree(result.checkpoints / "global_step_3")
+
+
+@torch.no_grad()
+def mean_logprob(model: PreTrainedModel, prompt_ids: list[int], output_ids: list[int]) -> float:
+    logits = model(torch.tensor([prompt_ids + output_ids], device="cuda")).logits[0, len(prompt_ids) - 1 : -1]
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    return logprobs[torch.arange(len(output_ids)), output_ids].mean().item()
