@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class Answering:
             packed = None if requests is None else pack(requests)
         except Exception as e:  # the others wait for a word
             error = e
-        logging_rank, received = broadcast([rank(), packed], host.is_logging_rank, host.device)
+        logging_rank, received = broadcast([rank(), packed], host.is_logging_rank, host.device) or (rank(), None)
         if error is not None:
             raise error
         all_requests = [] if received is None else unpack(received)
@@ -122,7 +123,11 @@ class Answering:
             error = e
             traceback.clear_frames(e.__traceback__)  # they hold the copy, which is to be free when the ranks meet
         report = [value, None if error is None else describe(error)]
-        reports = [report] if only_logging_rank else gather_values(report, self.host.device)
+        try:
+            found = [report] if only_logging_rank else gather_values(report, self.host.device)
+        except Exception as e:  # this rank's value cannot be sent
+            found, error = [[None, describe(e)]], e
+        reports = [report or [None, "what it found could not be sent"] for report in found]
         failed = {rank: text for rank, (_, text) in enumerate(reports) if text is not None}
         if not failed:
             return [value for value, _ in reports]
@@ -146,7 +151,7 @@ class Answering:
                 copy=host.num_parameters * self.dtype.itemsize,
                 unit=host.largest_unit_bytes,
                 sequence=self._sequence_bytes(requests),
-                logprobs=logprobs_bytes(requests, host.model_config.get_text_config(), self.dtype),
+                logprobs=self._logprobs_bytes(requests),
             ),
             free,
             world_size(),
@@ -166,6 +171,9 @@ class Answering:
 
     def _sequence_bytes(self, requests: Sequence[Request]) -> int:
         return largest_sequence_bytes(requests, self.host.model_config.get_text_config(), self.dtype)
+
+    def _logprobs_bytes(self, requests: Sequence[Request]) -> int:
+        return logprobs_bytes(requests, self.host.model_config.get_text_config(), self.dtype)
 
     def _with_a_copy(
         self, requests: Sequence[Request], plan: Plan, deadline: float, moved: ExitStack
@@ -193,7 +201,7 @@ class Answering:
         with generating_through(self.host.model, self._special_tokens(), self.host.device) as model:
             backend = LockstepBackend(
                 model, self.host.tokenizer, self.settings.seed, Limits(plan.batch_size, deadline),
-                sequence_bytes=self._sequence_bytes(requests),
+                sequence_bytes=self._sequence_bytes(requests), logprobs_bytes=self._logprobs_bytes(requests),
             )  # fmt: skip
             return self._timed(backend, requests)
 
@@ -204,7 +212,7 @@ class Answering:
         num_tokens = sum(len(completion.output_ids) for completion in completions)
         seconds = time.perf_counter() - start
         logger.debug("generated %d tokens for %d prompts in %.3f s", num_tokens, len(requests), seconds)
-        return [[c.output_ids, c.finish_reason, c.mean_logprob] for c in completions]
+        return [list(astuple(completion)) for completion in completions]
 
     def _special_tokens(self) -> GenerationConfig:
         return special_tokens(self.host.generation_config, self.host.tokenizer)

@@ -30,6 +30,7 @@ class Best:
         self.value: float | None = None
         self.step = 0
         self._is_unknown = False
+        self._is_written = True
         before = self._read()
         if before is not None and 0 < start_step >= before["step"]:
             self.value, self.step = before["value"], before["step"]
@@ -38,7 +39,7 @@ class Best:
         """Takes a round's numbers; the best so far, as numbers of that round: `best` and `best_step`.
 
         Raises:
-            OSError: The file could not be written; the value is kept.
+            OSError: The file could not be written; the value is kept, and written with the next round.
         """
         value = scalars.get(self.metric)
         if value is None:
@@ -47,10 +48,12 @@ class Best:
                 known = printable(", ".join(scalars), 300)
                 logger.warning("generation.best_metric: this round has no %s; there are %s", self.metric, known)
         elif math.isfinite(value) and (self.value is None or self._is_better(value)):
-            self.value, self.step = value, step
-            record = {"metric": self.metric, "mode": self.mode, "value": value, "step": step}
+            self.value, self.step, self._is_written = value, step, False
+        if self.value is not None and not self._is_written:
+            record = {"metric": self.metric, "mode": self.mode, "value": self.value, "step": self.step}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.path, (json.dumps(record) + "\n").encode("ascii"))
+            self._is_written = True
         return {} if self.value is None else {"best": self.value, "best_step": float(self.step)}
 
     def _is_better(self, value: float) -> bool:

@@ -46,22 +46,31 @@ def broadcast(value: Any, is_source: bool, device: torch.device) -> Any:
 
     Args:
         value: Of the one rank that is the source; whatever the others pass is not looked at.
+
+    Raises:
+        Exception: On the source, where its value cannot be sent, after the last collective; the others get None.
     """
     if world_size() == 1:
         return json.loads(json.dumps(value))
-    data = _encoded(value) if is_source else torch.zeros(0, dtype=torch.uint8)
+    data, error = _encoded(value) if is_source else (_NOTHING, None)
     buffer = torch.zeros(int(largest(len(data), device)), dtype=torch.uint8, device=device)
     buffer[: len(data)] = data.to(device)
     # Nobody but the source needs to know which rank it is: the others have zeros.
     dist.all_reduce(buffer, op=dist.ReduceOp.MAX)
+    if error is not None:
+        raise error
     return _decoded(buffer)
 
 
 def gather_values(value: Any, device: torch.device) -> list[Any]:
-    """What JSON makes of the values of all ranks, in their order. Collective: all ranks must call."""
+    """What JSON makes of the values of all ranks, in their order. Collective: all ranks must call.
+
+    Raises:
+        Exception: On a rank whose value cannot be sent, after the last collective; the others get None for it.
+    """
     if world_size() == 1:
         return [json.loads(json.dumps(value))]
-    data = _encoded(value)
+    data, error = _encoded(value)
     sizes = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor(len(data), device=device))
     lengths = [int(size.item()) for size in sizes]
@@ -69,12 +78,22 @@ def gather_values(value: Any, device: torch.device) -> list[Any]:
     padded = torch.zeros_like(buffers[0])
     padded[: len(data)] = data.to(device)
     dist.all_gather(buffers, padded)
+    if error is not None:
+        raise error
     return [_decoded(buffer[:length]) for buffer, length in zip(buffers, lengths, strict=True)]
 
 
-def _encoded(value: Any) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode("ascii")), dtype=torch.uint8)  # JSON escapes the rest
+_NOTHING = torch.zeros(0, dtype=torch.uint8)
+
+
+def _encoded(value: Any) -> tuple[Tensor, Exception | None]:
+    """Nothing, and why, where JSON has no word for the value."""
+    try:
+        # JSON escapes whatever is not ASCII.
+        return torch.frombuffer(bytearray(json.dumps(value).encode("ascii")), dtype=torch.uint8), None
+    except Exception as e:
+        return _NOTHING, e
 
 
 def _decoded(data: Tensor) -> Any:
-    return json.loads(data.cpu().numpy().tobytes())
+    return json.loads(data.cpu().numpy().tobytes() or b"null")

@@ -5,13 +5,13 @@ This module knows transformers, and imports it only when it is asked. It does no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-from verl_valgen.checks import ConfigError, plain
+from verl_valgen.checks import ConfigError, plain, quoted
 
 SAMPLING_ONLY = frozenset(
     ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -43,6 +43,13 @@ REFUSED = {
 """Why each of these is refused, by name and whatever the value."""
 
 
+_TOKEN_IDS = (
+    *("eos_token_id", "forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "sequence_bias"),
+    *("suppress_tokens", "begin_suppress_tokens"),
+)
+"""The parameters that name tokens."""
+
+
 def field_names() -> frozenset[str]:
     """The fields of the installed transformers' `GenerationConfig` that may be set."""
     from transformers import GenerationConfig
@@ -60,6 +67,7 @@ def check(parameters: Mapping[str, Any], source: str = "generation") -> None:
     from transformers import GenerationConfig
     from transformers.generation import utils
 
+    check_token_ids(parameters, None, source)
     try:
         hf_config = GenerationConfig(**parameters)  # validates
         mode = hf_config.get_generation_mode()
@@ -77,6 +85,31 @@ def check(parameters: Mapping[str, Any], source: str = "generation") -> None:
     home = getattr(utils, "GENERATION_MODES_MAPPING", {}).get(mode, "")
     if "/" in home:
         raise ConfigError(f"{source}: these parameters select {plain(mode.value)}, but {_ON_THE_HUB} ({plain(home)})")
+
+
+def check_token_ids(parameters: Mapping[str, Any], vocab_size: int | None, source: str = "generation") -> None:
+    """Raises `ConfigError` where a parameter names a token that a model has not: on CUDA that would end the process.
+
+    Args:
+        vocab_size: None where it is not known yet.
+    """
+    for name in _TOKEN_IDS:
+        for token_id in _token_ids(parameters.get(name), name):
+            is_one = isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0
+            if not is_one or (vocab_size is not None and token_id >= vocab_size):
+                allowed = "ids of tokens" if vocab_size is None else f"ids of tokens, below {vocab_size}"
+                raise ConfigError(f"{source}.{name} must have {allowed}, got {quoted(token_id)}")
+
+
+def _token_ids(value: Any, name: str) -> Iterator[Any]:
+    """The leaves of a value; in `sequence_bias` the sequences alone."""
+    if name == "sequence_bias" and isinstance(value, list):
+        value = [pair[0] for pair in value if isinstance(pair, list) and pair]
+    if isinstance(value, list):
+        for item in value:
+            yield from _token_ids(item, "")
+    elif value is not None and name != "sequence_bias":
+        yield value
 
 
 def special_tokens(model_config: GenerationConfig | None, tokenizer: Any) -> GenerationConfig:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from verl_valgen.backends.batching import most_new_tokens
 from verl_valgen.samples import Request
 
 
@@ -42,7 +43,7 @@ def largest_sequence_bytes(requests: Sequence[Request], config: Any, dtype: torc
     """`sequence_bytes` of the request that takes the most, all of its beams together; 0 of none."""
     return max(
         (
-            sequence_bytes(config, len(request.input_ids), request.params["max_new_tokens"], dtype)
+            sequence_bytes(config, len(request.input_ids), most_new_tokens(request, config), dtype)
             * request.params.get("num_beams", 1)
             for request in requests
         ),
@@ -57,7 +58,7 @@ def logprobs_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype)
     """
     return max(
         (
-            config.vocab_size * (len(request.input_ids) * dtype.itemsize + request.params["max_new_tokens"] * 12)
+            config.vocab_size * (len(request.input_ids) * dtype.itemsize + most_new_tokens(request, config) * 12)
             for request in requests
             if request.wants_logprob
         ),
@@ -69,8 +70,8 @@ def logprobs_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype)
 def preserved_blas_workspaces(device: torch.device) -> Iterator[None]:
     """Frees, at the end, the workspaces that cuBLAS was given for streams of ours.
 
-    PyTorch keeps one for every stream and handle for good. There is no other way than to drop all; the current stream
-    gets its own back at once, if it had one.
+    PyTorch keeps one for every stream and thread for good. There is no other way than to drop all; the current stream
+    gets its own back at once, if it had one, and that of autograd's thread comes back with its next matrix product.
     """
     if device.type != "cuda":
         yield

@@ -120,8 +120,10 @@ def _own_prompt(row: Any, params_key: str) -> OwnPrompt:
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise ValueError(f"`prompt` or `messages` must be a text or a list of messages of text, got {quoted(prompt)}")
     reference = row.get("reference")
+    if isinstance(reference, int | float) and not isinstance(reference, bool):
+        reference = str(reference)
     if reference is not None and not isinstance(reference, str):
-        raise ValueError(f"`reference` must be a text, got {quoted(reference)}")
+        raise ValueError(f"`reference` must be a text or a number, got {quoted(reference)}")
     kwargs = {name: row[name] for name in ("tools", "enable_thinking") if row.get(name) is not None}
     return OwnPrompt(messages, None if reference is None else reference.strip(), kwargs, row_data(row, params_key))
 
@@ -142,13 +144,23 @@ def _reader(file: Path, named: str) -> Callable[[Path], Iterable[Any]]:
     return readers[file.suffix]
 
 
-def _read_lines(file: Path) -> Iterable[str]:
+def _lines(file: Path) -> Iterable[tuple[int, str]]:
+    """Those that are not empty, with their numbers from 1."""
     # Not `splitlines`, which ends a line at a form feed too.
-    return [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    lines = file.read_text(encoding="utf-8-sig").split("\n")
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _read_lines(file: Path) -> Iterable[str]:
+    return [line for _, line in _lines(file)]
 
 
 def _read_jsonl(file: Path) -> Iterable[Any]:
-    return (json.loads(line) for line in _read_lines(file))
+    for number, line in _lines(file):
+        try:
+            yield json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"line {number}: {e}") from None
 
 
 def _read_parquet(file: Path) -> Iterable[Any]:

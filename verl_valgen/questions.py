@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from verl_valgen import hf_parameters
 from verl_valgen.checks import ConfigError, plain
 from verl_valgen.config import GenerationSettings
 from verl_valgen.prompts import decode
@@ -61,14 +62,21 @@ def _likelihood(completion: Completion) -> float:
     return -math.inf if completion.mean_logprob is None else completion.mean_logprob
 
 
-def make_questions(prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Question]:
+def make_questions(
+    prompts: Sequence[Prompt], settings: GenerationSettings, vocab_size: int | None = None
+) -> list[Question]:
     """Strategy by strategy, within each in the order of the prompts.
 
     A prompt's own parameters go before the global ones, those of a strategy before both. Where they cannot be used, a
     warning says so, with the row, and the global ones stand.
+
+    Raises:
+        ConfigError: The global parameters, or those of a strategy, name tokens beyond the vocabulary.
     """
-    of_all = _of_strategies(settings, "generation")
-    of_prompts = [_with_own_parameters(index, prompt, settings) or of_all for index, prompt in enumerate(prompts)]
+    of_all = _of_strategies(settings, "generation", vocab_size)
+    of_prompts = [
+        _with_own_parameters(index, prompt, settings, vocab_size) or of_all for index, prompt in enumerate(prompts)
+    ]
     return [
         _question(index, prompt, name, of_strategies[name])
         for name in settings.strategies or (DEFAULT_STRATEGY,)
@@ -97,34 +105,52 @@ def _question(index: int, prompt: Prompt, strategy: str, settings: GenerationSet
     return Question(index, prompt, strategy, settings.parameters, num_completions, best_of)
 
 
+def with_global_parameters(question: Question, settings: GenerationSettings) -> Question:
+    """The question without parameters of its prompt's own."""
+    of_strategy = _of_strategies(settings, "generation")[question.strategy]
+    return _question(question.index, question.prompt, question.strategy, of_strategy)
+
+
 def _with_own_parameters(
-    index: int, prompt: Prompt, settings: GenerationSettings
+    index: int, prompt: Prompt, settings: GenerationSettings, vocab_size: int | None
 ) -> dict[str, GenerationSettings] | None:
     """The settings of one prompt under each strategy; None where it has none of its own that can be used."""
     source = plain(settings.params_key)
     try:
         own = parameters(prompt.data.params)
-        return _of_strategies(settings.overridden(own, source), source) if own else None
+        return _of_strategies(settings.overridden(own, source), source, vocab_size) if own else None
     except ConfigError as e:
         reason = str(e)
     except ValueError as e:
         reason = f"{source}: {e}"
-    where = f"row {prompt.row}" if prompt.row is not None else f"prompt {index + 1}"
+    where = place(index, prompt)
     logger.warning("%s: %s; it is answered with the global parameters", where, printable(reason, 400))
     return None
 
 
-def _of_strategies(settings: GenerationSettings, source: str) -> dict[str, GenerationSettings]:
-    return {
-        name: settings.overridden(params, f"{source}, under generation.strategies.{name}")
-        for name, params in (settings.strategies or {DEFAULT_STRATEGY: {}}).items()
-    }
+def place(index: int, prompt: Prompt) -> str:
+    """Where a prompt comes from, for warnings."""
+    return f"row {prompt.row}" if prompt.row is not None else f"prompt {index + 1}"
+
+
+def _of_strategies(
+    settings: GenerationSettings, source: str, vocab_size: int | None = None
+) -> dict[str, GenerationSettings]:
+    found = {}
+    for name, params in (settings.strategies or {DEFAULT_STRATEGY: {}}).items():
+        of_strategy = f"{source}, under generation.strategies.{name}" if settings.strategies else source
+        found[name] = settings.overridden(params, of_strategy)
+        hf_parameters.check_token_ids(found[name].parameters, vocab_size, of_strategy)
+    return found
 
 
 def make_samples(
     questions: Sequence[Question], completions: Sequence[Completion], step: int, seed: int, dtype: str, tokenizer: Any
 ) -> list[Sample]:
-    """The records of a round, without scores but those that the model gives, in the order of `answered`."""
+    """The records of a round, without scores but those that the model gives, in the order of `answered`.
+
+    What failed gives none.
+    """
     return [
         Sample(
             step=step,
@@ -148,5 +174,6 @@ def make_samples(
             extra_info=prompt.data.extra_info,
         )
         for question, number, completion in answered(questions, completions)
+        if not completion.error
         for prompt in [question.prompt]
     ]

@@ -25,11 +25,11 @@ from verl_valgen.exchange import broadcast
 from verl_valgen.hosts.base import Host
 from verl_valgen.prompt_sources import read_prompts
 from verl_valgen.prompts import decode, mask_is_shifted, prompts_from_batch
-from verl_valgen.questions import Question, answered, make_questions, make_samples
+from verl_valgen.questions import Question, answered, make_questions, make_samples, place, with_global_parameters
 from verl_valgen.random_state import preserved_random_state
 from verl_valgen.samples import Completion, Prompt
 from verl_valgen.scoring import Scoring, with_scores
-from verl_valgen.text import describe, describe_at_length
+from verl_valgen.text import describe, describe_at_length, printable
 from verl_valgen.trackers import open_trackers
 from verl_valgen.trackers.composite import CompositeTracker
 from verl_valgen.trackers.jsonl import set_aside
@@ -84,7 +84,7 @@ class ValidationRounds:
             try:
                 steps = self._prepare_on_logging_rank()
             except Exception as e:
-                self._warn("the validation prompts could not be read, so there will be no samples", e)
+                self._warn("the prompts could not be prepared, so there will be no samples", e)
         found = broadcast(steps, self.host.is_logging_rank, self.host.device)
         self.steps = found or []
         return found is not None
@@ -92,7 +92,7 @@ class ValidationRounds:
     def _prepare_on_logging_rank(self) -> list[int] | None:
         """The steps of the rounds; None where there is nothing to ask."""
         settings = self.settings
-        self.questions = make_questions(read_prompts(self.host, settings), settings)
+        self.questions = make_questions(read_prompts(self.host, settings), settings, self._vocab_size)
         if not self.questions:
             return None
         schedule = replace(self.host.schedule(), every=settings.every, before_train=settings.before_train)
@@ -130,6 +130,7 @@ class ValidationRounds:
 
     def _record(self, completions: Sequence[Completion], step: int, seconds: float, deadline: float) -> None:
         """Scores and logs the answers, on the logging rank, while the others go on."""
+        self._take_back_what_failed(completions)
         dtype = str(self.answer.computed_in).removeprefix("torch.")
         samples = make_samples(self.questions, completions, step, self.settings.seed, dtype, self.host.tokenizer)
         verdicts = self.scoring.score(samples, deadline)
@@ -144,6 +145,29 @@ class ValidationRounds:
             except OSError as e:
                 self._warn(f"{self.best.path} could not be written", e)
         trackers.log_scalars({f"val/gen/{key}": value for key, value in scalars.items()}, step)
+
+    def _take_back_what_failed(self, completions: Sequence[Completion]) -> None:
+        """Warns of requests that failed, once per cause. A row's own parameters are used no longer if they did.
+
+        Raises:
+            RuntimeError: All failed.
+        """
+        if all(completion.error for completion in completions):
+            raise RuntimeError(completions[0].error)
+        failed: dict[str, list[Question]] = {}
+        for question, _, completion in answered(self.questions, completions):
+            if completion.error:
+                failed.setdefault(completion.error, []).append(question)
+        for error, questions in failed.items():
+            places = ", ".join(dict.fromkeys(place(question.index, question.prompt) for question in questions))
+            self._warn_once(f"no answer to {printable(places, 200)}: {error}; training goes on", error)
+        for i, question in enumerate(self.questions):
+            if any(question is one for questions in failed.values() for one in questions):
+                self.questions[i] = with_global_parameters(question, self.settings)
+
+    @property
+    def _vocab_size(self) -> int:
+        return self.host.model_config.get_text_config().vocab_size
 
     def _open_trackers(self) -> CompositeTracker:
         if self.trackers is None:  # verl opens its runs inside `fit()`
@@ -166,7 +190,8 @@ class ValidationRounds:
             if self.host.is_logging_rank:
                 try:
                     prompts = self._prompts_of(batch)
-                    questions = make_questions(prompts, replace(self.settings, n=1, strategies={}))
+                    settings = replace(self.settings, n=1, strategies={})
+                    questions = make_questions(prompts, settings, self._vocab_size)
                 except Exception as e:  # the others have to hear of it
                     error = e
             requests = [request for question in questions for request in question.requests()]
@@ -176,6 +201,9 @@ class ValidationRounds:
         if completions is None:
             return [], []
         answers = [completion for _, _, completion in answered(questions, completions)]
+        for answer in answers:
+            if answer.error:
+                raise RuntimeError(answer.error)
         return (
             [decode(tokenizer, prompt.input_ids, skip_special_tokens=False) for prompt in prompts],
             [decode(tokenizer, completion.output_ids, skip_special_tokens=True) for completion in answers],

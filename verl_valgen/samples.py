@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from verl_valgen.row_data import RowData
 
-FinishReason = Literal["eos", "stop", "length", "time"]
+FinishReason = Literal["eos", "stop", "length", "time", "error"]
+"""The last is never recorded: a request that failed gives no sample."""
 
 DEFAULT_STRATEGY = "default"
 """The name of the only one where none is configured."""
@@ -60,6 +61,8 @@ class Completion:
     finish_reason: FinishReason
     mean_logprob: float | None = None
     """Of the new tokens, as the model has it before any logits processor, in nats; where it was asked for."""
+    error: str = ""
+    """Why there is no answer, where the reason is "error"."""
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from verl_valgen.metrics.own import metric_name
+from verl_valgen.metrics.own import metric_name, parts
 from verl_valgen.samples import Sample
 from verl_valgen.text import describe, printable
 
@@ -31,7 +32,7 @@ _MAX_SCORING_S = 60.0
 """Where a round has no limit of its own."""
 
 _MAX_LOST_ROUNDS = 3
-"""In a row, after which metrics are given up."""
+"""In a row, after which a metric is given up; all of them, if they are not even loaded."""
 
 _MAX_KILL_S = 5.0
 
@@ -58,16 +59,17 @@ class Scoring:
     def __init__(self, metrics: Sequence[str]) -> None:
         self.metrics = [_absolute(spec) for spec in metrics]
         self._process: _Worker | None = None
-        self._num_lost = 0
+        self._num_lost: Counter[str] = Counter()
+        """Rounds in a row, by metric; "": that the metrics were not loaded in."""
         self._warned: set[str] = set()
 
     def start(self) -> None:
         """Starts the process, if there are metrics, and does not wait for it."""
-        if self.metrics and self._process is None and self._num_lost < _MAX_LOST_ROUNDS:
+        if self.metrics and self._process is None:
             try:
                 self._process = _Worker(self.metrics)
             except OSError as e:
-                self._num_lost = _MAX_LOST_ROUNDS
+                self.metrics = []
                 logger.warning("no scores: the process for metrics could not be started: %s", describe(e))
 
     def close(self) -> None:
@@ -91,12 +93,12 @@ class Scoring:
         if not process.is_done:
             process.receive(deadline - time.time())
             if not process.is_done:
-                reason = _ENDED if process.has_ended else "were not loaded yet"
-                self._lose("", f"the metrics {reason}", keep=not process.has_ended)
+                self._lose_all(process)
                 return verdicts
         if time.time() >= deadline:
             self._warn_once("", "the answers left no time for metrics (see generation.max_round_time_s)")
             return verdicts
+        del self._num_lost[""]
         process.send(samples)
         num_answers = 0
         while (message := process.receive(deadline - time.time())) is not None:
@@ -106,26 +108,39 @@ class Scoring:
                 self._warn_once(metric, f"metric {metric}: a sample has no score: {printable(str(found[0]), 300)}")
             else:
                 verdicts[i][metric] = Verdict(*found)
-        if process.is_done:
-            self._num_lost = 0
-        else:
-            metric = metric_name(self.metrics[min(num_answers // len(samples), len(self.metrics) - 1)])
-            reason = _ENDED if process.has_ended else "did not end in time"
-            self._lose(metric, f"metric {metric} {reason}", keep=False)
+        ended = num_answers // len(samples)
+        for spec in self.metrics[:ended]:
+            del self._num_lost[spec]
+        if not process.is_done:
+            self._lose(self.metrics[min(ended, len(self.metrics) - 1)], process)
         return verdicts
 
-    def _lose(self, metric: str, what: str, *, keep: bool) -> None:
-        """A round without scores that there should be.
-
-        Args:
-            keep: Whether the process may be of use to the next round.
-        """
-        self._warn_once(metric, f"{what}, so that samples lack scores (see generation.max_round_time_s)")
-        self._num_lost += 1
-        if self._num_lost == _MAX_LOST_ROUNDS:
-            logger.warning("no more scores: some were missing in %d rounds in a row", self._num_lost)
-        if not keep or self._num_lost == _MAX_LOST_ROUNDS:
+    def _lose_all(self, process: _Worker) -> None:
+        """A round in which the metrics were not loaded, so that one that still loads them may serve the next."""
+        what = _ENDED if process.has_ended else "were not loaded yet"
+        self._warn_once("", f"the metrics {what}, so that samples lack scores (see generation.max_round_time_s)")
+        self._num_lost[""] += 1
+        if self._num_lost[""] == _MAX_LOST_ROUNDS:
+            logger.warning("no more scores: the metrics were not loaded in %d rounds in a row", _MAX_LOST_ROUNDS)
+            self.metrics = []
+        if process.has_ended or not self.metrics:
             self.close()
+        self.start()
+
+    def _lose(self, spec: str, process: _Worker) -> None:
+        """A round that a metric did not end in. From now on it comes last, so that it costs no other its scores."""
+        metric = metric_name(spec)
+        what = _ENDED if process.has_ended else "did not end in time"
+        self._warn_once(
+            metric, f"metric {metric} {what}, so that samples lack scores (see generation.max_round_time_s)"
+        )
+        self.metrics.remove(spec)
+        self._num_lost[spec] += 1
+        if self._num_lost[spec] < _MAX_LOST_ROUNDS:
+            self.metrics.append(spec)
+        else:
+            logger.warning("no more scores of metric %s: it failed so in %d rounds in a row", metric, _MAX_LOST_ROUNDS)
+        self.close()
         self.start()
 
     def _warn_once(self, metric: str, message: str) -> None:
@@ -209,5 +224,5 @@ def _environment() -> dict[str, str]:
 
 def _absolute(spec: str) -> str:
     """Paths are those of the program, wherever it goes later."""
-    path, separator, function = spec.rpartition(":")
-    return f"{os.path.abspath(path)}:{function}" if separator and path.endswith(".py") else spec
+    name, path, function = parts(spec)
+    return f"{name}={os.path.abspath(path)}:{function}" if path.endswith(".py") else spec

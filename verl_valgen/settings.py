@@ -33,7 +33,7 @@ class GenerationSettings:
     """1.0 switches it off."""
     max_new_tokens: int = 100
     max_val_samples: int = 5
-    """Number of validation prompts to answer. The key is `trainer.max_val_samples`."""
+    """Number of rows of the validation data to answer. The key is `trainer.max_val_samples`."""
     n: int = 1
     """Completions of each prompt, where they are sampled."""
     best_of: int = 1
@@ -53,7 +53,7 @@ class GenerationSettings:
     every: int = 1
     """A round at every so many validations, and at the last one."""
     metrics: Sequence[str] = field(default_factory=list)
-    """Names of `metrics.METRICS`, or functions as `file.py:function` and `module:function`."""
+    """Names of `metrics.METRICS`, or functions as `file.py:function`, `module:function`, `name=module:function`."""
     best_metric: str = ""
     """The scalar whose best value is kept; "": none."""
     best_mode: str = "max"

@@ -21,7 +21,7 @@ from verl_valgen.plain_copy import base_model, original_class, unwrap
 def generating_through(wrapped: nn.Module, generation_config: Any, device: torch.device) -> Iterator[Any]:
     """The inner transformers model, in eval mode, with calls that go through the wrapper: so the root gathers as well.
 
-    `generate` must be called by all ranks, with `synced_gpus=True`.
+    `generate` must be called by all ranks, with `synced_gpus=True`. The attribute `num_passes` counts forward passes.
 
     Args:
         wrapped: A transformers model under FSDP1 or FSDP2, with or without PEFT.
@@ -31,8 +31,12 @@ def generating_through(wrapped: nn.Module, generation_config: Any, device: torch
     inner = base_model(unwrap(wrapped))
     cls: Any = original_class(inner)
 
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.num_passes += 1
+        return wrapped(*args, **kwargs)
+
     # `generate` calls `self(...)`. (Python looks `__call__` up in the class, so the model itself cannot have another.)
-    namespace = {"__call__": lambda self, *args, **kwargs: wrapped(*args, **kwargs), "device": device}
+    namespace = {"__call__": call, "device": device, "num_passes": 0}
     through_class: Any = type(cls.__name__, (cls,), namespace)
     through = through_class.__new__(through_class)
     vars(through).update(vars(inner))

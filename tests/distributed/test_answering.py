@@ -105,7 +105,10 @@ KINDS = [
     {"do_sample": False, "max_new_tokens": 5},
     {"do_sample": True, "max_new_tokens": 9, "temperature": 1.0, "top_k": 50, "top_p": 0.9},
     {"do_sample": False, "max_new_tokens": 7, "num_beams": 2},
+    {"do_sample": False, "max_new_tokens": 3, "exponential_decay_length_penalty": [1]},
 ]
+FAILING = 1
+"""A request of the last kind, among those of the first rank."""
 
 
 def of_many_kinds(directory: Path) -> dict[str, Any]:
@@ -113,11 +116,13 @@ def of_many_kinds(directory: Path) -> dict[str, Any]:
     host = SmallHost(directory, directory, Rows())
     host.model = wrap(AutoModelForCausalLM.from_pretrained(directory / "model"), "fsdp2", param_dtype=torch.float32)
     asked = [replace(one, params=KINDS[i // 4], wants_logprob=i in (5, 6, 7)) for i, one in enumerate(REQUESTS)]
+    asked[FAILING] = replace(asked[FAILING], params=KINDS[-1])
     results = {}
     for name, settings in (("copy", {}), ("spread", {"ranks": 2, "batch_size": 2}), ("sharded", {"gather": "sharded"})):
         made = GenerationSettings(enabled=True, **settings)
         completions = Answering(host, made)(asked if host.is_logging_rank else None)
         results[name] = completions and [(one.output_ids, one.mean_logprob) for one in completions]
+        results[f"{name}: errors"] = completions and {i: one.error for i, one in enumerate(completions) if one.error}
     return results
 
 
@@ -126,6 +131,10 @@ def test_requests_of_many_kinds_on_all_ways(directory, tmp_path):
     assert set(second.values()) == {None}
     expected = first["copy"]
     assert [i for i, (_, logprob) in enumerate(expected) if logprob is not None] == [5, 6, 7]
+    for way in ("copy", "spread", "sharded"):
+        (failing,) = first[f"{way}: errors"].items()
+        assert failing[0] == FAILING
+        assert "IndexError" in failing[1]
     for way in ("spread", "sharded"):
         assert [ids for ids, _ in first[way]] == [ids for ids, _ in expected]
         for (_, found), (_, logprob) in zip(first[way], expected, strict=True):

@@ -118,7 +118,7 @@ def three_rounds(model_directory: Path, directory: Path, kind: str) -> dict[str,
 
 
 FAULTS = {
-    "rows": "the validation prompts could not be read, so there will be no samples: OSError: a broken row \\x1b[31m",
+    "rows": "the prompts could not be prepared, so there will be no samples: OSError: a broken row \\x1b[31m",
     "prepare": "no samples at this validation: RuntimeError: planted in prepare",
     "oom": "no samples at this validation: torch.OutOfMemoryError: planted in oom",
     "finish": "no samples at this validation: RuntimeError: planted in finish",
@@ -219,3 +219,36 @@ def with_a_slow_metric(directory: Path) -> list[float]:
 
 def test_metrics_do_not_hold_the_other_ranks(directory):
     assert run_distributed(with_a_slow_metric, 2, directory, directory) == [[1.0], []]
+
+
+def with_a_prompt_that_fails(directory: Path, gather: str) -> dict[str, Any]:
+    """transformers refuses its parameters only while it generates."""
+    prompts = [{"prompt": text} for text in ("one", "two", "three")]
+    prompts[1]["generation_params"] = {"exponential_decay_length_penalty": [1]}  # type: ignore[assignment]
+    (directory / "own.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    records: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("verl_valgen").addHandler(handler)
+    host = SmallHost(directory, directory / gather, Rows())
+    settings = GenerationSettings(
+        enabled=True, max_new_tokens=4, prompts=str(directory / "own.jsonl"), ranks=2, gather=gather
+    )
+    with ValidationRounds(host, settings):
+        for step in (1, 2):
+            host.rounds(step)
+    files = sorted((directory / gather / "generations").glob("step_*")) if dist.get_rank() == 0 else []
+    texts = [[json.loads(line)["prompt_text"] for line in file.read_text().splitlines()] for file in files]
+    return {"warnings": records, "met": agree(True, CPU), "texts": texts}
+
+
+@pytest.mark.parametrize("gather", ["copy", "sharded"])
+def test_a_prompt_whose_parameters_fail_costs_itself_and_only_once(directory, gather):
+    first, second = run_distributed(with_a_prompt_that_fails, 2, directory, directory, gather)
+    assert first["texts"] == [["one", "three"], ["one", "two", "three"]]
+    (warning,) = first["warnings"]
+    assert warning.startswith("no answer to prompt 2: ")
+    assert "IndexError" in warning
+    assert second["warnings"] == []
+    assert first["met"]
+    assert second["met"]

@@ -121,10 +121,14 @@ def measured_round(self, step):
             torch.save(dict(copy.named_parameters()), "copy.pt")
         return copy
 
+    # The workspaces that cuBLAS has in other threads, autograd's among them, are freed with those of a round, and are
+    # given anew by the next backward pass: none is counted.
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.reset_peak_memory_stats()
     figures["before"] = torch.cuda.memory_allocated()
     with patch.object(self.host, "gather", gather_and_save):
         run_round(self, step)
+    torch._C._cuda_clearCublasWorkspaces()
     figures["after"] = torch.cuda.memory_allocated()
     figures["peak"] = torch.cuda.max_memory_allocated()
     figures["devices"] = sorted({parameter.device.type for parameter in model.parameters()})

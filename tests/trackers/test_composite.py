@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import pytest
 from destinations import make_sample
 
+from verl_valgen.trackers import composite as composite_module
 from verl_valgen.trackers.base import Tracker
 from verl_valgen.trackers.composite import CompositeTracker
 
@@ -118,6 +120,46 @@ def test_message_that_cannot_be_made_is_survived(warnings):
 
     _log(CompositeTracker({"wandb": Recorder(Unspeakable())}), 1)
     assert "Unspeakable" in warnings()[0]
+
+
+class Hanging(Recorder):
+    """Until it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released = threading.Event()
+
+    def _called(self, method, step=None):
+        assert self.released.wait(60)
+        super()._called(method, step)
+
+
+def test_one_that_hangs_is_left_behind_and_comes_late(warnings, monkeypatch):
+    monkeypatch.setattr(composite_module, "_MAX_WAIT_S", 0.05)
+    trackers = {"jsonl": Hanging(), "console": Recorder()}
+    composite = CompositeTracker(trackers)
+    _log(composite, 1, 2)
+    expected = [("log_samples", 1), ("log_scalars", 1), ("log_samples", 2), ("log_scalars", 2)]
+    assert [tracker.calls for tracker in trackers.values()] == [[], expected]
+    trackers["jsonl"].released.set()
+    composite.close()
+    assert trackers["jsonl"].calls == [*expected, ("close", None)]
+    assert warnings() == ["jsonl: samples take longer than 0.05 s to record; training does not wait"]
+
+
+def test_one_that_hangs_for_good_holds_up_neither_a_round_nor_the_end(warnings, monkeypatch):
+    monkeypatch.setattr(composite_module, "_MAX_WAIT_S", 0.01)
+    monkeypatch.setattr(composite_module, "_MAX_CLOSE_S", 0.01)
+    monkeypatch.setattr(composite_module, "_MAX_PENDING_CALLS", 4)
+    hanging = Hanging()
+    composite = CompositeTracker({"wandb": hanging, "jsonl": Recorder()})
+    _log(composite, *range(1, 9))
+    assert list(composite.trackers) == ["jsonl"]  # it had no room for three calls in a row
+    composite.close()
+    hanging.released.set()
+    assert [message.partition(":")[2][:25] for message in warnings()] == [
+        " samples take longer than", " samples were not recorde", " disabled after 3 failure",
+    ]  # fmt: skip
 
 
 def test_ctrl_c_passes():

@@ -219,3 +219,13 @@ def test_special_tokens_without_a_padding_token(directory):
 def test_auto_is_the_fast_one_on_cuda_alone():
     assert backend_class("auto", "cuda") is FastBackend
     assert backend_class("auto", "cpu") is backend_class("auto", "npu") is HFBackend
+
+
+def test_parameters_that_fail_cost_those_that_have_them(answer):
+    requests = requests_of_lengths(*MIXED)
+    expected = answer(requests, GREEDY)
+    requests[2] = replace(requests[2], params={"exponential_decay_length_penalty": [1]})
+    found = answer(requests, GREEDY)
+    assert (found[2].output_ids, found[2].finish_reason) == ([], "error")
+    assert "IndexError" in found[2].error
+    assert found[:2] + found[3:] == expected[:2] + expected[3:]

@@ -139,7 +139,7 @@ def test_without_a_chat_template_a_text_is_the_prompt(tmp_path, tokenizer):
         ("x.csv", b"a", "x.csv must end in .jsonl, .parquet, .txt"),
         ("x.jsonl", b"", "x.jsonl holds no prompts"),
         ("x.txt", b"\n \n", "x.txt holds no prompts"),
-        ("x.jsonl", b"{", "x.jsonl cannot be read: Expecting property name"),
+        ("x.jsonl", b"{", "x.jsonl cannot be read: line 1: Expecting property name"),
         ("x.jsonl", b"[" * 100_000, "x.jsonl cannot be read: "),
         ("x.txt", b"\xff\xfe", "x.txt cannot be read: 'utf-8' codec"),
         ("x.parquet", b"PAR1", "x.parquet cannot be read: "),
@@ -149,7 +149,7 @@ def test_without_a_chat_template_a_text_is_the_prompt(tmp_path, tokenizer):
         ("x.jsonl", b'{"text": "a"}', "must be a text or a list of messages of text, got None"),
         ("x.jsonl", b'[{"role": "user"}]', "must be a text or a list of messages of text"),
         ("x.jsonl", b'[{"role": "user", "content": [{"type": "image"}]}]', "must be a text or a list of messages of"),
-        ("x.jsonl", b'{"prompt": "a", "reference": 4}', "`reference` must be a text, got 4"),
+        ("x.jsonl", b'{"prompt": "a", "reference": [4]}', "`reference` must be a text or a number, got [4]"),
         ("x.jsonl", b'"\\u001b[31m"\n{"prompt": ["\\u001b[31m"]}', "got ['\\\\x1b[31m']"),
     ],
 )

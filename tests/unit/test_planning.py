@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from verl_valgen.memory import sequence_bytes
+from verl_valgen.memory import largest_sequence_bytes, logprobs_bytes, sequence_bytes
 from verl_valgen.planning import Needs, Plan, make_plan, shares
+from verl_valgen.samples import Request
 
 GIB = 2**30
 NEEDS = Needs(copy=16 * GIB, unit=2 * GIB, sequence=GIB // 8)
@@ -19,6 +21,14 @@ NEEDS = Needs(copy=16 * GIB, unit=2 * GIB, sequence=GIB // 8)
 def plan(num_requests: int = 5, free: float = math.inf, world_size: int = 8, **settings) -> Plan:
     defaults = {"gather": "auto", "ranks": "auto", "batch_size": "auto", "why_not_sharded": None}
     return make_plan(num_requests, NEEDS, free, world_size, **(defaults | settings))
+
+
+def test_more_tokens_than_the_model_has_places_for_need_no_memory():
+    config = LlamaConfig(max_position_embeddings=2048)
+    requests = [Request([1] * 48, (0, 0), {"max_new_tokens": number}, wants_logprob=True) for number in (2000, 10**9)]
+    for takes in (largest_sequence_bytes, logprobs_bytes):
+        few, many = (takes([request], config, torch.bfloat16) for request in requests)
+        assert 0 < few == many
 
 
 @pytest.mark.parametrize(

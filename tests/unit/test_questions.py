@@ -6,8 +6,9 @@ import logging
 
 import pytest
 
+from verl_valgen.checks import ConfigError
 from verl_valgen.config import GenerationSettings
-from verl_valgen.questions import answered, make_questions
+from verl_valgen.questions import answered, make_questions, with_global_parameters
 from verl_valgen.row_data import RowData
 from verl_valgen.samples import Completion, Prompt
 
@@ -110,6 +111,10 @@ def test_an_empty_cell_changes_nothing(empty, caplog):
         ({"num_beams": 2}, "generation_params.num_beams must be 1 with do_sample=true"),
         ({"early_stopping": [1]}, "generation_params: transformers refuses these parameters"),
         ({"suppress_tokens": b"x"}, "generation_params.suppress_tokens must be free of NaN and infinity, and of"),
+        ({"eos_token_id": "abc"}, "generation_params.eos_token_id must have ids of tokens, got 'abc'"),
+        ({"eos_token_id": [1, 100]}, "generation_params.eos_token_id must have ids of tokens, below 100, got 100"),
+        ({"bad_words_ids": [[1], [2, -1]]}, "generation_params.bad_words_ids must have ids of tokens, got -1"),
+        ({"sequence_bias": [[[5, 400], -2.5]]}, "generation_params.sequence_bias must have ids of tokens, below 100"),
         ({"pad_token_id": 3}, "generation_params.pad_token_id is not supported: it is the model's own that is used"),
         ("{", "generation_params: it is no JSON"),
         ("[1]", "generation_params: it must be a mapping or JSON of one, got a list"),
@@ -119,7 +124,7 @@ def test_an_empty_cell_changes_nothing(empty, caplog):
 )  # fmt: skip
 def test_a_bad_row_is_named_and_runs_on_the_global_parameters(own, reason, caplog):
     with caplog.at_level(logging.WARNING, "verl_valgen"):
-        questions = make_questions(prompts(None, own), settings())
+        questions = make_questions(prompts(None, own), settings(), vocab_size=100)
     assert [q.params for q in questions] == [GLOBAL, GLOBAL]
     (record,) = caplog.records
     assert record.getMessage().startswith(f"row 8: {reason}")
@@ -138,3 +143,14 @@ def test_prompts_without_a_row_have_random_numbers_of_their_own():
     own = Prompt(None, [1], "own", None, stream=1 << 31)
     (question,) = make_questions([own], settings())
     assert question.requests()[0].key == (1 << 31, 0)
+
+
+def test_a_token_that_the_model_has_not_is_refused_for_all():
+    with pytest.raises(ConfigError, match=r"generation.bad_words_ids must have ids of tokens, below 100, got 100"):
+        make_questions(prompts(None), settings(extra={"bad_words_ids": [[100]]}), vocab_size=100)
+
+
+def test_what_failed_is_asked_with_the_global_parameters():
+    (question,) = make_questions(prompts({"temperature": 0.3}), settings(strategies={"two": {"top_k": 3}}))
+    assert question.params["temperature"] == 0.3
+    assert with_global_parameters(question, settings(strategies={"two": {"top_k": 3}})).params == GLOBAL | {"top_k": 3}

@@ -139,15 +139,31 @@ def test_one_that_hangs_is_left_behind_with_what_there_is(own, name, caplog):
 
 
 @pytest.mark.parametrize("name", ["dying", "exiting"])
-def test_a_process_that_ends_is_begun_anew_and_given_up_in_the_end(own, name, caplog):
+def test_one_that_ends_the_process_is_given_up_in_the_end(own, name, caplog):
     with caplog.at_level(logging.WARNING, "verl_valgen"), scoring(own, "length", name) as made:
         found = [made.score(SAMPLES, math.inf)[0].keys() for _ in range(5)]
-    assert found == [{"length"}] * 3 + [set()] * 2
+    assert found == [{"length"}] * 5
     assert caplog.messages == [
         f"metric {name} ended the process that it ran in, so that samples lack scores "
         "(see generation.max_round_time_s)",
-        "no more scores: some were missing in 3 rounds in a row",
+        f"no more scores of metric {name}: it failed so in 3 rounds in a row",
     ]
+
+
+def test_one_that_hangs_comes_last_from_then_on(own):
+    with scoring(own, "in_python", "exact_match") as made:
+        made.score(SAMPLES, math.inf)  # by then all is loaded
+        made.score([replace(one, step=2) for one in SAMPLES], time.time() + 0.5)
+        assert made.metrics == ["exact_match", f"in_python={own}:in_python"]
+        assert made.score(SAMPLES, math.inf)[0].keys() == {"exact_match", "in_python"}
+
+
+def test_functions_of_one_name_get_names(own):
+    made = Scoring([f"first={own}:length", f"second={own}:length"])
+    try:
+        assert made.score(SAMPLES, math.inf)[0].keys() == {"first", "second"}
+    finally:
+        made.close()
 
 
 def test_one_that_cannot_be_loaded_costs_its_own_scores(own, caplog):

@@ -54,7 +54,8 @@ class Backend(ABC):
         """One completion per request, in the order of the requests. Not collective, unless a backend says so.
 
         What a request is answered depends on that request alone, up to floating-point near-ties: not on its
-        neighbours, their number or their order.
+        neighbours, their number or their order. What fails for a request's parameters costs the requests that have the
+        same: they end with the reason "error".
 
         Raises:
             torch.OutOfMemoryError: Not even one request fits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,12 @@ class Group(NamedTuple):
     """0 where the prompt fills the model's context."""
 
 
+def most_new_tokens(request: Request, config: PretrainedConfig) -> int:
+    """That can follow the prompt within the model's context; 0 where the prompt fills it."""
+    max_positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    return int(max(0, min(request.params["max_new_tokens"], max_positions - len(request.input_ids))))
+
+
 def groups(requests: Sequence[Request], config: PretrainedConfig) -> list[list[Group]]:
     """All requests, in as few groups as may be; in one list those that have the same parameters.
 
@@ -35,13 +42,12 @@ def groups(requests: Sequence[Request], config: PretrainedConfig) -> list[list[G
     A learned position embedding has nothing beyond its last position (on CUDA an index out of range there ends the
     process), so a request's own prompt bounds what can follow.
     """
-    max_positions = getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
     found: dict[str, dict[tuple[int, int], list[int]]] = {}
     for request in requests:  # in the order of their first
         found.setdefault(_kind(request), {})
     for i in sorted(range(len(requests)), key=lambda i: len(requests[i].input_ids)):
         request, length = requests[i], len(requests[i].input_ids)
-        limit = int(max(0, min(request.params["max_new_tokens"], max_positions - length)))
+        limit = most_new_tokens(request, config)
         takes_padding = request.params.keys() <= BLIND_TO_PADDING
         found[_kind(request)].setdefault((limit, 0 if takes_padding else length), []).append(i)
     return [[Group(indices, limit) for (limit, _), indices in alike.items()] for alike in found.values()]

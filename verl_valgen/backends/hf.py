@@ -31,6 +31,7 @@ from verl_valgen.backends.batching import Group, groups
 from verl_valgen.hf_parameters import SAMPLING_ONLY
 from verl_valgen.samples import Completion, FinishReason, Request
 from verl_valgen.sampling import GumbelNoise, logits_warpers
+from verl_valgen.text import describe, describe_at_length
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +40,19 @@ class HFBackend(Backend):
     """Hugging Face's own loop, whatever it takes: sampling, beams, stop strings, any cache."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        completions: list[Completion] = [Completion([], "time")] * len(requests)
+        unanswered = Completion([], "time")
+        completions = [unanswered] * len(requests)
         for alike in groups(requests, self.model.config):
-            self.begin(requests, alike)
-            self._generate_alike(requests, alike, completions)
+            try:
+                self.begin(requests, alike)
+                self._generate_alike(requests, alike, completions)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as e:  # transformers checks much of what it is asked for only while it generates
+                traceback.clear_frames(e.__traceback__)
+                logger.debug("these parameters failed: %s", describe_at_length(e))
+                for i in (i for group in alike for i in group.indices if completions[i] is unanswered):
+                    completions[i] = Completion([], "error", error=describe(e))
         return completions
 
     def begin(self, requests: Sequence[Request], alike: Sequence[Group]) -> None:

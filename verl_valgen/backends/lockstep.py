@@ -16,6 +16,7 @@ from verl_valgen.backends.batching import groups
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.exchange import agree, largest
 from verl_valgen.samples import Completion, Request
+from verl_valgen.text import describe
 
 _COMPANY = Request([0], (0, 0), {"do_sample": False, "max_new_tokens": 1})
 """What a rank without requests of its own answers, for the forward passes of the others."""
@@ -25,13 +26,15 @@ class LockstepBackend(HFBackend):
     """Every forward pass is a collective: each rank brings requests of its own, and joins in when it has none left.
 
     Args:
+        model: As `sharded.generating_through` gives it.
         sequence_bytes: What one sequence takes, at most, all of its beams together. It is asked of the allocator before
             each batch, for a rank that runs out of memory within a forward pass leaves the others waiting.
+        logprobs_bytes: What it takes to say how likely an answer is; asked of it likewise.
     """
 
-    def __init__(self, *args: Any, sequence_bytes: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, sequence_bytes: int, logprobs_bytes: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.sequence_bytes = sequence_bytes
+        self.sequence_bytes, self.logprobs_bytes = sequence_bytes, logprobs_bytes
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """As for `Backend`, of this rank's requests. Collective: all ranks must call.
@@ -48,18 +51,24 @@ class LockstepBackend(HFBackend):
             if not agree(time.time() <= self.limits.deadline, device):
                 break
             batch, limit = (todo[0].indices[:batch_size], todo[0].max_new_tokens) if todo else ([], 1)
-            if not agree(self._fits(len(batch)), device):
+            # A cache that grows is there twice while it does.
+            if not agree(self._fits(2 * self.sequence_bytes * max(1, len(batch))), device):
                 if batch_size == 1:
                     error = error or MemoryError("not even one sequence fits beside the sharded model")
                     break
                 batch_size = math.ceil(batch_size / 2)
                 continue
+            num_passes = self.model.num_passes
             # A rank without requests keeps the others company.
             try:
                 answers = self.generate_batch([requests[i] for i in batch] or [_COMPANY], limit)
-            except Exception as e:
+            except torch.OutOfMemoryError as e:
                 error, todo = e, []
                 continue
+            except Exception as e:
+                answers = [Completion([], "error", error=describe(e))] * len(batch)
+                if self.model.num_passes == num_passes:  # the others are in passes that this rank has not begun
+                    self.generate_batch([_COMPANY], 1)
             for i, answer in zip(batch, answers, strict=False):
                 completions[i] = answer
             if todo:
@@ -75,7 +84,10 @@ class LockstepBackend(HFBackend):
         device = self.model.device
         error: Exception | None = None
         todo = [i for i, done in enumerate(completions) if requests[i].wants_logprob and done.output_ids]
-        for _ in range(int(largest(len(todo), device))):
+        num_steps = int(largest(len(todo), device))
+        if num_steps and not agree(self._fits(self.logprobs_bytes), device):
+            return MemoryError("the likelihood of an answer does not fit beside the sharded model")
+        for _ in range(num_steps):
             if not agree(time.time() <= self.limits.deadline, device):
                 break
             i = todo.pop() if todo else None
@@ -89,13 +101,10 @@ class LockstepBackend(HFBackend):
                 error, todo = error or e, []
         return error
 
-    def _fits(self, num_sequences: int) -> bool:
-        # A cache that grows is there twice while it does.
-        num_bytes = 2 * self.sequence_bytes * max(1, num_sequences)
+    def _fits(self, num_bytes: int) -> bool:
+        device = self.model.device
         try:
-            torch.empty(
-                num_bytes if self.model.device.type == "cuda" else 0, dtype=torch.uint8, device=self.model.device
-            )
+            torch.empty(num_bytes if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
             return False
         return True

@@ -42,7 +42,8 @@ METRICS = {
 def check_metrics(specs: Sequence[str], source: str) -> None:
     """
     Args:
-        specs: Names of `METRICS`, `file.py:function`, `module:function`.
+        specs: Names of `METRICS`, `file.py:function`, `module:function`; a function with a name of its own before it:
+            `name=module:function`.
         source: Where they come from, for errors.
 
     Raises:

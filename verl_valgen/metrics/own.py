@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,17 +23,29 @@ _VERLS_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 """Of verl's reward functions; each takes some of them."""
 
 
+_NAME = re.compile("([A-Za-z0-9_-]{1,64})=(.*)", re.DOTALL)
+
+
+def parts(spec: str) -> tuple[str, str, str]:
+    """Of a function: what it is recorded as, its file or module, its name there. Of another metric: its name, "", "".
+
+    `name=file.py:function` gives another name than the function's own.
+    """
+    named = _NAME.fullmatch(spec)
+    path, _, attribute = (named[2] if named else spec).rpartition(":")
+    return named[1] if named else attribute.rpartition(".")[2], path, attribute if path else ""
+
+
 def metric_name(spec: str) -> str:
     """What a metric is recorded as: its own name, or that of the function."""
-    return spec.rpartition(":")[2].rpartition(".")[2]
+    return parts(spec)[0]
 
 
 class OwnMetric(Metric):
     """A function that is named as `file.py:function` or `module:function`."""
 
     def __init__(self, spec: str) -> None:
-        self.name = metric_name(spec)
-        path, _, attribute = spec.rpartition(":")
+        self.name, path, attribute = parts(spec)
         function: Any = _module_of_file(path) if path.endswith(".py") else importlib.import_module(path)
         for name in attribute.split("."):
             function = getattr(function, name)
@@ -58,7 +71,7 @@ def check_function(spec: str, source: str) -> None:
 
     Its source is read; nothing is executed but what importing the packages around a module does.
     """
-    path, _, attribute = spec.rpartition(":")
+    _, path, attribute = parts(spec)
     shown = plain(spec, 200)
     if path.endswith(".py"):
         file: Path | None = Path(path)

@@ -17,8 +17,8 @@ class BackgroundQueue:
         self._name = name
         self._max_pending = max_pending
         self._pending: deque[Callable[[], object]] = deque()
-        self._error: Exception | None = None
-        self._is_busy = False
+        self._error: BaseException | None = None
+        self._is_busy = self._is_late = False
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
 
@@ -37,10 +37,24 @@ class BackgroundQueue:
         if error is not None:
             raise error
 
+    def wait(self, timeout_s: float) -> bool:
+        """Waits until everything is done, at most `timeout_s`, and not at all for a job that was late before.
+
+        Returns:
+            Whether it is done. Raises the last error since the last call.
+        """
+        with self._changed:
+            self._is_late = not self._changed.wait_for(self._is_done, 0.0 if self._is_late else timeout_s)
+        self._raise_error()
+        return not self._is_late
+
+    def _is_done(self) -> bool:
+        return not self._pending and not self._is_busy
+
     def drain(self, timeout_s: float) -> None:
         """Waits until everything is done, at most `timeout_s`. Raises the last error since the last call."""
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._pending and not self._is_busy, timeout_s):
+            if not self._changed.wait_for(self._is_done, timeout_s):
                 num_lost = len(self._pending) + self._is_busy
                 self._pending.clear()
                 self._error = TimeoutError(f"{self._name} did not finish {num_lost} calls within {timeout_s:g} s")
@@ -62,6 +76,6 @@ class BackgroundQueue:
                 self._is_busy = True
             try:
                 job()
-            except Exception as error:  # not handled here but handed over: the next `submit` raises it
+            except BaseException as error:  # not handled here but handed over: the next call raises it
                 with self._changed:
                     self._error = error

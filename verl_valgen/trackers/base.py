@@ -1,7 +1,8 @@
 """What a tracker is.
 
 A tracker takes finished samples to one destination. It knows nothing of models, ranks or verl, and it may raise:
-`composite.py` is the one place that catches, warns and disables. A tracker is used on the trainer's thread.
+`composite.py` is the one place that catches, warns and disables. A tracker is opened on the trainer's thread, and used
+on one of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from verl_valgen.samples import Sample
 class Tracker(ABC):
     """One destination of samples."""
 
+    is_waited_for = True
+    """Whether the trainer waits for a call, if only for a moment; else calls are made while it goes on."""
+
     @abstractmethod
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
         """Records the samples of the round at `step`, in their order. Called once per round."""
@@ -24,4 +28,4 @@ class Tracker(ABC):
         """Records numbers under their full keys (`val/gen/...`). Called after `log_samples` of the same step."""
 
     def close(self) -> None:  # noqa: B027  (most destinations have nothing to close)
-        """Finishes what is pending, in bounded time. Leaves a run open that verl opened."""
+        """Finishes what is pending. Leaves a run open that verl opened."""

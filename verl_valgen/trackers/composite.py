@@ -3,16 +3,22 @@
 A tracker that fails costs a warning, never a training step: this is the one place that catches what an open tracker
 raises. There is one warning per tracker and kind of error. A tracker whose calls fail three times running is given up,
 except for the JSONL files: they are the source of truth, and a disk that was full may have room again.
+
+Any of them may hang, a folder on a dead disk too. So each has a thread of its own, which is waited for a moment: what
+takes longer goes on behind the trainer, and comes late. An error of such a call comes back with a later one.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from verl_valgen.samples import Sample
 from verl_valgen.text import describe
+from verl_valgen.trackers.background import BackgroundQueue
 from verl_valgen.trackers.base import Tracker
 
 logger = logging.getLogger(__name__)
@@ -21,13 +27,22 @@ SOURCE_OF_TRUTH = "jsonl"
 
 _MAX_FAILURES = 3
 
+_MAX_PENDING_CALLS = 64
+"""Of one tracker; the oldest is dropped for one more."""
+
+_MAX_WAIT_S = 1.0
+_MAX_CLOSE_S = 8.0
+"""For all trackers together."""
+
 
 class CompositeTracker(Tracker):
-    """Hands everything on to each tracker in turn. Raises nothing but what ends the program, such as Ctrl-C."""
+    """Hands everything on to each tracker. Raises nothing but what ends the program, such as Ctrl-C."""
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
         self.trackers = dict(trackers)
-        """Those still in use, by name, in the order in which they are called."""
+        """Those still in use, by name."""
+        self._queues = {name: BackgroundQueue(name, _MAX_PENDING_CALLS) for name in trackers}
+        self._late: set[str] = set()
         self._num_failures: Counter[tuple[str, str]] = Counter()
         self._warned: set[tuple[str, type[Exception]]] = set()
 
@@ -38,21 +53,41 @@ class CompositeTracker(Tracker):
         self._call_each("log_scalars", lambda tracker: tracker.log_scalars(scalars, step))
 
     def close(self) -> None:
+        """Waits for what is still under way, within `_MAX_CLOSE_S` in all."""
         self._call_each("close", lambda tracker: tracker.close())
+        deadline = time.monotonic() + _MAX_CLOSE_S
+        for name in self.trackers:
+            try:
+                self._queues[name].drain(max(0.0, deadline - time.monotonic()))
+            except Exception as error:
+                self._warn_once(name, error)
 
     def _call_each(self, method: str, call: Callable[[Tracker], None]) -> None:
+        failed = {}
+        for name, tracker in self.trackers.items():
+            try:
+                self._queues[name].submit(partial(call, tracker))
+            except Exception as error:
+                failed[name] = error
+        deadline = time.monotonic() + _MAX_WAIT_S
         for name, tracker in list(self.trackers.items()):
+            try:
+                if tracker.is_waited_for and not self._queues[name].wait(max(0.0, deadline - time.monotonic())):
+                    self._warn_of_delay(name)
+            except Exception as error:
+                failed[name] = error
             # Counted by method: where `log_scalars` has nothing to do, its success says nothing about `log_samples`.
             count_key = (name, method)
-            try:
-                call(tracker)
-            except Exception as error:
-                self._num_failures[count_key] += 1
-                self._warn_once(name, error)
+            self._num_failures[count_key] = self._num_failures[count_key] + 1 if name in failed else 0
+            if name in failed:
+                self._warn_once(name, failed[name])
                 if self._num_failures[count_key] >= _MAX_FAILURES and name != SOURCE_OF_TRUTH:
                     self._give_up(name)
-            else:
-                self._num_failures[count_key] = 0
+
+    def _warn_of_delay(self, name: str) -> None:
+        if name not in self._late:
+            self._late.add(name)
+            logger.warning("%s: samples take longer than %g s to record; training does not wait", name, _MAX_WAIT_S)
 
     def _warn_once(self, name: str, error: Exception) -> None:
         if (name, type(error)) not in self._warned:

@@ -1,8 +1,8 @@
 """Samples in MLflow, in the run that verl opened.
 
-A server that does not answer blocks one call for four minutes, so every call is made in the background; an error comes
-back as the error of a later call. In that thread `mlflow.log_*` would silently open a new run: hence `MlflowClient`
-and the run's id throughout. `MlflowClient.log_table` is not used: it turns "007" into 7.
+A server that does not answer blocks one call for four minutes, so no call is waited for. In a thread of our own
+`mlflow.log_*` would silently open a new run: hence `MlflowClient` and the run's id throughout. `MlflowClient.log_table`
+is not used: it turns "007" into 7.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Sequence
 
 from verl_valgen.samples import Sample
 from verl_valgen.text import truncate
-from verl_valgen.trackers.background import BackgroundQueue
 from verl_valgen.trackers.base import Tracker
 from verl_valgen.trackers.table import Cell, build_table, sample_texts
 
@@ -31,12 +30,11 @@ _LOGGED_ARTIFACTS_TAG = "mlflow.loggedArtifacts"
 _MAX_TAG_CHARS = 5000
 _MAX_METRIC_NAME_CHARS = 250
 
-_MAX_PENDING_CALLS = 64
-_MAX_CLOSE_S = 10.0
-
 
 class MlflowTracker(Tracker):
     """Writes a csv artifact per step; the latest round also as a table, its texts as tags; scalars as metrics."""
+
+    is_waited_for = False
 
     def __init__(self, max_chars: int) -> None:
         """Takes hold of this thread's live run. Raises ImportError without the package, RuntimeError without a run."""
@@ -50,7 +48,6 @@ class MlflowTracker(Tracker):
         self._run_id = run.info.run_id
         self._client = mlflow.MlflowClient()
         self._new_metric = mlflow.entities.Metric
-        self._queue = BackgroundQueue("mlflow", _MAX_PENDING_CALLS)
         self._is_registered = False
         self._max_chars = max_chars
 
@@ -63,15 +60,12 @@ class MlflowTracker(Tracker):
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
         columns, rows = build_table(samples, self._max_chars)
         texts = sample_texts(samples, min(self._max_chars, _MAX_TAG_CHARS))
-        self._queue.submit(lambda: self._write_samples(columns, rows, texts, step))
+        self._write_samples(columns, rows, texts, step)
 
     def log_scalars(self, scalars: dict[str, float], step: int) -> None:
         now_ms = int(time.time() * 1000)
         metrics = [self._new_metric(_metric_name(key), float(value), now_ms, step) for key, value in scalars.items()]
-        self._queue.submit(lambda: self._client.log_batch(self._run_id, metrics=metrics))
-
-    def close(self) -> None:
-        self._queue.drain(_MAX_CLOSE_S)
+        self._client.log_batch(self._run_id, metrics=metrics)
 
     def _write_samples(self, columns: list[str], rows: list[list[Cell]], texts: dict[str, str], step: int) -> None:
         latest = json.dumps({"columns": columns, "data": rows}, ensure_ascii=False, allow_nan=False)

@@ -1,6 +1,6 @@
 """Samples in Weights & Biases, in the run that verl opened.
 
-Logged on the trainer's thread, at the step that verl logs its validation loss at right afterwards.
+Logged at the step that verl logs its validation loss at right afterwards.
 """
 
 from __future__ import annotations

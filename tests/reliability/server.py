@@ -1,0 +1,85 @@
+"""verl's trainer without the twelve seconds of imports before each run: see `fork_server.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from end_to_end.trainer import VERL_MODULE, Run
+
+
+@dataclass(frozen=True)
+class ForkedRun(Run):
+    """A finished run of the server's."""
+
+    ended_at: float
+    """`time.time()` at which its last process was gone."""
+
+
+class TrainerServer:
+    """Runs verl's trainer as `end_to_end.trainer.run` does, one run after the other."""
+
+    def __init__(self) -> None:
+        clean = {
+            name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "WANDB_", "MLFLOW_"))
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("fork_server.py"), VERL_MODULE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            text=True,
+        )
+
+    def run(
+        self,
+        directory: Path,
+        arguments: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        num_ranks: int | None = None,
+        before: str = "",
+    ) -> ForkedRun:
+        """One run in `directory`.
+
+        Args:
+            num_ranks: None is without what torchrun sets.
+            before: A program that every rank runs before the trainer's.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        reply = self._ask(
+            {
+                "directory": str(directory),
+                "arguments": [*arguments, "trainer.default_local_dir=checkpoints", "hydra.run.dir=hydra"],
+                "environment": dict(environment or {}),
+                "is_distributed": num_ranks is not None,
+                "num_ranks": num_ranks or 1,
+                "port": port,
+                "before": before,
+            }
+        )
+        texts = [(directory / name).read_text(errors="replace") for name in ("stdout.txt", "stderr.txt")]
+        return ForkedRun(directory, reply["status"], texts[0], texts[1], reply["ended_at"])
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, "the server has ended"
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()

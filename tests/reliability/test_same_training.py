@@ -1,0 +1,142 @@
+"""Training is bit for bit the same, whether something is generated or not.
+
+Runs with generation off, greedy and sampling, seeded alike, with rounds before training and at every second step. All
+that a run leaves is compared: what it logs, parameters, optimizer, data loader and random states; also after it was
+stopped at a checkpoint and went on from there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from end_to_end.trainer import HAS_ENGINES, Assets, Run, strategy
+from reliability.conftest import IS_WHOLE
+from reliability.server import TrainerServer
+
+# torch's default seed differs from process to process, and verl 0.6.1 seeds nothing.
+SEED_AND_REPORT = """
+import atexit, os, random
+import numpy, torch
+random.seed(0), numpy.random.seed(0), torch.manual_seed(0)
+
+def report():
+    states = {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
+    torch.save(states, f"random_states_{os.environ.get('RANK', 0)}.pt")
+
+atexit.register(report)
+"""
+STEPS, STOPPED_AT = 4, 2
+GENERATION = ["+generation.before_train=true", "+generation.max_new_tokens=6"]
+WAYS = {"greedy": ["+generation.do_sample=false"], "sampling": ["+generation.n=2"]}
+
+ALL = list(itertools.product(("fsdp", "fsdp2"), (1, 2), (False, True)))
+CASES = [case for case in ALL if IS_WHOLE or sum((case[0] == "fsdp", case[1] == 1, case[2])) % 2 == 0]
+"""Of three things with two values each, half of all cases have every pair."""
+
+
+def train(server: TrainerServer, directory: Path, assets: Assets, case: Any, generation: list[str]) -> Run:
+    fsdp, num_ranks, lora = case
+    result = server.run(
+        directory,
+        [
+            *assets.overrides(multiturn=True), strategy(fsdp), *generation, *(["model.lora_rank=4"] if lora else []),
+            f"trainer.total_training_steps={STEPS}", "trainer.test_freq=2", f"trainer.save_freq={STOPPED_AT}",
+            "trainer.resume_mode=auto",
+        ],
+        num_ranks=None if num_ranks == 1 else num_ranks,
+        before=SEED_AND_REPORT,
+    )  # fmt: skip
+    assert result.returncode == 0, result.output[-5000:]
+    return result
+
+
+def resumed(server: TrainerServer, first: Run, assets: Assets, case: Any, generation: list[str]) -> Run:
+    """The run again, as if it had been stopped at its first checkpoint."""
+    directory = first.directory.with_name(f"{first.directory.name}-resumed")
+    step = f"global_step_{STOPPED_AT}"
+    shutil.copytree(first.checkpoints / step, directory / "checkpoints" / step)
+    (directory / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(STOPPED_AT))
+    return train(server, directory, assets, case, generation)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}-{'lora' if case[2] else 'full'}")
+def runs(request, server, tmp_path_factory, assets) -> Iterator[dict[str, tuple[Run, Run]]]:
+    """By way ("off" among them) the whole run, and its second half after a stop."""
+    directory = tmp_path_factory.mktemp("same")
+    found = {}
+    for way, overrides in {"off": None, **WAYS}.items():
+        generation = [] if overrides is None else [*GENERATION, *overrides]
+        whole = train(server, directory / way, assets, request.param, generation)
+        found[way] = (whole, resumed(server, whole, assets, request.param, generation))
+    yield found
+    shutil.rmtree(directory)
+
+
+def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
+    """Where two values differ, to the bit."""
+    if type(one) is not type(other):
+        yield f"{where}: {type(one)} and {type(other)}"
+    elif hasattr(one, "_local_tensor"):
+        yield from differences(one._local_tensor, other._local_tensor, where)
+    elif isinstance(one, torch.Tensor | np.ndarray):
+        one, other = (np.ascontiguousarray(torch.as_tensor(value).detach().cpu().float()) for value in (one, other))
+        if one.tobytes() != other.tobytes():
+            yield where
+    elif isinstance(one, dict):
+        if one.keys() != other.keys():
+            yield f"{where}: {sorted(map(str, one.keys() ^ other.keys()))}"
+        for key in one.keys() & other.keys():
+            yield from differences(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, list | tuple):
+        if len(one) != len(other):
+            yield f"{where}: {len(one)} and {len(other)} items"
+        for i, pair in enumerate(zip(one, other, strict=False)):
+            yield from differences(*pair, f"{where}/{i}")
+    elif hasattr(one, "__dict__"):
+        yield from differences(vars(one), vars(other), where)
+    elif one != other:
+        yield f"{where}: {one!r} and {other!r}"
+
+
+def saved(result: Run) -> dict[str, Any]:
+    """All that the run saved, by file."""
+    folder = result.checkpoints / f"global_step_{STEPS}"
+    files = [*folder.glob("**/*.pt"), *result.directory.glob("random_states_*.pt")]
+    return {path.name: torch.load(path, weights_only=False) for path in files}
+
+
+@pytest.mark.parametrize("half", [0, 1], ids=["whole", "resumed"])
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_that_a_run_leaves_differs(runs, way, half):
+    on, off = runs[way][half], runs["off"][half]
+    assert [path.name for path in sorted(on.generations.glob("step_*"))] == [
+        f"step_{step:08d}.jsonl" for step in ((0, 2, 4) if half == 0 else (2, 4))
+    ]
+    assert not off.generations.exists()
+    for key in ("train/loss", "train/grad_norm", "val/loss"):
+        expected = (STEPS if key.startswith("train") else STEPS // 2) // (1 + half)
+        if key != "train/grad_norm" or HAS_ENGINES:
+            assert len(on.logged(key)) == expected
+        assert on.logged(key) == off.logged(key)
+    files = saved(on)
+    kinds = {name.partition("_")[0].partition(".")[0] for name in files}
+    assert kinds == {"model", "optim", "extra", "data", "random"}
+    assert list(differences(files, saved(off))) == []
+
+
+def test_what_is_compared_differs_between_steps(runs):
+    """Else nothing has been shown."""
+    whole, second_half = runs["off"]
+    assert list(differences(saved(whole), saved(second_half))) == []  # verl itself resumes to the bit
+    folder = whole.checkpoints / f"global_step_{STOPPED_AT}"
+    before = {path.name: torch.load(path, weights_only=False) for path in folder.glob("**/*.pt")}
+    after = saved(whole)
+    for name, value in before.items():
+        assert list(differences(value, after[name])), name
