@@ -6,7 +6,6 @@ Is killed at a moment (see `killing.py`; 0: not at all). Says on its standard ou
 from __future__ import annotations
 
 import os
-import random
 import sys
 from pathlib import Path
 
@@ -22,8 +21,8 @@ _TEXT = "So it goes. " * 1000  # more than a file's buffer holds
 
 
 def value_of(attempt: int, step: int) -> float:
-    """Of the metric; tells the round that it comes from."""
-    return random.Random(f"{attempt} {step}").random()
+    """Of the metric; better at every step, and tells the round that it comes from."""
+    return step + attempt / 1000
 
 
 def _sample(attempt: int, step: int, index: int) -> Sample:

@@ -5,6 +5,7 @@ Moments are counted, not timed, so that every death can be had again. Loads no t
 
 from __future__ import annotations
 
+import builtins
 import functools
 import importlib
 import io
@@ -14,8 +15,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from verl_valgen import files
 
 _EVENTS = {"open", "os.mkdir", "os.remove", "os.rename"}  # `os.replace` is heard as a rename
 
@@ -36,18 +35,18 @@ def die_in_folder(directory: Path, moment: int) -> None:
         if event in _EVENTS and str(arguments[0]).startswith(str(directory)):
             passed()
 
+    def is_of_folder(path: Any, mode: str) -> bool:
+        return mode == "wb" and str(path).startswith(str(directory))
+
     sys.addaudithook(hear)
     os.fsync = _after(passed, os.fsync)
-    files.open = functools.partial(_open_to_write_by_halves, passed)  # type: ignore[attr-defined]
+    _halve_writes(passed, is_of_folder)
 
 
 def die_in_write(path_end: str) -> None:
     """When half of a file is written whose temporary name ends so."""
 
-    def open_one(path: Path, mode: str) -> Any:
-        return _open_to_write_by_halves(die, path, mode) if str(path).endswith(path_end) else open(path, mode)
-
-    files.open = open_one  # type: ignore[attr-defined]
+    _halve_writes(die, lambda path, mode: mode == "wb" and str(path).endswith(path_end))
 
 
 def die_in_call(target: str, number: int) -> None:
@@ -79,8 +78,16 @@ def _after(before: Callable[[], None], function: Callable[..., Any]) -> Callable
     return call
 
 
-def _open_to_write_by_halves(between: Callable[[], None], path: Path, mode: str) -> io.BufferedWriter:
-    return io.BufferedWriter(_ByHalves(between, path, mode))
+def _halve_writes(between: Callable[[], None], is_meant: Callable[[Any, str], bool]) -> None:
+    """Files that are meant call `between` when half of what they are given is written."""
+    open_any = io.open
+
+    def open_one(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if is_meant(file, mode):
+            return io.BufferedWriter(_ByHalves(between, file, mode))
+        return open_any(file, mode, *args, **kwargs)
+
+    builtins.open = io.open = open_one
 
 
 class _ByHalves(io.FileIO):

@@ -96,12 +96,15 @@ def test_every_round_is_there_whole_and_once_however_often_the_writer_is_killed(
         start_step = max(0, max(in_force, default=0) - chance.randint(0, 2))
         in_force = {step: of for step, of in in_force.items() if step <= start_step}
 
+    # What is there when a run that ends in peace has started, and when it has gone on.
+    assert write_rounds(directory, NUM_KILLS_EACH, start_step, start_step, 0) == (0, [])
+    assert list(directory.glob("*.jsonl.tmp")) == []
+    assert attempts_by_step(directory) == in_force
     status, steps = write_rounds(directory, NUM_KILLS_EACH, start_step, start_step + 2, 0)
     assert status == 0
     assert steps == [start_step + 1, start_step + 2]
     assert_nothing_is_lost(directory, completed, NUM_KILLS_EACH + 1)
     assert attempts_by_step(directory) == in_force | dict.fromkeys(steps, NUM_KILLS_EACH)
-    assert list(directory.glob("*.jsonl.tmp")) == []
 
 
 # The trainer goes into a process group of its own, and takes with it what it has started.
