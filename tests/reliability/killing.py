@@ -43,10 +43,10 @@ def die_in_folder(directory: Path, moment: int) -> None:
     _halve_writes(passed, is_of_folder)
 
 
-def die_in_write(path_end: str) -> None:
-    """When half of a file is written whose temporary name ends so."""
+def die_in_write(name: str) -> None:
+    """When half of a file is written that is called so, for the time being or for good."""
 
-    _halve_writes(die, lambda path, mode: mode == "wb" and str(path).endswith(path_end))
+    _halve_writes(die, lambda path, mode: mode == "wb" and f"/{name}" in str(path))
 
 
 def die_in_call(target: str, number: int) -> None:

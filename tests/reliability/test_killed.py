@@ -118,7 +118,7 @@ exec(os.environ.get("DEATH", ""))
 # Of one run of three steps, each of which verl saves after its round: the logger, and where death comes.
 DEATHS = [
     ("swanlab", "killing.die_in_call('verl_valgen.gather:gather', 2)"),
-    ("wandb", "killing.die_in_write('step_00000003.jsonl.tmp')"),
+    ("wandb", "killing.die_in_write('step_00000003.jsonl')"),
     ("mlflow", "killing.die_in_call('verl_valgen.trackers.mlflow:MlflowTracker.log_scalars', 1)"),
 ]
 
