@@ -19,7 +19,7 @@ def read_wandb(run_dir: str | Path, timeout_s: float = 60.0) -> dict[int, dict[s
     run_dir = Path(run_dir)
     deadline = time.monotonic() + timeout_s
     while True:
-        records = [record for path in run_dir.glob("*.wandb") for record in _wandb_records(path.read_bytes())]
+        records = [record for path in run_dir.glob("*.wandb") for record in wandb_records(path.read_bytes())]
         if any(record.HasField("exit") for record in records):
             break
         assert time.monotonic() < deadline, f"the run in {run_dir} was not finished"
@@ -27,13 +27,13 @@ def read_wandb(run_dir: str | Path, timeout_s: float = 60.0) -> dict[int, dict[s
     history: dict[int, dict[str, Any]] = {}
     for record in records:
         if record.HasField("history"):
-            row = _history_row(record.history.item)
+            row = history_row(record.history.item)
             values = {key: _load_table(run_dir, value) for key, value in row.items()}
             history.setdefault(row["_step"], {}).update(values)
     return history
 
 
-def _history_row(items: Any) -> dict[str, Any]:
+def history_row(items: Any) -> dict[str, Any]:
     """{key: value}; what was logged as a dict, a table's description too, is stored as one item per leaf."""
     row: dict[str, Any] = {}
     for item in items:
@@ -45,7 +45,8 @@ def _history_row(items: Any) -> dict[str, Any]:
     return row
 
 
-def _wandb_records(data: bytes) -> list[Any]:
+def wandb_records(data: bytes) -> list[Any]:
+    """What is whole in the file of an offline run, whether the run was finished or not."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     records, payload, offset = [], b"", 7  # after the file's header

@@ -1,10 +1,12 @@
 """Text that nobody has vouched for: what a model says, what a data set holds, what an exception quotes.
 
-This module owns cutting, showing and storing such text. All functions are pure; none knows where the text goes.
+This module owns cutting, showing and storing such text. None of it knows where the text goes; all functions are pure,
+but that what describes an error looks for secrets in the environment.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import traceback
 import unicodedata
@@ -17,6 +19,12 @@ _INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 # Lone surrogates cannot be encoded as UTF-8. NUL is refused by PostgreSQL, on which tracking servers run.
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+# `user:password@` of an address: errors of HTTP clients quote addresses whole.
+_CREDENTIALS = re.compile(r"(?<=://)[^\s/?#'\"]+@")
+
+_SECRET_VARIABLES = ("_API_KEY", "_TOKEN", "_PASSWORD", "_SECRET")
+_MIN_SECRET_CHARS = 8  # a shorter value may well be an ordinary word
 
 
 def truncate(text: str, max_chars: int) -> str:
@@ -53,13 +61,24 @@ def storable(text: str) -> str:
 
 
 def describe(error: Exception) -> str:
-    """Type and message of `error` in one printable line, even if its message cannot be made."""
-    return printable("".join(traceback.format_exception_only(error)).strip(), _MAX_REASON_CHARS)
+    """Type and message of `error` in one printable line without secrets, even if its message cannot be made."""
+    text = "".join(traceback.format_exception_only(error)).strip()
+    return printable(_without_secrets(text), _MAX_REASON_CHARS)
 
 
 def describe_at_length(error: Exception) -> str:
-    """The traceback of `error`, printable line by line."""
-    return "\n".join(printable(line) for line in "".join(traceback.format_exception(error)).split("\n"))
+    """The traceback of `error` without secrets, printable line by line."""
+    text = "".join(traceback.format_exception(error))
+    return "\n".join(printable(line) for line in _without_secrets(text).split("\n"))
+
+
+def _without_secrets(text: str) -> str:
+    """`text` with `***` for credentials in addresses, and for the values of variables that are named like secrets."""
+    values = {value.strip() for name, value in os.environ.items() if name.upper().endswith(_SECRET_VARIABLES)}
+    for value in sorted(values, key=len, reverse=True):  # one may be a part of another
+        if len(value) >= _MIN_SECRET_CHARS:
+            text = text.replace(value, "***")
+    return _CREDENTIALS.sub("***@", text)
 
 
 def _visible(char: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_valgen.text import printable, storable, truncate
+from verl_valgen.text import describe, describe_at_length, printable, storable, truncate
 
 # `st.text` leaves out surrogates unless told otherwise.
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
@@ -95,3 +95,34 @@ def test_storable_keeps_text_that_can_be_stored(text):
 
 def test_storable_replaces_nul_and_lone_surrogates():
     assert storable("a\x00b\ud83d!\udc00") == "a\ufffdb\ufffd!\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("at http://user:pass word", "at http://user:pass word"),
+        ("at https://user:p%40ss@host:5000/api?x=1: no", "at https://***@host:5000/api?x=1: no"),
+        ("at https://token@host", "at https://***@host"),
+        ("at postgresql://user:p@ss@host/db", "at postgresql://***@host/db"),
+        ("'http://host/a' and 'http://me@host/a'", "'http://host/a' and 'http://***@host/a'"),
+        ("http://host/@me, me@host, //me@host", "http://host/@me, me@host, //me@host"),
+        ("key planted-key-1, twice planted-key-1", "key ***, twice ***"),
+        ("key planted-key-12", "key ***"),
+        ("the word secret", "the word secret"),
+        ("of another name: public-value", "of another name: public-value"),
+    ],
+)
+def test_errors_are_described_without_secrets(monkeypatch, text, shown):
+    monkeypatch.setenv("ONE_API_KEY", "planted-key-1")
+    monkeypatch.setenv("another_token", "planted-key-12\n")
+    monkeypatch.setenv("SHORT_PASSWORD", "secret")
+    monkeypatch.setenv("SOMETHING", "public-value")
+    error = ValueError(text)
+    assert describe(error) == f"ValueError: {shown}"
+    assert describe_at_length(error) == f"ValueError: {shown}\n"
+
+
+def test_a_secret_is_hidden_before_a_long_message_is_cut(monkeypatch):
+    monkeypatch.setenv("ONE_API_KEY", "planted-key-1")
+    error = ValueError("x" * 275 + " planted-key-1 and more that is cut off")
+    assert "planted" not in describe(error)

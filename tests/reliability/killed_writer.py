@@ -1,0 +1,61 @@
+"""Writes rounds as `rounds.py` does: `python killed_writer.py FOLDER ATTEMPT START_STEP END_STEP MOMENT`.
+
+Is killed at a moment (see `killing.py`; 0: not at all). Says on its standard output which steps are complete.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from killing import die_in_folder
+
+from verl_valgen.best import Best
+from verl_valgen.samples import Sample
+from verl_valgen.trackers import open_trackers, set_aside
+
+NUM_SAMPLES = 3
+METRIC = "exact_match"
+_TEXT = "So it goes. " * 1000  # more than a file's buffer holds
+
+
+def value_of(attempt: int, step: int) -> float:
+    """Of the metric; better at every step, and tells the round that it comes from."""
+    return step + attempt / 1000
+
+
+def _sample(attempt: int, step: int, index: int) -> Sample:
+    return Sample(
+        step=step,
+        index=index,
+        row=index,
+        strategy="default",
+        completion=0,
+        prompt="<|user|>And then?",
+        prompt_text="And then?",
+        generation=_TEXT,
+        reference=None,
+        finish_reason="length",
+        num_prompt_tokens=3,
+        num_new_tokens=1000,
+        seed=attempt,
+    )
+
+
+def main(directory: Path, attempt: int, start_step: int, end_step: int, moment: int) -> None:
+    report = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # the console is a tracker too
+    die_in_folder(directory, moment)
+    set_aside(directory, start_step)
+    best = Best(directory, METRIC, "max", start_step)
+    trackers = open_trackers([], directory=directory, max_log_chars=100, max_tracker_chars=100)
+    for step in range(start_step + 1, end_step + 1):
+        trackers.log_samples([_sample(attempt, step, index) for index in range(NUM_SAMPLES)], step)
+        print(step, file=report, flush=True)
+        best.update({METRIC: value_of(attempt, step)}, step)
+
+
+if __name__ == "__main__":
+    folder, *numbers = sys.argv[1:]
+    main(Path(folder), *map(int, numbers))
