@@ -258,7 +258,7 @@ def test_a_batch_is_split_whatever_the_chat_template_says_of_a_prompts_end(token
     ids, mask = row
     batch = {"input_ids": torch.tensor([ids]), "loss_mask": torch.tensor([mask])}
     if "'never'" in template or "'no prompt'" in template:
-        with pytest.raises(TemplateError, match="never|no prompt"):
+        with pytest.raises(TemplateError, match=r"never|no prompt"):
             prompts_from_batch(batch, tokenizer, shifted=True)
         return
     (prompt,) = prompts_from_batch(batch, tokenizer, shifted=True)
