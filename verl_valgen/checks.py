@@ -13,9 +13,14 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from verl_valgen.text import printable
+
 # Python's own int() and float() also take "5_0", "٥" and "nan".
 _INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+_MAX_BITS = 63
+"""Of an integer: torch holds no larger ones."""
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
@@ -27,10 +32,10 @@ class ConfigError(ValueError):
 def quoted(value: object, max_chars: int = 80) -> str:
     """`value` as an error message may hold it: ASCII without control characters, and short."""
     try:
-        text = ascii(value)
-    except ValueError:  # Python does not print integers of more than 4300 digits
-        text = f"a huge {type(value).__name__}"
-    return text if len(text) <= max_chars else text[: max_chars - 3] + "..."
+        text = ascii(value)  # an object's own words may have control characters
+    except Exception:  # of an integer of more than 4300 digits, of what is nested too deeply, of an object's own
+        text = f"{type(value).__name__} that cannot be shown"
+    return printable(text, max_chars)
 
 
 def plain(text: str, max_chars: int = 80) -> str:
@@ -52,7 +57,7 @@ class Check(NamedTuple):
         """The value in its proper type; raises `ConfigError` naming `source`, where the value comes from."""
         try:
             result = self.read(value)
-        except ValueError:
+        except (ValueError, RecursionError):  # JSON can be nested more deeply than Python can follow
             result = None
         if result is None or not self.accepts(result):
             raise ConfigError(f"{source} must be {self.allowed}, got {quoted(value)}")
@@ -142,8 +147,8 @@ def _read_boolean(value: object) -> bool:
 
 def _read_integer(value: object) -> int:
     if isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value.bit_length() > _MAX_BITS:
         raise ValueError
     return value
 
@@ -176,10 +181,13 @@ def _read_texts(value: object) -> list[str]:
 
 
 def _read_anything(value: Any) -> Any:
-    inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value if isinstance(value, list) else []
-    for item in inner:
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
         _read_anything(item)
+    if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
+        raise ValueError
     if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
         raise ValueError
     if not isinstance(value, str | int | float | list | Mapping | None):
         raise ValueError

@@ -68,4 +68,5 @@ def _reading(what: str) -> Iterator[None]:
         yield
     except OmegaConfBaseException as error:
         first_line = str(error).partition("\n")[0]
-        raise ConfigError(f"{what} cannot be read: {plain(first_line, 300)}") from error
+        where = "" if not error.full_key or what.startswith(error.full_key) else f"{plain(error.full_key)}: "
+        raise ConfigError(f"{what} cannot be read: {where}{plain(first_line, 300)}") from error

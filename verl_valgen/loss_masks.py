@@ -8,8 +8,15 @@ import torch
 
 
 def without_padding(input_ids: Any, attention_mask: Any, loss_mask: Any) -> tuple[list[int], list[bool] | None]:
-    """One row's tokens and loss mask, each (length,), where the attention mask, if there is one, is set."""
+    """One row's tokens and loss mask, each (length,), where the attention mask, if there is one, is set.
+
+    Raises:
+        ValueError: A mask is not as long as the tokens.
+    """
     ids = torch.as_tensor(input_ids).flatten()
+    for name, mask in (("attention_mask", attention_mask), ("loss_mask", loss_mask)):
+        if mask is not None and (length := torch.as_tensor(mask).numel()) != len(ids):
+            raise ValueError(f"`{name}` must be as long as `input_ids`, which has {len(ids)} tokens, got {length}")
     real = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask).flatten()
     mask = None if loss_mask is None else torch.as_tensor(loss_mask).flatten()[real.bool()].bool().tolist()
     return ids[real.bool()].tolist(), mask

@@ -124,6 +124,11 @@ def _own_prompt(row: Any, params_key: str) -> OwnPrompt:
         reference = str(reference)
     if reference is not None and not isinstance(reference, str):
         raise ValueError(f"`reference` must be a text or a number, got {quoted(reference)}")
+    tools = row.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError(f"`tools` must be a list of mappings, got {quoted(tools)}")
+    # No tokenizer takes a lone surrogate, which JSON can spell; this raises UnicodeEncodeError.
+    json.dumps([messages, tools], default=str, ensure_ascii=False).encode()
     kwargs = {name: row[name] for name in ("tools", "enable_thinking") if row.get(name) is not None}
     return OwnPrompt(messages, None if reference is None else reference.strip(), kwargs, row_data(row, params_key))
 

@@ -49,7 +49,8 @@ def prompts_from_dataset(
     parameters.
     `truncation=left` does not shorten the prompts of verl's data sets: at inference nothing is cut off either.
 
-    Raises `ValueError` where an item of another data set has no `input_ids`, and whatever data set and template raise.
+    Raises `ValueError` where an item of another data set has no `input_ids` or masks of another length, and whatever
+    data set and template raise.
     """
     read: Callable[[Any, int, Any, str], list[Prompt | _LeftOut]]
     if mask_is_shifted(dataset):
@@ -84,7 +85,8 @@ def prompts_from_batch(batch: Any, tokenizer: Any, *, shifted: bool) -> list[Pro
     `batch`: a dict or TensorDict of `input_ids` and, where it has them, `attention_mask` and `loss_mask`: each padded,
     on either side, to (batch, length), or nested; and `multi_modal_inputs`, if any: one mapping or None per row, or one
     mapping for all. `shifted`: what `mask_is_shifted` says of the data set. The answer is the last run of ones in the
-    loss mask; a row without any (verl's `validation_step` pops the mask) is all prompt.
+    loss mask; a row without any (verl's `validation_step` pops the mask) is all prompt. Raises `ValueError` where a
+    mask is not as long as its tokens.
 
     verl's `SFTDataset` with `truncation=left` computes its mask from the untruncated length, so that it begins too
     late. There a row that has lost its beginning is cut after its generation prompt. Should that be lost too, or should
@@ -274,10 +276,10 @@ def _has_media(multi_modal_inputs: Any) -> bool:
     return multi_modal_inputs is not None and len(multi_modal_inputs) > 0
 
 
-def _chat_markers(tokenizer: Any) -> tuple[int, list[int]]:
-    """The token that a rendered conversation begins with, and the tokens of the generation prompt."""
+def _chat_markers(tokenizer: Any) -> tuple[int | None, list[int]]:
+    """The token that a rendered conversation begins with, if any, and the tokens of the generation prompt."""
     messages = [{"role": "user", "content": ""}]
     opened, closed = (
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=g) for g in (True, False)
     )
-    return _encode(tokenizer, opened)[0], _encode(tokenizer, opened[len(closed) :])
+    return next(iter(_encode(tokenizer, opened)), None), _encode(tokenizer, opened[len(closed) :])

@@ -49,7 +49,7 @@ def parameters(value: Any) -> dict[str, Any]:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"it is no JSON ({e})") from None
     if value is None or value == "":
         return {}

@@ -1,13 +1,26 @@
+"""How much of this folder is tried: a part, the same in every run, or all of it with `VALGEN_RELIABILITY=full`."""
+
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 from reliability.server import TrainerServer
 
 IS_WHOLE = os.environ.get("VALGEN_RELIABILITY") == "full"
-"""Whether whole matrices are run (`make reliability`), or a part of each."""
+
+# A module takes the profile by its name, as a decorator: loaded here, it would hold for all tests that come after.
+settings.register_profile(
+    "reliability",
+    max_examples=5000 if IS_WHOLE else 100,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    # Fixtures are models and folders, which examples may share. What is slow to make is meant to be large.
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,11 @@ def check_function(spec: str, source: str) -> None:
     shown = plain(spec, 200)
     if path.endswith(".py"):
         file: Path | None = Path(path)
-        if not Path(path).is_file():
+        try:
+            is_file = Path(path).is_file()
+        except (OSError, ValueError) as e:  # of a name that no file can have, of a folder that is not open to us
+            raise ConfigError(f"{source}: {shown}: {plain(str(e), 200)}") from None
+        if not is_file:
             raise ConfigError(f"{source}: {shown}: there is no such file")
     else:
         try:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from verl_valgen.text import describe
+from verl_valgen.text import describe, printable
 from verl_valgen.trackers.base import Tracker
 from verl_valgen.trackers.composite import SOURCE_OF_TRUTH, CompositeTracker
 from verl_valgen.trackers.console import ConsoleTracker
@@ -62,7 +62,8 @@ def open_trackers(
 def _open_tracker(name: str, max_chars: int) -> Tracker | None:
     """The tracker of verl's logger `name`, or None, with a line that says why."""
     if name not in TRACKERS:
-        logger.info("no samples in %s: there is no adapter for it; they are in the JSONL files", name)
+        shown = printable(name, 80)
+        logger.info("no samples in %s: there is no adapter for it; they are in the JSONL files", shown)
         return None
     module_name, class_name = TRACKERS[name].split(":")
     tracker_class: Any = getattr(importlib.import_module(module_name), class_name)

@@ -39,7 +39,10 @@ def build_table(samples: Sequence[Sample], max_chars: int) -> tuple[list[str], l
     rows = [
         _fixed_cells(sample, max_chars) + [_number(sample.scores.get(name)) for name in scores] for sample in samples
     ]
-    return [*_COLUMNS, *map(_score_column, scores)], rows
+    columns = list(_COLUMNS)
+    for name in scores:
+        columns.append(_score_column(name, columns))
+    return columns, rows
 
 
 def sample_texts(samples: Sequence[Sample], max_chars: int) -> dict[str, str]:
@@ -70,9 +73,12 @@ def _fixed_cells(sample: Sample, max_chars: int) -> list[Cell]:
     ]
 
 
-def _score_column(name: str) -> str:
-    # Two columns of one name are an error in one tracker and lose data in another.
-    return storable(f"score_{name}" if name in _COLUMNS else name)
+def _score_column(name: str, taken: Sequence[str]) -> str:
+    """Two columns of one name are an error in one tracker and lose data in another."""
+    column = storable(name)
+    while column in taken:
+        column = f"score_{column}"
+    return column
 
 
 def _text(text: str, max_chars: int) -> str:
