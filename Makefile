@@ -13,7 +13,7 @@ PYTEST_ARGS ?= -n 2
 FSDP_SFT = .venv-fsdp-sft
 ENGINE = .venv-engine
 
-.PHONY: help demo test test-fsdp-sft test-engine bench compat lint clean
+.PHONY: help demo test test-fsdp-sft test-engine reliability bench compat lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ test-fsdp-sft: $(FSDP_SFT)/.installed  ## runs them with verl.trainer.fsdp_sft_t
 
 test-engine: $(ENGINE)/.installed  ## runs them with verl.trainer.sft_trainer (verl 0.9.1)
 	OMP_NUM_THREADS=1 $(ENGINE)/bin/python -m pytest $(PYTEST_ARGS)
+
+reliability: $(FSDP_SFT)/.installed $(ENGINE)/.installed  ## tries whole matrices, kills and bad input, with both trainers: an hour or more
+	VALGEN_RELIABILITY=full OMP_NUM_THREADS=1 $(FSDP_SFT)/bin/python -m pytest tests/reliability
+	VALGEN_RELIABILITY=full OMP_NUM_THREADS=1 $(ENGINE)/bin/python -m pytest tests/reliability
 
 bench: $(ENGINE)/.installed  ## measures what a round costs, small, on CPU with two ranks: three minutes
 	$(ENGINE)/bin/python -m torch.distributed.run --standalone --nproc-per-node=2 benchmarks/rounds.py --growth

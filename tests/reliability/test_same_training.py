@@ -133,8 +133,7 @@ def test_nothing_that_a_run_leaves_differs(runs, way, half):
 
 def test_what_is_compared_differs_between_steps(runs):
     """Else nothing has been shown."""
-    whole, second_half = runs["off"]
-    assert list(differences(saved(whole), saved(second_half))) == []  # verl itself resumes to the bit
+    whole, _ = runs["off"]
     folder = whole.checkpoints / f"global_step_{STOPPED_AT}"
     before = {path.name: torch.load(path, weights_only=False) for path in folder.glob("**/*.pt")}
     after = saved(whole)
