@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -214,6 +215,14 @@ def test_the_bounds_are_of_every_key():
 def test_any_value_of_a_key_is_usable_or_refused_by_its_name(key, value):
     section, _, name = key.partition(".")
     usable_or_refused({"generation": {}} | {section: {name: value}}, {}, key)
+
+
+@pytest.mark.parametrize("key", sorted(SETTINGS))
+def test_numbers_at_every_bound_are_usable_or_refused(key):
+    """All of them: examples that are drawn seldom fall on a bound."""
+    section, _, name = key.partition(".")
+    for value in (-1, -0.0, 0, 0.0, 1e-9, 0.5, 1, 1.0, 1.5, 15, 16, 2**63 - 1, 2**63, 1e308, math.nan, math.inf):
+        usable_or_refused({"generation": {}} | {section: {name: value}}, {}, key)
 
 
 @PROFILE
