@@ -183,6 +183,7 @@ def test_a_run_holds_every_row_and_number_of_nasty_samples(destination, caplog):
     keys = [f"val/gen/by_source/{source_key(text)}/exact" for text in NASTY]
     tracker.log_samples(samples, 1)
     tracker.log_scalars({key: float(number) for number, key in enumerate(keys)}, 1)
+    tracker.close()
     found = destination.read()[1]
 
     assert [record.message for record in caplog.records if record.name.startswith("verl_valgen")] == []

@@ -119,7 +119,7 @@ exec(os.environ.get("DEATH", ""))
 DEATHS = [
     ("swanlab", "killing.die_in_call('verl_valgen.gather:gather', 2)"),
     ("wandb", "killing.die_in_write('step_00000003.jsonl')"),
-    ("mlflow", "killing.die_in_call('verl_valgen.trackers.mlflow:MlflowTracker.log_scalars', 1)"),
+    ("mlflow", "killing.die_in_call('verl_valgen.trackers.composite:CompositeTracker.log_scalars', 1)"),
 ]
 
 
