@@ -20,3 +20,13 @@ def assets(tmp_path_factory, worker_id) -> Assets:
                 kind = "multiturn" if multiturn else "singleturn"
                 small.write_questions(directory / kind, num_train=40, num_val=20, multiturn=multiturn)
     return Assets(directory)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """With a chat template, and a token for each character; a module's own, which it may change."""
+    from transformers import AutoTokenizer
+
+    directory = tmp_path_factory.mktemp("model")
+    small.write_model(directory, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    return AutoTokenizer.from_pretrained(directory)

@@ -8,12 +8,11 @@ import json
 import pandas as pd
 import pytest
 import torch
-from assets import CHAT_TEMPLATE, PRINTABLE, write_model
+from assets import CHAT_TEMPLATE, PRINTABLE
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
-from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
+from unit.test_prompts import multi_turn_in_memory
 
 from verl_valgen import own_prompts
 from verl_valgen.checks import ConfigError
@@ -22,13 +21,6 @@ from verl_valgen.prompts import decode, prompts_from_batch, prompts_from_dataset
 
 PROFILE = settings.get_profile("reliability")
 TURNS = st.sampled_from(["last", "first", "all"])
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    write_model(path, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
-    return AutoTokenizer.from_pretrained(path)
 
 
 # Masks and batches
@@ -191,16 +183,6 @@ def conversations(draw):
     return [{"role": roles[i % len(roles)], "content": content} for i, content in enumerate(contents)]
 
 
-def verls_dataset(tokenizer, messages):
-    """verl's data set of one conversation, without the file that it reads."""
-    dataset = object.__new__(MultiTurnSFTDataset)
-    frame = pd.DataFrame({"messages": [messages]})
-    vars(dataset).update(tokenizer=tokenizer, messages=[messages], tools=None, enable_thinking=None, max_length=8)
-    vars(dataset).update(truncation="left", apply_chat_template_kwargs={}, processor=None, dataframe=frame)
-    vars(dataset).update(messages_key="messages", image_key="images", video_key="videos")
-    return dataset
-
-
 def with_template(tokenizer, template):
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = template
@@ -233,7 +215,7 @@ def test_any_chat_template_renders_the_prompt_or_raises_its_own_error(tokenizer,
                 tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
     except TemplateError as error:
         expected_error = str(error)
-    dataset = verls_dataset(tokenizer, messages)
+    dataset = multi_turn_in_memory(tokenizer, messages)
     if expected_error:
         with pytest.raises(TemplateError, match=expected_error):
             prompts_from_dataset(dataset, [0], tokenizer, turn=turn)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import random
 import resource
 import signal
@@ -22,6 +21,7 @@ import pytest
 from end_to_end.trainer import Run, run, write_program
 from killed_writer import METRIC, NUM_SAMPLES, value_of
 from readback import history_row, wandb_records
+from reliability.conftest import IS_WHOLE
 from trackers.destinations import make_sample
 
 from verl_valgen.best import Best
@@ -29,8 +29,7 @@ from verl_valgen.trackers.composite import CompositeTracker
 from verl_valgen.trackers.jsonl import JsonlTracker
 
 HERE = Path(__file__).parent
-FULL = os.environ.get("VALGEN_RELIABILITY") == "full"
-NUM_FOLDERS, NUM_KILLS_EACH = (5, 10) if FULL else (2, 6)
+NUM_FOLDERS, NUM_KILLS_EACH = (5, 10) if IS_WHOLE else (2, 6)
 MOST_MOMENTS = 80
 """About five rounds of `killed_writer.py`."""
 

@@ -38,13 +38,6 @@ MAX_LENGTH = 600
 TOOL = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model")
-    write_model(directory, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
-    return AutoTokenizer.from_pretrained(directory)
-
-
 @pytest.fixture
 def rng_stays():
     before = torch.random.get_rng_state()

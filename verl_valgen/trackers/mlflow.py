@@ -60,14 +60,6 @@ class MlflowTracker(Tracker):
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
         columns, rows = build_table(samples, self._max_chars)
         texts = sample_texts(samples, min(self._max_chars, _MAX_TAG_CHARS))
-        self._write_samples(columns, rows, texts, step)
-
-    def log_scalars(self, scalars: dict[str, float], step: int) -> None:
-        now_ms = int(time.time() * 1000)
-        metrics = [self._new_metric(_metric_name(key), float(value), now_ms, step) for key, value in scalars.items()]
-        self._client.log_batch(self._run_id, metrics=metrics)
-
-    def _write_samples(self, columns: list[str], rows: list[list[Cell]], texts: dict[str, str], step: int) -> None:
         latest = json.dumps({"columns": columns, "data": rows}, ensure_ascii=False, allow_nan=False)
         self._client.log_text(self._run_id, _to_csv(columns, rows), f"val_samples/step_{step:08d}.csv")
         self._client.log_text(self._run_id, latest, _LATEST)
@@ -77,6 +69,11 @@ class MlflowTracker(Tracker):
         if not self._is_registered:
             self._register_latest()
             self._is_registered = True
+
+    def log_scalars(self, scalars: dict[str, float], step: int) -> None:
+        now_ms = int(time.time() * 1000)
+        metrics = [self._new_metric(_metric_name(key), float(value), now_ms, step) for key, value in scalars.items()]
+        self._client.log_batch(self._run_id, metrics=metrics)
 
     def _register_latest(self) -> None:
         """Adds `latest.json` to the tables that the run's page offers."""
