@@ -137,7 +137,7 @@ def test_answers_that_were_truncated_away_are_skipped(tmp_path, assets):
 
 
 def test_a_failing_generation_and_a_failing_tracker_cost_one_warning_each(tmp_path, assets):
-    """A bad word sequence that transformers refuses only while it generates; a folder that cannot be written."""
+    """Parameters that transformers refuses only while it generates; a folder that cannot be written."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "generations").write_text("in the way")
     result = run(tmp_path, [*assets.overrides(), "trainer.test_freq=1"], environment=GREEDY)
@@ -145,11 +145,19 @@ def test_a_failing_generation_and_a_failing_tracker_cost_one_warning_each(tmp_pa
     assert result.output.count("jsonl: samples were not recorded: ") == 1
     assert result.stdout.count("=== Validation Samples") == 3  # the console goes on
 
-    overrides = [*assets.overrides(), "trainer.test_freq=1", "+generation.bad_words_ids=[[999999]]"]
+    overrides = [*assets.overrides(), "trainer.test_freq=1", "+generation.exponential_decay_length_penalty=[1]"]
     result = run(tmp_path / "generation", overrides, environment=GREEDY)
     assert result.returncode == 0, result.output[-5000:]
     assert result.output.count("no samples at this validation: ") == 1
     assert len(result.logged("val/loss")) == 3
+
+
+def test_a_token_that_the_model_has_not_is_told_at_the_start(tmp_path, assets):
+    result = run(tmp_path, [*assets.overrides(), "+generation.bad_words_ids=[[999999]]"], environment=GREEDY)
+    assert result.returncode == 0, result.output[-5000:]
+    line = "checks.ConfigError: generation.bad_words_ids must have ids of tokens, below 100, got 999999"
+    assert result.output.count(line) == 1
+    assert not result.generations.exists()
 
 
 def test_debug_shows_what_is_gathered(tmp_path, assets):
