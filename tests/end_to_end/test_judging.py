@@ -179,9 +179,13 @@ def test_the_best_round_is_kept_and_told(finished):
         lengths = [s["num_new_tokens"] for s in finished.samples(step) if s["strategy"] == "nucleus"]
         means[step] = sum(lengths) / len(lengths)
     best_step = min(means, key=lambda step: means[step])
-    assert json.loads((finished.generations / "best.json").read_text()) == {
+    best = json.loads((finished.generations / "best.json").read_text())
+    del best["before"]
+    assert best == {
         "metric": "nucleus/num_new_tokens", "mode": "min", "value": means[best_step], "step": best_step,
     }  # fmt: skip
+    (line,) = [line for line in finished.stdout.splitlines() if line.startswith("Step 3: ")]
+    assert f"best {means[best_step]:.3g} at step {best_step};" in line
 
 
 def test_a_round_ends_with_one_line(finished):
@@ -189,7 +193,8 @@ def test_a_round_ends_with_one_line(finished):
     assert [line.partition(":")[0] for line in lines] == ["Step 0", "Step 2", "Step 3"]
     for line in lines:
         assert " samples in " in line
-        assert " tokens/s; num_new_tokens " in line
+        assert " tokens/s; best " in line
+        assert "; num_new_tokens " in line
 
 
 def test_first_turns_of_some_validations_and_on_after_a_stop(tmp_path, assets):

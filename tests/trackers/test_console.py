@@ -86,8 +86,8 @@ def test_a_round_in_one_line(capsys):
         "by_source/x/exact_match": 1.0,
     }
     assert summary(capsys, ROUND | scores | {"best": 0.6, "best_step": 4.0}) == (
-        "Step 8: 5 samples in 1.23 s, 2346 tokens/s; num_new_tokens 83.2, cut_off 0.2, exact_match 0.5; "
-        "best 0.6 at step 4\n"
+        "Step 8: 5 samples in 1.23 s, 2346 tokens/s; best 0.6 at step 4; num_new_tokens 83.2, cut_off 0.2, "
+        "exact_match 0.5\n"
     )
 
 

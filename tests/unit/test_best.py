@@ -21,7 +21,8 @@ def test_it_is_kept_with_its_step(tmp_path, mode, expected):
     keeper = best(tmp_path / "generations", mode)
     found = [keeper.update({"right": value}, step) for step, value in ((1, 1.0), (2, 0.5), (3, 3.0))]
     assert found == [{"best": value, "best_step": step} for value, step in expected]
-    record = {"metric": "right", "mode": mode, "value": expected[-1][0], "step": expected[-1][1]}
+    *before, best_one = [{"value": value, "step": step} for value, step in dict.fromkeys(expected)]
+    record = {"metric": "right", "mode": mode, **best_one, "before": before}
     assert json.loads((tmp_path / "generations" / "best.json").read_text()) == record
 
 
@@ -33,6 +34,16 @@ def test_of_equal_values_the_first_is_the_best(tmp_path):
 def test_a_resumed_run_goes_on_from_it(tmp_path):
     best(tmp_path).update({"right": 2.0}, 10)
     assert best(tmp_path, start_step=10).update({"right": 1.0}, 11) == {"best": 2.0, "best_step": 10}
+
+
+def test_a_run_resumed_before_it_goes_on_from_the_best_until_then(tmp_path):
+    keeper = best(tmp_path)
+    for step, value in ((2, 1.0), (4, 0.5), (6, 3.0), (8, 4.0)):
+        keeper.update({"right": value}, step)
+    resumed = best(tmp_path, start_step=5)
+    assert resumed.update({"right": 0.9}, 6) == {"best": 1.0, "best_step": 2}
+    assert resumed.update({"right": 2.0}, 7) == {"best": 2.0, "best_step": 7}
+    assert json.loads((tmp_path / "best.json").read_text())["before"] == [{"value": 1.0, "step": 2}]
 
 
 @pytest.mark.parametrize("other", [{"start_step": 9}, {"metric": "f1"}, {"mode": "min"}], ids=str)

@@ -72,10 +72,11 @@ def _summary(scalars: dict[str, float], step: int) -> str:
     kept = [f"{key} {number}" for key, number in shown.items() if key in ALWAYS or (not by_strategy and "/" not in key)]
     kept = [text for text in kept if text.partition(" ")[0] not in _ABOUT_THE_ROUND]
     parts = [", ".join(kept), *(f"{name}: {', '.join(numbers)}" for name, numbers in by_strategy.items())]
+    # In front, for the line is cut where strategies and metrics are many.
+    if "best" in shown:
+        parts.insert(0, "best {best} at step {best_step}".format_map(shown))
     if "num_samples" in shown:
         parts.insert(0, "{num_samples} samples in {seconds} s, {tokens_per_s} tokens/s".format_map(shown))
-    if "best" in shown:
-        parts.append("best {best} at step {best_step}".format_map(shown))
     return f"Step {step}: {'; '.join(filter(None, parts))}"
 
 
