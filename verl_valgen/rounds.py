@@ -28,7 +28,7 @@ from verl_valgen.prompts import decode, mask_is_shifted, prompts_from_batch
 from verl_valgen.questions import Question, answered, make_questions, make_samples, place, with_global_parameters
 from verl_valgen.random_state import preserved_random_state
 from verl_valgen.samples import Completion, Prompt
-from verl_valgen.scoring import Scoring, with_scores
+from verl_valgen.scoring import Scoring, Verdict, with_scores
 from verl_valgen.text import describe, describe_at_length, printable
 from verl_valgen.trackers import open_trackers
 from verl_valgen.trackers.composite import CompositeTracker
@@ -133,7 +133,11 @@ class ValidationRounds:
         self._take_back_what_failed(completions)
         dtype = str(self.answer.computed_in).removeprefix("torch.")
         samples = make_samples(self.questions, completions, step, self.settings.seed, dtype, self.host.tokenizer)
-        verdicts = self.scoring.score(samples, deadline)
+        verdicts: list[dict[str, Verdict]] = [{} for _ in samples]
+        try:
+            verdicts = self.scoring.score(samples, deadline)
+        except Exception as e:  # answers without scores are better than none
+            self._warn("no scores at this validation", e)
         samples = list(map(with_scores, samples, verdicts))
         trackers = self._open_trackers()
         trackers.log_samples(samples, step)

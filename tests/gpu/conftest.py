@@ -16,6 +16,8 @@ SHAPE = {
 }  # fmt: skip
 """Qwen2's of 0.5B parameters; with the tests' vocabulary of a hundred characters 0.36B are left."""
 
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

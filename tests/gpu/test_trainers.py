@@ -24,6 +24,7 @@ import pytest
 import torch
 from checkpoints import plain_model
 from end_to_end.trainer import HAS_ENGINES, Assets, Run, run, strategy, write_program
+from gpu.conftest import needs_two
 from gpu.near_ties import MAX_ULP, ulp_below_the_best
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -35,7 +36,6 @@ SAVE_CONTENTS = "checkpoint.save_contents" if HAS_ENGINES else "trainer.checkpoi
 STEPS = [1, 2, 3]
 MIB = 2**20
 
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 needs_flash_attn = pytest.mark.skipif(
     importlib.util.find_spec("flash_attn") is None, reason="verl's padding removal needs flash-attn"
 )

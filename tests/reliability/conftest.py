@@ -1,11 +1,16 @@
-"""How much of this folder is tried: a part, the same in every run, or all of it with `VALGEN_RELIABILITY=full`."""
+"""How much of this folder is tried: a part, the same in every run, or all of it with `VALGEN_RELIABILITY=full`.
+
+What is measured goes to the file that `VALGEN_RELIABILITY_FIGURES` names, as JSON lines.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 
 import pytest
+from end_to_end.trainer import VERL_VERSION
 from hypothesis import HealthCheck, settings
 from reliability.server import TrainerServer
 
@@ -21,6 +26,14 @@ settings.register_profile(
     # Fixtures are models and folders, which examples may share. What is slow to make is meant to be large.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+
+
+def record_figure(of: str, **figures: float) -> None:
+    """Adds a line to the file of figures, if there is to be one."""
+    if path := os.environ.get("VALGEN_RELIABILITY_FIGURES"):
+        line = {"of": of, "verl": str(VERL_VERSION), **{name: round(value, 3) for name, value in figures.items()}}
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 @pytest.fixture(scope="session")

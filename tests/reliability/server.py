@@ -35,7 +35,8 @@ class TrainerServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            # Asked of NVML, whether there are GPUs does not initialise CUDA, which would not outlive a fork.
+            env=clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
             text=True,
         )
 

@@ -20,14 +20,18 @@ from end_to_end.trainer import HAS_ENGINES, Assets, Run, strategy
 from reliability.conftest import IS_WHOLE
 from reliability.server import TrainerServer
 
-# torch's default seed differs from process to process, and verl 0.6.1 seeds nothing.
+# torch's default seed differs from process to process, and verl 0.6.1 seeds nothing. On GPUs two runs may differ of
+# themselves unless they are told not to.
 SEED_AND_REPORT = """
 import atexit, os, random
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 import numpy, torch
+torch.use_deterministic_algorithms(True, warn_only=True)
 random.seed(0), numpy.random.seed(0), torch.manual_seed(0)
 
 def report():
     states = {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
+    states["cuda"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     torch.save(states, f"random_states_{os.environ.get('RANK', 0)}.pt")
 
 atexit.register(report)
@@ -66,15 +70,22 @@ def resumed(server: TrainerServer, first: Run, assets: Assets, case: Any, genera
     return train(server, directory, assets, case, generation)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}-{'lora' if case[2] else 'full'}")
+def name_of(case: Any) -> str:
+    return f"{case[0]}-{case[1]}-{'lora' if case[2] else 'full'}"
+
+
+@pytest.fixture(scope="module", params=CASES, ids=name_of)
 def runs(request, server, tmp_path_factory, assets) -> Iterator[dict[str, tuple[Run, Run]]]:
+    yield from runs_of(request.param, server, tmp_path_factory.mktemp("same"), assets)
+
+
+def runs_of(case: Any, server: TrainerServer, directory: Path, assets: Assets) -> Iterator[dict[str, tuple[Run, Run]]]:
     """By way ("off" among them) the whole run, and its second half after a stop."""
-    directory = tmp_path_factory.mktemp("same")
     found = {}
     for way, overrides in {"off": None, **WAYS}.items():
         generation = [] if overrides is None else [*GENERATION, *overrides]
-        whole = train(server, directory / way, assets, request.param, generation)
-        found[way] = (whole, resumed(server, whole, assets, request.param, generation))
+        whole = train(server, directory / way, assets, case, generation)
+        found[way] = (whole, resumed(server, whole, assets, case, generation))
     yield found
     shutil.rmtree(directory)
 

@@ -1,0 +1,183 @@
+"""Faults in the rounds of a run of verl's trainer, which every rank plants before the trainer's program runs.
+
+The environment says which: `FAULTS` is a JSON list of `Fault`'s fields, `DELAY_S` how long delays are. Metrics that are
+to fail read the same, in their own process. What a rank saw is written to `rounds_<rank>.json` when training has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+_DECODES_FROM = 3
+"""Of the passes of a round. The second would do as well, but that an answer may end with the first."""
+
+_RAISING = ("exception", "oom", "oom_once")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong at a stage of some rounds on one rank."""
+
+    stage: str
+    """prepare, gather, prefill, decode, exchange, scoring, metric, jsonl, console."""
+    kind: str
+    """exception, oom, oom_once, nan, delay, hang, death."""
+    rank: int = 0
+    steps: list[int] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """What the error says, and so the warning."""
+        return f"planted {self.kind} in {self.stage} on rank {self.rank}"
+
+
+def in_environment(faults: list[Fault], delay_s: float) -> dict[str, str]:
+    return {"FAULTS": json.dumps([asdict(fault) for fault in faults]), "DELAY_S": str(delay_s)}
+
+
+class Faults:
+    """Those of this rank, and the round under way."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        planted = [Fault(**fields) for fields in json.loads(os.environ["FAULTS"])]
+        self.by_step = {step: fault for fault in planted if fault.rank == self.rank for step in fault.steps}
+        self.delay_s = float(os.environ["DELAY_S"])
+        self.step = -1
+        self.calls: Counter[tuple[str, int]] = Counter()
+        self.struck: set[int] = set()
+
+    def strike(self, stage: str, step: int | None = None, *, kinds: tuple[str, ...] = ()) -> bool:
+        """Does what is planted at a stage; whether numbers are to become NaN there.
+
+        Args:
+            step: None is the round under way.
+            kinds: That may happen here; none are all.
+        """
+        step = self.step if step is None else step
+        fault = self.by_step.get(step)
+        if fault is None or fault.stage != stage or (kinds and fault.kind not in kinds):
+            return False
+        is_first = step not in self.struck
+        self.struck.add(step)
+        if fault.kind == "exception":
+            raise RuntimeError(fault.text)
+        if fault.kind == "oom" or (fault.kind == "oom_once" and is_first):
+            import torch
+
+            raise torch.OutOfMemoryError(fault.text)
+        if fault.kind == "delay" and is_first:
+            time.sleep(self.delay_s)
+        if fault.kind == "hang":
+            threading.Event().wait()
+        if fault.kind == "death":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return fault.kind == "nan"
+
+    def strike_in_pass(self, place: str, *kinds: str) -> bool:
+        """At prefill or decode, by the number of passes through a place in this round."""
+        if self.step < 0:
+            return False  # training
+        self.calls[place, self.step] += 1
+        is_decoding = self.calls[place, self.step] >= _DECODES_FROM
+        return self.strike("prefill", kinds=kinds) or (is_decoding and self.strike("decode", kinds=kinds))
+
+
+def plant() -> None:
+    """Plants what the environment says.
+
+    What fails within a pass through the sharded model loses the ranks to each other, as in training: so passes are
+    delayed and give NaN, and what is raised is raised behind them, with and without a copy.
+    """
+    from transformers import LlamaForCausalLM
+
+    from verl_valgen import answering, exchange, rounds, sampling
+    from verl_valgen.plain_copy import PlainCopy
+    from verl_valgen.scoring import Scoring
+    from verl_valgen.trackers.console import ConsoleTracker
+    from verl_valgen.trackers.jsonl import JsonlTracker
+
+    faults = Faults()
+    seconds: dict[int, float] = {}
+
+    def run(self: Any, step: int, original: Any = rounds.ValidationRounds.run) -> None:
+        faults.step = step
+        start = time.monotonic()
+        original(self, step)
+        seconds[step] = time.monotonic() - start
+        faults.step = -1
+
+    def leave(self: Any, *exc_info: object, original: Any = rounds.ValidationRounds.__exit__) -> None:
+        with open(f"rounds_{faults.rank}.json", "w") as file:
+            json.dump({"seconds": seconds, "struck": sorted(faults.struck), "ended_at": time.time()}, file)
+        original(self, *exc_info)
+
+    def receive(self: Any, name: str, parameter: Any, original: Any = PlainCopy.receive) -> None:
+        is_nan = faults.strike("gather")
+        original(self, name, parameter * float("nan") if is_nan else parameter)
+
+    def forward(self: Any, *args: Any, original: Any = LlamaForCausalLM.forward, **kwargs: Any) -> Any:
+        is_nan = faults.strike_in_pass("forward", "delay", "nan")
+        output = original(self, *args, **kwargs)
+        if is_nan:
+            output.logits = output.logits * float("nan")
+        return output
+
+    noise = sampling.GumbelNoise.__call__
+
+    def choose(self: Any, input_ids: Any, scores: Any) -> Any:  # transformers looks at the names
+        faults.strike_in_pass("choose", *_RAISING)
+        return noise(self, input_ids, scores)
+
+    class Json:
+        """json, where a rank's answers fail."""
+
+        loads = staticmethod(json.loads)
+
+        @staticmethod
+        def dumps(value: Any) -> str:
+            if isinstance(value, list) and len(value) == 2 and isinstance(value[0], list) and value[0]:
+                faults.strike("exchange")
+            return json.dumps(value)
+
+    def striking(stage: str, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            faults.strike(stage)
+            return original(*args, **kwargs)
+
+        return call
+
+    def logging_samples(stage: str, original: Any) -> Any:
+        def log_samples(self: Any, samples: Any, step: int) -> None:
+            faults.strike(stage, step)  # in a thread that may be late
+            original(self, samples, step)
+
+        return log_samples
+
+    patched: Any
+    for patched, name, replacement in (
+        (rounds.ValidationRounds, "run", run),
+        (rounds.ValidationRounds, "__exit__", leave),
+        (answering, "free_bytes", striking("prepare", answering.free_bytes)),
+        (PlainCopy, "receive", receive),
+        (LlamaForCausalLM, "forward", forward),
+        (sampling.GumbelNoise, "__call__", choose),
+        (exchange, "json", Json),
+        (Scoring, "score", striking("scoring", Scoring.score)),
+        (JsonlTracker, "log_samples", logging_samples("jsonl", JsonlTracker.log_samples)),
+        (ConsoleTracker, "log_samples", logging_samples("console", ConsoleTracker.log_samples)),
+    ):
+        setattr(patched, name, replacement)
+
+
+def judge(sample: Any) -> float:
+    """A metric that fails as is planted."""
+    is_nan = Faults().strike("metric", sample.step)
+    return float("nan") if is_nan else float(sample.num_new_tokens)
