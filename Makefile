@@ -29,9 +29,12 @@ test-fsdp-sft: $(FSDP_SFT)/.installed  ## runs them with verl.trainer.fsdp_sft_t
 test-engine: $(ENGINE)/.installed  ## runs them with verl.trainer.sft_trainer (verl 0.9.1)
 	OMP_NUM_THREADS=1 $(ENGINE)/bin/python -m pytest $(PYTEST_ARGS)
 
-reliability: $(FSDP_SFT)/.installed $(ENGINE)/.installed  ## tries whole matrices, kills and bad input, with both trainers: an hour or more
-	VALGEN_RELIABILITY=full OMP_NUM_THREADS=1 $(FSDP_SFT)/bin/python -m pytest tests/reliability
-	VALGEN_RELIABILITY=full OMP_NUM_THREADS=1 $(ENGINE)/bin/python -m pytest tests/reliability
+RELIABILITY = VALGEN_RELIABILITY=full VALGEN_RELIABILITY_FIGURES=$(CURDIR)/docs/reliability.jsonl OMP_NUM_THREADS=1
+
+reliability: $(FSDP_SFT)/.installed $(ENGINE)/.installed  ## tries whole matrices, kills, faults and bad input, with both trainers, and writes docs/reliability.jsonl: an hour or more
+	rm -f docs/reliability.jsonl
+	$(RELIABILITY) $(FSDP_SFT)/bin/python -m pytest tests/reliability
+	$(RELIABILITY) $(ENGINE)/bin/python -m pytest tests/reliability
 
 bench: $(ENGINE)/.installed  ## measures what a round costs, small, on CPU with two ranks: three minutes
 	$(ENGINE)/bin/python -m torch.distributed.run --standalone --nproc-per-node=2 benchmarks/rounds.py --growth

@@ -177,9 +177,11 @@ def seconds(faulty: Faulty, step: int) -> float:
 
 
 def faults_of(case: tuple[str, str], faults: Sequence[Fault]) -> list[Fault]:
-    """All that can be in this case; a part is shared out among the cases."""
-    possible = [fault for fault in faults if can_be(case[0], fault)]
-    return possible if IS_WHOLE else [f for i, f in enumerate(possible) if i % len(CASES) == CASES.index(case)]
+    """All that can be in this case; of a part of the cases, every fault in one."""
+    if IS_WHOLE:
+        return [fault for fault in faults if can_be(case[0], fault)]
+    in_turn = itertools.cycle(CASES)
+    return [fault for fault in faults if case == next(one for one in in_turn if can_be(one[0], fault))]
 
 
 @pytest.fixture(scope="module")
