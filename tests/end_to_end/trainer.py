@@ -30,6 +30,7 @@ GENERATION_CONFIG = ["--config-path", "config", "--config-name", f"{CONFIG_NAME}
 MODEL_KEY = "model.path" if HAS_ENGINES else "model.partial_pretrain"
 VAL_BATCH_SIZE = 8 if HAS_ENGINES else 4
 """Rows of one validation batch on a single rank, with `Assets.overrides`: a global batch, or a micro-batch."""
+IN_ITS_FOLDER = ["trainer.default_local_dir=checkpoints", "hydra.run.dir=hydra"]
 TIMEOUT_S = 600
 
 
@@ -143,6 +144,12 @@ class Run:
         ]
 
 
+def environment_of_a_run(own: Mapping[str, str]) -> dict[str, str]:
+    """What a run finds: what there is, but for what would set it up in another way, and what is its own."""
+    found = {name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "WANDB_", "MLFLOW_"))}
+    return found | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(own)
+
+
 def run(
     directory: Path,
     arguments: Sequence[str],
@@ -154,14 +161,13 @@ def run(
 ) -> Run:
     """One run in `directory`; `num_ranks=None` runs without torchrun."""
     directory.mkdir(parents=True, exist_ok=True)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "WANDB_", "MLFLOW_"))}
     launcher = [python]
     if num_ranks is not None:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     process = subprocess.run(
-        [*launcher, *program, *arguments, "trainer.default_local_dir=checkpoints", "hydra.run.dir=hydra"],
+        [*launcher, *program, *arguments, *IN_ITS_FOLDER],
         cwd=directory,
-        env=clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(environment or {}),
+        env=environment_of_a_run(environment or {}),
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,

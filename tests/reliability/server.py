@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from end_to_end.trainer import VERL_MODULE, Run
+from end_to_end.trainer import IN_ITS_FOLDER, VERL_MODULE, Run, environment_of_a_run
 
 
 @dataclass(frozen=True)
@@ -27,16 +26,13 @@ class TrainerServer:
     """Runs verl's trainer as `end_to_end.trainer.run` does, one run after the other."""
 
     def __init__(self) -> None:
-        clean = {
-            name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "WANDB_", "MLFLOW_"))
-        }
         self._process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("fork_server.py"), VERL_MODULE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             # Asked of NVML, whether there are GPUs does not initialise CUDA, which would not outlive a fork.
-            env=clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+            env=environment_of_a_run({"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}),
             text=True,
         )
 
@@ -61,7 +57,7 @@ class TrainerServer:
         reply = self._ask(
             {
                 "directory": str(directory),
-                "arguments": [*arguments, "trainer.default_local_dir=checkpoints", "hydra.run.dir=hydra"],
+                "arguments": [*arguments, *IN_ITS_FOLDER],
                 "environment": dict(environment or {}),
                 "is_distributed": num_ranks is not None,
                 "num_ranks": num_ranks or 1,
