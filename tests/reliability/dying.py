@@ -1,4 +1,4 @@
-"""Trackers and disks that fail while a run goes on, and notes of how its rounds go: imported by the run and by its test.
+"""Trackers and disks that fail while a run goes on, and notes of how its rounds go. For the run and for its test.
 
 verl calls its trackers on the trainer's thread, and so do the trackers' own hooks when a process ends: where the other
 side is dead they raise, or wait for minutes. A run is kept from both (`shield_verl`, `shield_exit`) from the event on,
@@ -23,6 +23,7 @@ from typing import Any
 
 NOTES = "rounds.json"
 _LONGEST_WAIT_S = 200.0
+_DISK, _FILLER = "checkpoints", "checkpoints/filler"
 
 
 def watch(events: Mapping[int, Callable[[], object]]) -> None:
@@ -164,7 +165,7 @@ def kill_wandb() -> None:
     import wandb
     from wandb.sdk.mailbox.mailbox import MailboxClosedError
 
-    os.kill(_wandb_core(), signal.SIGKILL)
+    os.kill(_idle_wandb(), signal.SIGKILL)
 
     def is_noticed() -> bool:
         try:
@@ -179,13 +180,17 @@ def kill_wandb() -> None:
 
 
 def freeze_wandb() -> None:
-    """It ends when the process does, before WandB's own hook, which would wait for it."""
-    pid = _wandb_core()
+    """Stops this process' wandb-core. It is killed at exit, before WandB's own hook, which would wait for it."""
+    pid = _idle_wandb()
     os.kill(pid, signal.SIGSTOP)
     atexit.register(os.kill, pid, signal.SIGKILL)
 
 
-def _wandb_core() -> int:
+def _idle_wandb() -> int:
+    """The number of this process' wandb-core, once it has the first round: the numbers come last."""
+    import wandb
+
+    wait_until(lambda: "val/gen/num_samples" in wandb.run.summary.keys())  # noqa: SIM118  (it is no dict)
     (pid,) = [pid for pid, command in _children() if "wandb-core" in command]
     return pid
 
@@ -201,20 +206,17 @@ def _children() -> list[tuple[int, str]]:
     return found
 
 
-def remount(directory: str, mode: str) -> None:
-    """
-    Args:
-        mode: `ro` or `rw`.
-    """
-    subprocess.run(["mount", "-o", f"remount,{mode}", directory], check=True)
+def remount(mode: str) -> None:
+    """Makes the file system at `checkpoints` read-only (`ro`) or takes that back (`rw`)."""
+    subprocess.run(["mount", "-o", f"remount,{mode}", _DISK], check=True)
 
 
-def fill(directory: str) -> None:
-    """No byte is left on the folder's file system, which should be a small one."""
-    with contextlib.suppress(OSError), open(f"{directory}/filler", "wb", buffering=0) as file:
+def fill() -> None:
+    """Leaves no byte on it; it should be a small one."""
+    with contextlib.suppress(OSError), open(_FILLER, "wb", buffering=0) as file:
         while True:
             file.write(b"\0" * 4096)
 
 
-def make_room(directory: str) -> None:
-    os.unlink(f"{directory}/filler")
+def make_room() -> None:
+    os.unlink(_FILLER)
