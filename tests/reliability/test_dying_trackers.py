@@ -1,14 +1,12 @@
 """Trackers and disks that fail while a run goes on: training is the same, no round waits, and the process ends in time.
 
 Whole runs of verl's trainer on one rank. What fails does so before the round of step 2, at the hand of the run itself
-(`dying.py`); what comes back does so later, before a round as well. `VALGEN_RELIABILITY_FIGURES` names a file that the
-figures of each run are added to, a line of JSON each.
+(`dying.py`); what comes back does so later, before a round as well.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -22,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from end_to_end.trainer import TRAINER_NAME, strategy
+from end_to_end.trainer import strategy
 from killed_writer import NUM_SAMPLES
 from readback import read_mlflow
+from reliability.conftest import record_figure
 from reliability.dying import NOTES, MlflowServer
 from reliability.server import ForkedRun, TrainerServer
 from reliability.test_killed import attempts_by_step
@@ -113,13 +112,16 @@ def reference(runs, tmp_path_factory) -> Seen:
     assert len(seen.round_s) == len(STEPS)
     assert seen.warnings == []
     assert_rounds(seen, STEPS)
-    record_figures("reference", seen, seen)
     return seen
 
 
 def assert_unharmed(case: str, seen: Seen, reference: Seen, warnings: list[str]) -> None:
     """Training was the same and nothing waited; each cause was warned of once, `warnings` being patterns of all."""
-    record_figures(case, seen, reference)
+    record_figure(
+        f"dying trackers: {case}",
+        longest_round_s=max(seen.round_s), exit_s=seen.exit_s, num_warnings=len(seen.warnings),
+        longest_round_without_s=max(reference.round_s), exit_without_s=reference.exit_s,
+    )  # fmt: skip
     for key in ("train/loss", "val/loss"):
         assert seen.run.logged(key) == reference.run.logged(key)
     assert len(seen.round_s) == len(STEPS)
@@ -141,16 +143,6 @@ def assert_rounds(seen: Seen, steps: list[int]) -> None:
     best = json.loads((generations / "best.json").read_text())
     assert (best["value"], best["step"]) == (float(STEPS[-1]), STEPS[-1])
     assert [record["step"] for record in best["before"]] == STEPS[:-1]
-
-
-def record_figures(case: str, seen: Seen, reference: Seen) -> None:
-    if path := os.environ.get("VALGEN_RELIABILITY_FIGURES"):
-        figures = {
-            "case": case, "trainer": TRAINER_NAME, "round_s": seen.round_s, "reference_round_s": reference.round_s,
-            "exit_s": seen.exit_s, "reference_exit_s": reference.exit_s, "warnings": seen.warnings,
-        }  # fmt: skip
-        with open(path, "a") as file:
-            file.write(json.dumps(figures) + "\n")
 
 
 def test_wandb_whose_process_is_killed_is_given_up(runs, reference, tmp_path):
