@@ -76,7 +76,7 @@ def shield_verl() -> Callable[[], None]:
 
 
 def shield_exit() -> None:
-    """MLflow and SwanLab do not end their runs when the process ends: they would wait for a server, SwanLab for ever.
+    """MLflow and SwanLab do not end their runs when the process ends: MLflow waits four minutes, SwanLab has no limit.
 
     WandB's hook has nobody to wait for once its process is dead: it raises, and Python prints that.
     """

@@ -226,7 +226,7 @@ class SwanlabHost:
 def test_swanlab_whose_host_is_gone_goes_on_without_it(runs, reference, tmp_path):
     """SwanLab itself, with uploads to a host that took those of the first round: only the service is not the real one.
 
-    It queues what it cannot upload and says so itself, so nothing fails here; it would wait for ever when it is ended.
+    It queues what it cannot upload and says so itself, so that nothing fails here.
     """
     host = SwanlabHost()
     before = f"""
