@@ -132,7 +132,7 @@ class Scoring:
         metric = metric_name(spec)
         what = _ENDED if process.has_ended else "did not end in time"
         self._warn_once(
-            metric, f"metric {metric} {what}, so that samples lack scores (see generation.max_round_time_s)"
+            f"{metric} {what}", f"metric {metric} {what}, so that samples lack scores (see generation.max_round_time_s)"
         )
         self.metrics.remove(spec)
         self._num_lost[spec] += 1
@@ -143,10 +143,10 @@ class Scoring:
         self.close()
         self.start()
 
-    def _warn_once(self, metric: str, message: str) -> None:
-        """Once per metric; the rest is for DEBUG."""
-        logger.log(logging.DEBUG if metric in self._warned else logging.WARNING, "%s", message)
-        self._warned.add(metric)
+    def _warn_once(self, cause: str, message: str) -> None:
+        """Once per cause, of which what a metric raises is one; the rest is for DEBUG."""
+        logger.log(logging.DEBUG if cause in self._warned else logging.WARNING, "%s", message)
+        self._warned.add(cause)
 
 
 def with_scores(sample: Sample, verdicts: Mapping[str, Verdict]) -> Sample:

@@ -69,6 +69,8 @@ class Faults:
         self.struck.add(step)
         if fault.kind == "exception":
             raise RuntimeError(fault.text)
+        if fault.kind == "oom" and stage == "metric":
+            raise MemoryError(fault.text)  # there, torch would take seconds to import
         if fault.kind == "oom" or (fault.kind == "oom_once" and is_first):
             import torch
 

@@ -58,7 +58,10 @@ MARGIN_S = 15.0
 MAX_EXIT_S = 10.0
 BEFORE = f"import sys\nsys.path.insert(0, {str(HERE.parent)!r})\nfrom reliability import planting\nplanting.plant()\n"
 
-LATE = re.compile(r"(jsonl|console): samples take longer than 1 s to record; training does not wait")
+LATE = re.compile(
+    r"(jsonl|console): samples take longer than 1 s to record; training does not wait"
+    r"|console: samples were not recorded: TimeoutError: console did not finish \d+ calls in time"
+)
 LATE_METRICS = re.compile(
     r"the answers left no time for metrics .*|the metrics were not loaded yet, .*|no more scores: the metrics were .*"
     r"|metric judge did not end in time, .*|no more scores of metric judge: .*"

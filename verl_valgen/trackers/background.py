@@ -57,8 +57,7 @@ class BackgroundQueue:
             if not self._changed.wait_for(self._is_done, timeout_s):
                 num_lost = len(self._pending) + self._is_busy
                 self._pending.clear()
-                shown_s = f"{timeout_s:.1f}".removesuffix(".0")  # what is left of a limit has many digits
-                self._error = TimeoutError(f"{self._name} did not finish {num_lost} calls within {shown_s} s")
+                self._error = TimeoutError(f"{self._name} did not finish {num_lost} calls in time")
         self._raise_error()
 
     def _raise_error(self) -> None:

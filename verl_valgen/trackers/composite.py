@@ -31,8 +31,8 @@ _MAX_PENDING_CALLS = 64
 """Of one tracker; the oldest is dropped for one more."""
 
 _MAX_WAIT_S = 1.0
-_MAX_CLOSE_S = 8.0
-"""For all trackers together."""
+_MAX_CLOSE_S = 6.0
+"""For all trackers together. A process takes some seconds more to end."""
 
 
 class CompositeTracker(Tracker):
