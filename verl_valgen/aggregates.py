@@ -16,6 +16,9 @@ from verl_valgen.scoring import Verdict
 
 Scored = tuple[Sample, Mapping[str, Verdict]]
 
+DERIVED = re.compile(r"(.*)_(?:best|worst|majority|pass_at_[0-9]+)")
+"""Keys of what is made of several completions, with that of the score itself as a group."""
+
 _MAX_SOURCE_CHARS = 64
 
 _MAX_SOURCES = 32
@@ -27,22 +30,24 @@ def round_scalars(scored: Sequence[Scored], seconds: float, num_tokens: int) -> 
     source of data.
 
     Args:
-        scored: The samples of one round, at least one.
+        scored: The samples of one round, at least one. Answers that were not begun when time was up are counted, and
+            that is all.
         seconds: That the answers took.
         num_tokens: That were generated, those of candidates that were not chosen included.
     """
+    begun = [item for item in scored if item[0].finish_reason != "time" or item[0].num_new_tokens > 0]
     scalars = {
         "num_samples": float(len(scored)),
         "seconds": seconds,
         "tokens_per_s": num_tokens / seconds if seconds > 0 else 0.0,
-        **_of(scored),
+        **(_of(begun) if begun else {}),
     }
     by_strategy, by_source = defaultdict(list), defaultdict(list)
-    for item in scored:
+    for item in begun:
         by_strategy[item[0].strategy].append(item)
         if item[0].data_source is not None:
             by_source[source_key(item[0].data_source)].append(item)
-    if list(by_strategy) != [DEFAULT_STRATEGY]:
+    if set(by_strategy) != {DEFAULT_STRATEGY}:
         for name, items in by_strategy.items():
             scalars |= {f"{name}/{key}": value for key, value in _of(items).items()}
     for name, items in list(by_source.items())[:_MAX_SOURCES]:
@@ -83,24 +88,25 @@ def _of_metric(metric: str, scored: Sequence[Scored]) -> dict[str, float]:
         if metric in verdicts and verdicts[metric].scores:
             of_prompts[sample.index, sample.strategy].append(verdicts[metric])
     values = {}
-    for name in dict.fromkeys(name for verdicts in of_prompts.values() for v in verdicts for name in v.scores):
+    names = dict.fromkeys(name for verdicts in of_prompts.values() for v in verdicts for name in v.scores)
+    for name in names:
         groups = [[v for v in verdicts if isfinite(v.scores.get(name, nan))] for verdicts in of_prompts.values()]
         scores = [[v.scores[name] for v in group] for group in groups if group]
         if not scores:
             continue
         values[name] = _mean(score for group in scores for score in group)
-        fewest, most = min(map(len, scores)), max(map(len, scores))
+        most = max(map(len, scores))
         if most == 1:
             continue
-        values[f"{name}_best"] = _mean(map(max, scores))
-        values[f"{name}_worst"] = _mean(map(min, scores))
+        derived = {f"{name}_best": _mean(map(max, scores)), f"{name}_worst": _mean(map(min, scores))}
         judged = next(v.is_correctness for group in groups for v in group)
         is_correctness = all(score in (0, 1) for group in scores for score in group) if judged is None else judged
         if is_correctness:
-            # Where all prompts have as many, for else each k would be of other prompts.
-            for k in _powers_of_two_and(fewest) if fewest > 1 else ():
-                values[f"{name}_pass_at_{k}"] = _mean(pass_at_k(len(group), group.count(1), k) for group in scores)
-            values[f"{name}_majority"] = _mean(majority(group, name) for group in groups if group)
+            for k in _powers_of_two_and(most):  # of the prompts that have as many
+                enough = [group for group in scores if len(group) >= k]
+                derived[f"{name}_pass_at_{k}"] = _mean(pass_at_k(len(group), group.count(1), k) for group in enough)
+            derived[f"{name}_majority"] = _mean(majority(group, name) for group in groups if group)
+        values |= {key: value for key, value in derived.items() if key not in names}
     return values
 
 

@@ -80,10 +80,14 @@ def load_settings(
 def _check_what_is_named(settings: GenerationSettings) -> None:
     """Refuses metrics and files that cannot be used."""
     # What is used with generation on alone is loaded then alone.
-    from verl_valgen.metrics import check_metrics
+    from verl_valgen.metrics import RESERVED, check_metrics
+    from verl_valgen.metrics.own import metric_name
     from verl_valgen.own_prompts import read_own_prompts
 
     check_metrics(settings.metrics, "generation.metrics")
+    for name in settings.strategies:
+        if name in (*RESERVED, *map(metric_name, settings.metrics)):
+            raise ConfigError(f"generation.strategies: a round has a number called {plain(name)} already")
     if settings.best_metric:
         _check_best_metric(settings)
     if settings.prompts:
@@ -92,12 +96,19 @@ def _check_what_is_named(settings: GenerationSettings) -> None:
 
 def _check_best_metric(settings: GenerationSettings) -> None:
     """Refuses what no round will have, as far as that is known: functions may give several scores."""
+    from verl_valgen.aggregates import DERIVED
+    from verl_valgen.metrics import METRICS
     from verl_valgen.metrics.own import metric_name
     from verl_valgen.samples import ALWAYS
 
     scope, _, name = settings.best_metric.rpartition("/")
     metrics = [metric_name(spec) for spec in settings.metrics]
-    is_known = name in (*ALWAYS, "mean_logprob") or any(f"{name}_".startswith(f"{metric}_") for metric in metrics)
+    derived = DERIVED.fullmatch(name)
+    is_known = (
+        name in (*ALWAYS, "mean_logprob", *metrics)
+        or (derived is not None and derived[1] in metrics)
+        or any(name.startswith(f"{metric}_") for metric in metrics if metric not in METRICS)
+    )
     if not is_known or (scope and scope not in settings.strategies and not scope.startswith("by_source/")):
         known = ", ".join([*metrics, *ALWAYS])
         raise ConfigError(

@@ -169,6 +169,7 @@ def _read_jsonl(file: Path) -> Iterable[Any]:
 
 
 def _read_parquet(file: Path) -> Iterable[Any]:
-    import pandas as pd  # verl's own dependency
+    import pyarrow.parquet as pq  # verl's own dependency
 
-    return pd.read_parquet(file).to_dict("records")
+    # pandas makes floating-point numbers of integers where a cell is empty.
+    return pq.read_table(file).to_pylist()

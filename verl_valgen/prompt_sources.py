@@ -11,6 +11,7 @@ from verl_valgen.own_prompts import read_own_prompts, tokenized
 from verl_valgen.prompts import prompts_from_dataset
 from verl_valgen.random_state import preserved_random_state
 from verl_valgen.samples import Prompt
+from verl_valgen.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +29,13 @@ def read_prompts(host: Host, settings: GenerationSettings) -> list[Prompt]:
         logger.warning("no samples: the model class %s has no `generate`", model_class.__name__)
         return []
     own = _own_prompts(host, settings) if settings.prompts else []
-    if own and settings.prompts_mode == "replace":
-        return own
-    found = _validation_prompts(host, settings)
-    if not found and not own:
+    replaced = bool(own) and settings.prompts_mode == "replace"
+    prompts = own if replaced else [*_validation_prompts(host, settings), *own]
+    if not prompts:
         logger.warning("no samples: none of the first %d validation rows can be answered", settings.max_val_samples)
-    return [*found, *own]
+    elif settings.params_key != GenerationSettings.params_key and all(prompt.data.params is None for prompt in prompts):
+        logger.warning("generation.params_key: no row has anything in a column %s", printable(settings.params_key, 80))
+    return prompts
 
 
 def _own_prompts(host: Host, settings: GenerationSettings) -> list[Prompt]:

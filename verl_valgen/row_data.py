@@ -55,8 +55,16 @@ def parameters(value: Any) -> dict[str, Any]:
         return {}
     if not isinstance(value, Mapping):
         raise ValueError(f"it must be a mapping or JSON of one, got a {type(value).__name__}")
-    # In a table every row has all columns of a mapping, those that it does not set too.
-    return {str(name): inner for name, inner in value.items() if inner is not None}
+    # In a table every row has all columns of a mapping, those that it does not set too; and where some rows do not,
+    # pandas makes floating-point numbers of the others' integers.
+    return {str(name): _whole(inner) for name, inner in value.items() if cell(inner) is not None}
+
+
+def _whole(value: Any) -> Any:
+    """Numbers that are whole as integers."""
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def plain(value: Any) -> Any:

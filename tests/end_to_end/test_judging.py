@@ -28,12 +28,12 @@ STRATEGIES = {
     "min_p": {"min_p": 0.1, "top_p": 1.0},
     "typical": {"typical_p": 0.9},
     "beam": {"do_sample": False, "num_beams": 2},
-    "best": {"best_of": 3},
+    "likeliest": {"best_of": 3},
     "stop": {"do_sample": False, "stop_strings": ["a"]},
     "penalty": {"do_sample": False, "repetition_penalty": 1.5},
     "words": {"do_sample": False, "bad_words_ids": [[5], [6]]},
 }
-SAMPLED = ("nucleus", "min_p", "typical", "best")
+SAMPLED = ("nucleus", "min_p", "typical", "likeliest")
 NUM_PROMPTS = 5
 """Three rows, and two own prompts."""
 
@@ -111,7 +111,7 @@ def test_every_prompt_is_answered_under_each_strategy_at_every_round(finished):
         for sample in samples:
             expected = STRATEGIES[sample["strategy"]]
             assert {name: sample["params"].get(name) for name in expected} == expected
-            assert ("mean_logprob" in sample["scores"]) == (sample["strategy"] == "best")
+            assert ("mean_logprob" in sample["scores"]) == (sample["strategy"] == "likeliest")
 
 
 def test_strategies_do_what_they_say(finished):
@@ -150,7 +150,7 @@ def test_trackers_hold_scalars_and_scores(finished):
         "val/gen/num_samples", "val/gen/seconds", "val/gen/tokens_per_s", "val/gen/num_new_tokens", "val/gen/cut_off",
         "val/gen/empty", "val/gen/distinct_2", "val/gen/repeated_ngram", "val/gen/exact_match", "val/gen/greedy/bleu",
         "val/gen/nucleus/shorter_best", "val/gen/nucleus/exact_match_pass_at_2", "val/gen/nucleus/math_majority",
-        "val/gen/by_source/capitals/chrf", "val/gen/best", "val/gen/best_step", "val/gen/best/mean_logprob",
+        "val/gen/by_source/capitals/chrf", "val/gen/best", "val/gen/best_step", "val/gen/likeliest/mean_logprob",
     }  # fmt: skip
     samples = finished.samples(3)
     greedy = [s["scores"]["bleu"] for s in samples if s["strategy"] == "greedy" and "bleu" in s["scores"]]

@@ -319,7 +319,7 @@ def test_verls_own_command(tmp_path, assets, fsdp, lora, num_ranks, how):
 
 
 STRATEGIES = (
-    "{greedy: {do_sample: false}, nucleus: {top_p: 0.95}, beams: {do_sample: false, num_beams: 2}, best: {best_of: 3}}"
+    "{greedy: {do_sample: false}, nucleus: {top_p: 0.95}, beams: {do_sample: false, num_beams: 2}, top: {best_of: 3}}"
 )
 
 
@@ -346,7 +346,7 @@ def test_strategies_and_their_likelihoods(tmp_path, assets, fsdp, lora, num_rank
     assert max(worst) <= MAX_ULP, worst
     for sample in result.samples(3):
         assert sample["scores"]["exact_match"] in (0.0, 1.0)
-        if sample["strategy"] == "best":
+        if sample["strategy"] == "top":
             logprob = mean_logprob(model, *token_ids(sample, assets))
             assert sample["scores"]["mean_logprob"] == pytest.approx(logprob, abs=0.03)  # of bfloat16 logits
     shutil.rmtree(result.checkpoints / "global_step_3")

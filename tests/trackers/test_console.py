@@ -73,8 +73,8 @@ def test_completions_of_a_prompt_stand_together_and_are_told_apart(capsys):
 ROUND = {"num_samples": 5.0, "seconds": 1.234, "tokens_per_s": 2345.6, "num_new_tokens": 83.2, "cut_off": 0.2}
 
 
-def summary(capsys, scalars, max_chars=500):
-    ConsoleTracker(max_chars).log_scalars({f"val/gen/{key}": value for key, value in scalars.items()}, 8)
+def summary(capsys, scalars):
+    ConsoleTracker(10).log_scalars({f"val/gen/{key}": value for key, value in scalars.items()}, 8)
     return capsys.readouterr().out
 
 
@@ -84,10 +84,11 @@ def test_a_round_in_one_line(capsys):
         "exact_match_best": 1.0,
         "exact_match_pass_at_2": 0.75,
         "by_source/x/exact_match": 1.0,
+        "is_best": 0.25,
     }
     assert summary(capsys, ROUND | scores | {"best": 0.6, "best_step": 4.0}) == (
         "Step 8: 5 samples in 1.23 s, 2346 tokens/s; best 0.6 at step 4; num_new_tokens 83.2, cut_off 0.2, "
-        "exact_match 0.5\n"
+        "exact_match 0.5, is_best 0.25\n"
     )
 
 
@@ -100,7 +101,7 @@ def test_a_round_of_several_strategies_in_one_line(capsys):
 
 
 def test_the_line_is_cut_and_printable(capsys):
-    line = summary(capsys, ROUND | {f"\x1b[31m{i}": 1.0 for i in range(100)}, 200)
+    line = summary(capsys, ROUND | {f"\x1b[31m{i}": 1.0 for i in range(1000)})
     assert line.endswith("...\n")
-    assert len(line) <= 201
+    assert len(line) == 2001
     assert line[:-1].isprintable()

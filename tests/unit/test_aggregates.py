@@ -94,6 +94,30 @@ def test_what_is_no_correctness_has_no_pass_at_k(score, is_correctness):
     assert {key for key in found if key.startswith("right")} == {"right", "right_best", "right_worst"}
 
 
+def test_pass_at_k_is_of_the_prompts_that_have_so_many():
+    scored = [(sample(0, i), {"right": verdict(float(i == 0))}) for i in range(4)]
+    scored += [(sample(1), {"right": verdict(1.0)})]
+    found = round_scalars(scored, 1.0, 1)
+    assert {key: value for key, value in found.items() if "_pass_at_" in key} == {
+        "right_pass_at_1": (0.25 + 1.0) / 2, "right_pass_at_2": 0.5, "right_pass_at_4": 1.0,
+    }  # fmt: skip
+
+
+def test_a_score_of_its_own_goes_before_a_derived_one():
+    scored = [(sample(0, i), {"f": Verdict({"f": i, "f_best": 7.0}, False, "")}) for i in range(2)]
+    found = round_scalars(scored, 1.0, 1)
+    assert (found["f_best"], found["f_worst"]) == (7.0, 0.0)
+
+
+def test_answers_that_were_not_begun_count_for_nothing():
+    unbegun = sample(0, generation="", num_new_tokens=0, output_ids=[], finish_reason="time")
+    begun = sample(1, generation="a", num_new_tokens=1, output_ids=[5], finish_reason="time")
+    found = round_scalars([(unbegun, {"right": verdict(0.0)}), (begun, {"right": verdict(1.0)})], 1.0, 1)
+    assert (found["num_samples"], found["num_new_tokens"], found["empty"], found["right"]) == (2, 1.0, 0.0, 1.0)
+    none = round_scalars([(unbegun, {})], 1.0, 0)
+    assert none == {"num_samples": 1.0, "seconds": 1.0, "tokens_per_s": 0.0}
+
+
 def test_a_missing_score_is_not_a_zero():
     scored = [(sample(0), {"right": verdict(1.0)}), (sample(1), {}), (sample(2), {"right": Verdict({}, True, "")})]
     assert round_scalars(scored, 1.0, 1)["right"] == 1.0

@@ -502,6 +502,9 @@ def test_metrics_files_and_strategies_are_checked_at_start(tmp_path):
         ({"best_of": 0}, "generation.best_of must be an integer >= 1, got 0"),
         ({"params_key": ""}, "generation.params_key must be a text that is not empty, got ''"),
         ({"best_metric": "bleu"}, "generation.best_metric must be one of num_new_tokens, cut_off, empty, "),
+        ({"best_metric": "exact_match_bset", "metrics": ["exact_match"]}, "got 'exact_match_bset'"),
+        ({"strategies": {"best": {}}}, "generation.strategies: a round has a number called best already"),
+        ({"strategies": {"bleu": {}}, "metrics": ["bleu"]}, "a round has a number called bleu already"),
         ({"best_metric": "x/empty"}, "alone or as <strategy>/<metric>, got 'x/empty'"),
     ],
 )

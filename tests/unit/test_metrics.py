@@ -46,6 +46,8 @@ def test_normalized_as_squad_does(text, expected):
         ("math", "so \\boxed{12}", "$12$", 1.0),
         ("math", "13", "12", 0.0),
         ("math", "no idea", "12", 0.0),
+        ("math", "so it is 12", "12", 1.0),
+        ("math", "18 dollars", "18", 1.0),
     ],
 )
 def test_scores(name, generation, reference, expected):
@@ -61,6 +63,22 @@ def test_bleu_is_sacrebleus_own():
     found = load_metric("bleu")(sample(generation="the cat sat on a mat", reference="the cat sat on the mat"))
     assert 0 < expected < 100
     assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "right", ["2x+3", r"2\sqrt{3}", r"2\pi", "5x", "3+4i", r"(-\infty, 3)", "2xy", "x^2+1", "-7", "1/2"]
+)
+def test_math_takes_a_bare_formula_as_a_whole(right):
+    metric = load_metric("math")
+    for answer in (right, f"${right}$", rf"so \boxed{{{right}}}", rf"It is \({right}\)."):
+        assert metric(sample(generation=answer, reference=right)) == 1.0, answer
+    for answer in ("2", "3", "5", "1", "2x+7", "the end"):
+        assert metric(sample(generation=answer, reference=right)) == 0.0, answer
+
+
+@pytest.mark.parametrize("reference", ["Paris", "a story", ""])
+def test_math_says_nothing_where_the_reference_is_no_mathematics(reference):
+    assert load_metric("math")(sample(generation=reference, reference=reference)) is None
 
 
 @pytest.mark.parametrize("name", METRICS)

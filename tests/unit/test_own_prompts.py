@@ -89,6 +89,16 @@ def test_parquet_has_rows_with_columns(tmp_path, tokenizer):
     assert found[0].data.params == {"top_k": 3, "top_p": None}
 
 
+def test_integers_stay_integers_beside_an_empty_cell(tmp_path, tokenizer):
+    numbers = pd.array([12345678901234567, None], dtype="Int64")
+    pd.DataFrame({"prompt": ["a", "b"], "reference": numbers, "ground_truth": numbers}).to_parquet(
+        tmp_path / "own.parquet"
+    )
+    first, second = read_own_prompts(str(tmp_path / "own.parquet"), "generation_params")
+    assert (first.reference, first.data.ground_truth) == ("12345678901234567", 12345678901234567)
+    assert (second.reference, second.data.ground_truth) == (None, None)
+
+
 def test_template_arguments_and_tools_reach_the_template(tmp_path):
     seen = {}
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 
+import pandas as pd
 import pytest
 
 from verl_valgen.checks import ConfigError
 from verl_valgen.config import GenerationSettings
 from verl_valgen.questions import answered, make_questions, with_global_parameters
-from verl_valgen.row_data import RowData
+from verl_valgen.row_data import RowData, row_data
 from verl_valgen.samples import Completion, Prompt
 
 GLOBAL = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.7, "max_new_tokens": 100}
@@ -130,6 +131,18 @@ def test_a_bad_row_is_named_and_runs_on_the_global_parameters(own, reason, caplo
     assert record.getMessage().startswith(f"row 8: {reason}")
     assert record.getMessage().endswith("; it is answered with the global parameters")
     assert record.getMessage().isprintable()
+
+
+def test_integers_of_a_table_whose_rows_set_different_parameters(tmp_path):
+    """pandas, with which verl reads its data, makes floating-point numbers of them."""
+    params = [{"max_new_tokens": 3, "suppress_tokens": [4]}, {"temperature": 2.0}]
+    pd.DataFrame({"generation_params": params}).to_parquet(tmp_path / "rows.parquet")
+    column = pd.read_parquet(tmp_path / "rows.parquet")["generation_params"]
+    own = [row_data({"generation_params": value}, "generation_params").params for value in column]
+    first, second = make_questions(prompts(*own), settings())
+    assert first.params == GLOBAL | {"max_new_tokens": 3, "suppress_tokens": [4]}
+    assert second.params == GLOBAL | {"temperature": 2.0}
+    assert isinstance(first.params["max_new_tokens"], int)
 
 
 def test_a_row_that_only_one_strategy_refuses_runs_on_the_global_parameters_under_all(caplog):

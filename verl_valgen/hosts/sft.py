@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from types import ModuleType
@@ -105,6 +105,11 @@ class SFTHost(Host):
         if self.model_class in _original_forwards and self.verl_model_config.use_fused_kernels:
             return "with model.use_fused_kernels a forward pass gives no logits"
         return None
+
+    @property
+    def chat_template_kwargs(self) -> Mapping[str, Any]:
+        thinking = OmegaConf.select(self.config, "data.enable_thinking_default")
+        return {**super().chat_template_kwargs, **({} if thinking is None else {"enable_thinking": bool(thinking)})}
 
     @contextmanager
     def on_device(self) -> Iterator[None]:

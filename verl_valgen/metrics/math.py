@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 from verl_valgen.metrics.base import Metric
 from verl_valgen.samples import Sample
 
+# A word, where LaTeX's commands are none. (`2xy` and `5 x` have none.)
+_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}|\s[A-Za-z]{2,}")
+_DELIMITERS = ("$", "\\boxed", "\\(", "\\[")
+
 
 class Math(Metric):
-    """1.0 where the answer's value is that of the reference, else 0.0: `0.5` is `\\boxed{\\frac{1}{2}}`."""
+    """1.0 where the answer's value is that of the reference, else 0.0: `0.5` is `\\boxed{\\frac{1}{2}}`. A reference
+    in which math-verify finds no mathematics is none."""
 
     name = "math"
     is_correctness = True
@@ -24,12 +32,16 @@ class Math(Metric):
         right = sample.reference if sample.ground_truth is None else str(sample.ground_truth)
         if right is None:
             return None
-        # A bare formula is looked for within dollars or a box.
-        gold = self._parse(right) or self._parse(f"${right}$")
-        return float(self._verify(gold, self._parse(sample.generation)))
+        gold = self._parsed(right)
+        return float(self._verify(gold, self._parsed(sample.generation))) if gold else None
+
+    def _parsed(self, text: str) -> list[Any]:
+        """What math-verify finds. It takes a formula for one within delimiters, and of a bare one the first number."""
+        is_bare = not any(delimiter in text for delimiter in _DELIMITERS) and not _PROSE.search(text)
+        return (is_bare and self._parse(f"${text}$")) or self._parse(text)
 
     def vote(self, sample: Sample) -> str:
-        parsed = self._parse(sample.generation)
+        parsed = self._parsed(sample.generation)
         if not parsed:
             return super().vote(sample)
         value = parsed[0]  # 0.5, or one half

@@ -20,7 +20,7 @@ from verl_valgen.metrics import load_metric
 from verl_valgen.metrics.base import Metric
 from verl_valgen.metrics.own import metric_name
 from verl_valgen.samples import Sample
-from verl_valgen.text import describe
+from verl_valgen.text import describe, printable
 
 _PR_SET_PDEATHSIG = 1
 
@@ -65,6 +65,8 @@ def _scored(metric: Metric | str, name: str, sample: Sample) -> list[Any]:
             for key, value in values.items()
             if hasattr(value, "__float__")
         }
+        if values and not scores:
+            raise ValueError(f"no value is a number: {printable(repr(values), 200)}")
         return [scores, metric.is_correctness, vote]
     except Exception as e:
         return [describe(e)]

@@ -6,10 +6,10 @@ cursor or recolour the screen.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 
+from verl_valgen.aggregates import DERIVED
 from verl_valgen.samples import ALWAYS, DEFAULT_STRATEGY, Sample
 from verl_valgen.text import printable
 from verl_valgen.trackers.base import Tracker
@@ -17,7 +17,7 @@ from verl_valgen.trackers.base import Tracker
 _RULE = "-" * 50
 
 _ABOUT_THE_ROUND = ("num_samples", "seconds", "tokens_per_s", "best", "best_step")
-_DERIVED = re.compile(r".*_(best|worst|majority|pass_at_[0-9]+)")
+_MAX_SUMMARY_CHARS = 2000
 
 
 class ConsoleTracker(Tracker):
@@ -41,7 +41,7 @@ class ConsoleTracker(Tracker):
 
     def log_scalars(self, scalars: dict[str, float], step: int) -> None:
         """One line that sums up the round; numbers by source of data are left to the trackers."""
-        _write(printable(_summary(scalars, step), self._max_chars))
+        _write(printable(_summary(scalars, step), _MAX_SUMMARY_CHARS))
 
 
 def _write(text: str) -> None:
@@ -63,7 +63,8 @@ def _label(sample: Sample, of_prompt: Sequence[Sample]) -> str:
 def _summary(scalars: dict[str, float], step: int) -> str:
     """What fits a line: of metrics the mean, by strategy where there are several."""
     values = {key.removeprefix("val/gen/"): value for key, value in scalars.items()}
-    shown = {key: _number(value) for key, value in values.items() if not _DERIVED.fullmatch(key)}
+    derived = {key for key in values if (match := DERIVED.fullmatch(key)) and match[1] in values}
+    shown = {key: _number(value) for key, value in values.items() if key not in derived}
     by_strategy: dict[str, list[str]] = {}
     for key, number in shown.items():
         strategy, separator, name = key.partition("/")
