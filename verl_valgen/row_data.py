@@ -40,6 +40,13 @@ def row_data(columns: Mapping[str, Any], params_key: str) -> RowData:
     )
 
 
+_WHOLE_NUMBERS = frozenset({
+    "max_new_tokens", "min_new_tokens", "top_k", "num_beams", "best_of", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "prefill_chunk_size", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id",
+})  # fmt: skip
+"""Parameters that are counts or ids."""
+
+
 def parameters(value: Any) -> dict[str, Any]:
     """A row's own generation parameters: a mapping or its JSON; {} for an empty cell.
 
@@ -57,13 +64,11 @@ def parameters(value: Any) -> dict[str, Any]:
         raise ValueError(f"it must be a mapping or JSON of one, got a {type(value).__name__}")
     # In a table every row has all columns of a mapping, those that it does not set too; and where some rows do not,
     # pandas makes floating-point numbers of the others' integers.
-    return {str(name): _whole(inner) for name, inner in value.items() if cell(inner) is not None}
+    set_here = {str(name): inner for name, inner in value.items() if cell(inner) is not None}
+    return {name: _whole(inner) if name in _WHOLE_NUMBERS else inner for name, inner in set_here.items()}
 
 
 def _whole(value: Any) -> Any:
-    """Numbers that are whole as integers."""
-    if isinstance(value, list):
-        return [_whole(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -134,15 +134,20 @@ def run_with(
     assets: Assets,
     case: tuple[str, str],
     faults: Sequence[Fault],
+    *,
+    num_faulty: int,
     limit_s: float,
 ) -> Faulty:
-    """A run with the faults, and one of as many steps without generation."""
+    """A run with the faults, and one of as many steps without generation.
+
+    Args:
+        num_faulty: Rounds running with each fault; behind them lies one without.
+        limit_s: Of a round.
+    """
     way, fsdp = case
-    num_rounds = 2 if limit_s == LIMIT_S else 3
-    placed = [
-        replace(fault, steps=list(range(num_rounds * i + 1, num_rounds * (i + 1)))) for i, fault in enumerate(faults)
-    ]
-    num_steps = num_rounds * len(placed)
+    period = num_faulty + 1
+    placed = [replace(fault, steps=[period * i + k for k in range(1, period)]) for i, fault in enumerate(faults)]
+    num_steps = period * len(placed)
     training = [
         *assets.overrides(multiturn=True), strategy(fsdp), "trainer.test_freq=1", "trainer.save_freq=-1",
         f"trainer.total_training_steps={num_steps}", "trainer.total_epochs=1000",
@@ -194,7 +199,9 @@ def raised(server, tmp_path_factory, assets, case) -> Faulty:
         *(Fault(stage, kind, rank) for stage, kinds in ON_ALL_RANKS.items() for kind in kinds for rank in (0, 1)),
         *(Fault(stage, kind) for stage, kinds in ON_LOGGING_RANK.items() for kind in kinds),
     ]
-    return run_with(server, tmp_path_factory.mktemp("raised"), assets, case, faults_of(case, faults), 60.0)
+    return run_with(
+        server, tmp_path_factory.mktemp("raised"), assets, case, faults_of(case, faults), num_faulty=2, limit_s=60.0
+    )
 
 
 def test_what_raises_costs_its_round_at_most_and_a_warning(raised):
@@ -231,7 +238,9 @@ def delayed(server, tmp_path_factory, assets, case) -> Faulty:
         Fault("metric", "hang"),
         Fault("console", "hang"),  # the last, for it holds the console for good
     ]
-    return run_with(server, tmp_path_factory.mktemp("delayed"), assets, case, faults_of(case, faults), LIMIT_S)
+    return run_with(
+        server, tmp_path_factory.mktemp("delayed"), assets, case, faults_of(case, faults), num_faulty=1, limit_s=LIMIT_S
+    )
 
 
 def test_what_takes_too_long_costs_the_rest_of_its_round(delayed):

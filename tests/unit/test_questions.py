@@ -135,14 +135,15 @@ def test_a_bad_row_is_named_and_runs_on_the_global_parameters(own, reason, caplo
 
 def test_integers_of_a_table_whose_rows_set_different_parameters(tmp_path):
     """pandas, with which verl reads its data, makes floating-point numbers of them."""
-    params = [{"max_new_tokens": 3, "suppress_tokens": [4]}, {"temperature": 2.0}]
+    params = [{"max_new_tokens": 3, "suppress_tokens": [4], "repetition_penalty": 2.0}, {"temperature": 2.0}]
     pd.DataFrame({"generation_params": params}).to_parquet(tmp_path / "rows.parquet")
     column = pd.read_parquet(tmp_path / "rows.parquet")["generation_params"]
     own = [row_data({"generation_params": value}, "generation_params").params for value in column]
     first, second = make_questions(prompts(*own), settings())
-    assert first.params == GLOBAL | {"max_new_tokens": 3, "suppress_tokens": [4]}
+    assert first.params == GLOBAL | {"max_new_tokens": 3, "suppress_tokens": [4], "repetition_penalty": 2.0}
     assert second.params == GLOBAL | {"temperature": 2.0}
     assert isinstance(first.params["max_new_tokens"], int)
+    assert isinstance(first.params["repetition_penalty"], float)  # transformers insists on that
 
 
 def test_a_row_that_only_one_strategy_refuses_runs_on_the_global_parameters_under_all(caplog):
