@@ -16,9 +16,6 @@ from verl_valgen.scoring import Verdict
 
 Scored = tuple[Sample, Mapping[str, Verdict]]
 
-DERIVED = re.compile(r"(.*)_(?:best|worst|majority|pass_at_[0-9]+)")
-"""Keys of what is made of several completions, with that of the score itself as a group."""
-
 _MAX_SOURCE_CHARS = 64
 
 _MAX_SOURCES = 32

@@ -64,7 +64,7 @@ def parameters(value: Any) -> dict[str, Any]:
         raise ValueError(f"it must be a mapping or JSON of one, got a {type(value).__name__}")
     # In a table every row has all columns of a mapping, those that it does not set too; and where some rows do not,
     # pandas makes floating-point numbers of the others' integers.
-    set_here = {str(name): inner for name, inner in value.items() if cell(inner) is not None}
+    set_here = {str(name): inner for name, inner in value.items() if not _is_empty(inner)}
     return {name: _whole(inner) if name in _WHOLE_NUMBERS else inner for name, inner in set_here.items()}
 
 
@@ -83,5 +83,8 @@ def plain(value: Any) -> Any:
 def cell(value: Any) -> Any:
     """A column's value as plain Python; an empty cell (None, NaN, pandas.NA) as None."""
     value = plain(value)
-    is_empty = type(value).__name__ == "NAType" or (isinstance(value, float) and math.isnan(value))
-    return None if is_empty else value
+    return None if _is_empty(value) else value
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and math.isnan(value))

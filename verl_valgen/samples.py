@@ -6,6 +6,7 @@ This module owns their fields and their order in a JSONL line. It knows neither 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -20,6 +21,9 @@ DEFAULT_STRATEGY = "default"
 
 ALWAYS = ("num_new_tokens", "cut_off", "empty", "distinct_2", "repeated_ngram")
 """The numbers of a round that are told of any samples: see `aggregates.py`."""
+
+DERIVED = re.compile(r"(.*)_(?:best|worst|majority|pass_at_[0-9]+)")
+"""Numbers that are made of several completions' scores, with the score's own name as a group."""
 
 
 @dataclass(frozen=True)

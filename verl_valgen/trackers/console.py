@@ -9,8 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from verl_valgen.aggregates import DERIVED
-from verl_valgen.samples import ALWAYS, DEFAULT_STRATEGY, Sample
+from verl_valgen.samples import ALWAYS, DEFAULT_STRATEGY, DERIVED, Sample
 from verl_valgen.text import printable
 from verl_valgen.trackers.base import Tracker
 
@@ -82,7 +81,7 @@ def _summary(scalars: dict[str, float], step: int) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{value:.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _encodable(text: str) -> str:
