@@ -44,7 +44,7 @@ def round_scalars(scored: Sequence[Scored], seconds: float, num_tokens: int) -> 
         by_strategy[item[0].strategy].append(item)
         if item[0].data_source is not None:
             by_source[source_key(item[0].data_source)].append(item)
-    if set(by_strategy) != {DEFAULT_STRATEGY}:
+    if list(by_strategy) != [DEFAULT_STRATEGY]:
         for name, items in by_strategy.items():
             scalars |= {f"{name}/{key}": value for key, value in _of(items).items()}
     for name, items in list(by_source.items())[:_MAX_SOURCES]:

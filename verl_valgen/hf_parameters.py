@@ -17,6 +17,12 @@ SAMPLING_ONLY = frozenset(
     ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 )
 
+WHOLE_NUMBERS = frozenset({
+    "max_new_tokens", "min_new_tokens", "top_k", "num_beams", "best_of", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "prefill_chunk_size", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id",
+})  # fmt: skip
+"""Counts and ids; `best_of` is ours."""
+
 _RUNS_CODE = "it would load or run code from outside this run"
 _NO_BATCHES = "assisted decoding cannot answer prompts in batches"
 _ON_THE_HUB = "it belongs to a generation mode whose code transformers loads from the hub"

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from verl_valgen.hf_parameters import WHOLE_NUMBERS
+
 
 @dataclass(frozen=True)
 class RowData:
@@ -40,13 +42,6 @@ def row_data(columns: Mapping[str, Any], params_key: str) -> RowData:
     )
 
 
-_WHOLE_NUMBERS = frozenset({
-    "max_new_tokens", "min_new_tokens", "top_k", "num_beams", "best_of", "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size", "prefill_chunk_size", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id",
-})  # fmt: skip
-"""Parameters that are counts or ids."""
-
-
 def parameters(value: Any) -> dict[str, Any]:
     """A row's own generation parameters: a mapping or its JSON; {} for an empty cell.
 
@@ -65,7 +60,7 @@ def parameters(value: Any) -> dict[str, Any]:
     # In a table every row has all columns of a mapping, those that it does not set too; and where some rows do not,
     # pandas makes floating-point numbers of the others' integers.
     set_here = {str(name): inner for name, inner in value.items() if not _is_empty(inner)}
-    return {name: _whole(inner) if name in _WHOLE_NUMBERS else inner for name, inner in set_here.items()}
+    return {name: _whole(inner) if name in WHOLE_NUMBERS else inner for name, inner in set_here.items()}
 
 
 def _whole(value: Any) -> Any:

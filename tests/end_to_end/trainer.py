@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -121,6 +122,11 @@ class Run:
     @property
     def output(self) -> str:
         return self.stdout + self.stderr
+
+    @property
+    def warnings(self) -> list[str]:
+        """Ours, without where and when."""
+        return re.findall(r"\[verl_valgen[.\w]*\]\[WARNING\] - (.*)", self.output)
 
     @property
     def checkpoints(self) -> Path:

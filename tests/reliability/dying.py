@@ -1,4 +1,4 @@
-"""Trackers and disks that fail while a run goes on, and notes of how its rounds go. For the run and for its test.
+"""Trackers that fail while a run goes on. For the run and for its test.
 
 verl calls its trackers on the trainer's thread, and so do the trackers' own hooks when a process ends: where the other
 side is dead they raise, or wait for minutes. A run is kept from both (`shield_verl`, `shield_exit`) from the event on,
@@ -9,46 +9,32 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-NOTES = "rounds.json"
+from round_times import watch_rounds
+
 _LONGEST_WAIT_S = 200.0
-_DISK, _FILLER = "checkpoints", "checkpoints/filler"
 
 
 def watch(events: Mapping[int, Callable[[], object]]) -> None:
-    """Calls what `events` has for a step on rank 0, before the round of that step.
+    """Notes the rounds (`round_times.py`), and calls what `events` has for a step before the round of that step."""
 
-    When training has ended, `rounds.json` is written: `round_s`, seconds by step, and `ended_at`, as `time.time()` is.
-    """
-    from verl_valgen.rounds import ValidationRounds
-
-    round_s: dict[int, float] = {}
-    make_round, end = ValidationRounds.run, ValidationRounds.__exit__
-
-    def run(self: ValidationRounds, step: int) -> None:
-        if self.host.is_logging_rank and step in events:
+    @contextlib.contextmanager
+    def after_event(step: int) -> Iterator[None]:
+        if step in events:
             events[step]()
-        start = time.monotonic()
-        make_round(self, step)
-        round_s[step] = time.monotonic() - start
+        yield
 
-    def exit(self: ValidationRounds, *exc_info: object) -> None:
-        if self.host.is_logging_rank:
-            Path(NOTES).write_text(json.dumps({"round_s": round_s, "ended_at": time.time()}))
-        end(self, *exc_info)
-
-    ValidationRounds.run, ValidationRounds.__exit__ = run, exit  # type: ignore[method-assign]
+    watch_rounds(after_event)
 
 
 def wait_until(is_so: Callable[[], object]) -> None:
@@ -204,19 +190,3 @@ def _children() -> list[tuple[int, str]]:
             if parent == os.getpid():
                 found.append((int(folder.name), (folder / "cmdline").read_text()))
     return found
-
-
-def remount(mode: str) -> None:
-    """Makes the file system at `checkpoints` read-only (`ro`) or takes that back (`rw`)."""
-    subprocess.run(["mount", "-o", f"remount,{mode}", _DISK], check=True)
-
-
-def fill() -> None:
-    """Leaves no byte on it; it should be a small one."""
-    with contextlib.suppress(OSError), open(_FILLER, "wb", buffering=0) as file:
-        while True:
-            file.write(b"\0" * 4096)
-
-
-def make_room() -> None:
-    os.unlink(_FILLER)

@@ -1,7 +1,7 @@
 """Faults in the rounds of a run of verl's trainer, which every rank plants before the trainer's program runs.
 
 The environment says which: `FAULTS` is a JSON list of `Fault`'s fields, `DELAY_S` how long delays are. Metrics that are
-to fail read the same, in their own process. What a rank saw is written to `rounds_<rank>.json` when training has ended.
+to fail read the same, in their own process. A rank notes (`round_times.py`) the steps at which it was struck as well.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from round_times import watch_rounds
 
 _DECODES_FROM = 3
 """Of the passes of a round. The second would do as well, but that an answer may end with the first."""
@@ -46,9 +50,9 @@ class Faults:
     """Those of this rank, and the round under way."""
 
     def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
+        rank = int(os.environ.get("RANK", "0"))
         planted = [Fault(**fields) for fields in json.loads(os.environ["FAULTS"])]
-        self.by_step = {step: fault for fault in planted if fault.rank == self.rank for step in fault.steps}
+        self.by_step = {step: fault for fault in planted if fault.rank == rank for step in fault.steps}
         self.delay_s = float(os.environ["DELAY_S"])
         self.step = -1
         self.calls: Counter[tuple[str, int]] = Counter()
@@ -100,26 +104,21 @@ def plant() -> None:
     """
     from transformers import LlamaForCausalLM
 
-    from verl_valgen import answering, exchange, rounds, sampling
+    from verl_valgen import answering, exchange, sampling
     from verl_valgen.plain_copy import PlainCopy
     from verl_valgen.scoring import Scoring
     from verl_valgen.trackers.console import ConsoleTracker
     from verl_valgen.trackers.jsonl import JsonlTracker
 
     faults = Faults()
-    seconds: dict[int, float] = {}
 
-    def run(self: Any, step: int, original: Any = rounds.ValidationRounds.run) -> None:
+    @contextmanager
+    def in_round(step: int) -> Iterator[None]:
         faults.step = step
-        start = time.monotonic()
-        original(self, step)
-        seconds[step] = time.monotonic() - start
+        yield
         faults.step = -1
 
-    def leave(self: Any, *exc_info: object, original: Any = rounds.ValidationRounds.__exit__) -> None:
-        with open(f"rounds_{faults.rank}.json", "w") as file:
-            json.dump({"seconds": seconds, "struck": sorted(faults.struck), "ended_at": time.time()}, file)
-        original(self, *exc_info)
+    watch_rounds(in_round, lambda: {"struck": sorted(faults.struck)})
 
     def receive(self: Any, name: str, parameter: Any, original: Any = PlainCopy.receive) -> None:
         is_nan = faults.strike("gather")
@@ -165,8 +164,6 @@ def plant() -> None:
 
     patched: Any
     for patched, name, replacement in (
-        (rounds.ValidationRounds, "run", run),
-        (rounds.ValidationRounds, "__exit__", leave),
         (answering, "free_bytes", striking("prepare", answering.free_bytes)),
         (PlainCopy, "receive", receive),
         (LlamaForCausalLM, "forward", forward),

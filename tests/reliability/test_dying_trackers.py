@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -20,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import mounted
 from end_to_end.trainer import strategy
 from killed_writer import NUM_SAMPLES
 from readback import read_mlflow
 from reliability.conftest import record_figure
-from reliability.dying import NOTES, MlflowServer
+from reliability.dying import MlflowServer
 from reliability.server import ForkedRun, TrainerServer
 from reliability.test_killed import attempts_by_step
 from reliability.test_same_training import SEED_AND_REPORT
+from round_times import notes_of
 
 STEPS = [1, 2, 3, 4, 5]
 GENERATION = [
@@ -53,7 +54,7 @@ class Seen:
 
     @cached_property
     def notes(self) -> dict[str, Any]:
-        return json.loads((self.run.directory / NOTES).read_text())
+        return notes_of(self.run.directory)
 
     @property
     def round_s(self) -> list[float]:
@@ -63,10 +64,6 @@ class Seen:
     def exit_s(self) -> float:
         """From the end of training to that of the process; Python itself takes seconds of it."""
         return self.run.ended_at - self.notes["ended_at"]
-
-    @property
-    def warnings(self) -> list[str]:
-        return re.findall(r"\[verl_valgen[\w.]*\]\[WARNING\] - (.*)", self.run.output)
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class Runs:
         directory.mkdir(exist_ok=True)
         (directory / "growing.py").write_text(GROWING)
         arguments = [*self.arguments, f"trainer.logger=[{','.join(filter(None, ['console', logger]))}]"]
-        before = f"{SEED_AND_REPORT}\nimport dying\nfrom pathlib import Path\n{before}\ndying.watch(events)"
+        before = f"{SEED_AND_REPORT}\nimport disks, dying\nfrom pathlib import Path\n{before}\ndying.watch(events)"
         result = self.server.run(directory, arguments, environment=environment, before=before)
         assert result.returncode == 0, result.output[-5000:]
         return Seen(result)
@@ -110,7 +107,7 @@ def reference(runs, tmp_path_factory) -> Seen:
     seen = runs.make(tmp_path_factory.mktemp("reference") / "run", "events = {}")
     assert len(seen.run.logged("train/loss")) == len(seen.run.logged("val/loss")) == len(STEPS)
     assert len(seen.round_s) == len(STEPS)
-    assert seen.warnings == []
+    assert seen.run.warnings == []
     assert_rounds(seen, STEPS)
     return seen
 
@@ -119,7 +116,7 @@ def assert_unharmed(case: str, seen: Seen, reference: Seen, warnings: list[str])
     """Training was the same and nothing waited; each cause was warned of once, `warnings` being patterns of all."""
     record_figure(
         f"dying trackers: {case}",
-        longest_round_s=max(seen.round_s), exit_s=seen.exit_s, num_warnings=len(seen.warnings),
+        longest_round_s=max(seen.round_s), exit_s=seen.exit_s, num_warnings=len(seen.run.warnings),
         longest_round_without_s=max(reference.round_s), exit_without_s=reference.exit_s,
     )  # fmt: skip
     for key in ("train/loss", "val/loss"):
@@ -127,8 +124,8 @@ def assert_unharmed(case: str, seen: Seen, reference: Seen, warnings: list[str])
     assert len(seen.round_s) == len(STEPS)
     assert max(seen.round_s) <= max(reference.round_s) + MAX_ROUND_S
     assert seen.exit_s <= reference.exit_s + MAX_EXIT_S
-    assert len(seen.warnings) == len(warnings), seen.warnings
-    for warning, pattern in zip(seen.warnings, warnings, strict=True):
+    assert len(seen.run.warnings) == len(warnings), seen.run.warnings
+    for warning, pattern in zip(seen.run.warnings, warnings, strict=True):
         assert re.fullmatch(pattern, warning)
 
 
@@ -145,33 +142,36 @@ def assert_rounds(seen: Seen, steps: list[int]) -> None:
     assert [record["step"] for record in best["before"]] == STEPS[:-1]
 
 
-def test_wandb_whose_process_is_killed_is_given_up(runs, reference, tmp_path):
-    before = """
-def kill():
-    dying.kill_wandb()
+@pytest.mark.parametrize(
+    ("how", "warnings"),
+    [
+        (
+            "kill",
+            [
+                r"wandb: samples were not recorded: wandb\.[\w.]*\.MailboxClosedError",
+                "wandb: disabled after 3 failures in a row; the samples are in the JSONL files",
+            ],
+        ),
+        (
+            "freeze",
+            [
+                "wandb: samples take longer than 1 s to record; training does not wait",
+                "wandb: samples were not recorded: TimeoutError: wandb did not finish 9 calls in time",
+            ],
+        ),
+    ],
+    ids=["killed", "frozen"],
+)
+def test_wandb_whose_process_fails_costs_a_second(runs, reference, tmp_path, how, warnings):
+    before = f"""
+def fail():
+    dying.{how}_wandb()
     dying.shield_verl()
 
-events = {2: kill}
+events = {{2: fail}}
 """
     seen = runs.make(tmp_path / "run", before, logger="wandb", environment={"WANDB_MODE": "offline"})
-    given_up = "wandb: disabled after 3 failures in a row; the samples are in the JSONL files"
-    failed = r"wandb: samples were not recorded: wandb\.[\w.]*\.MailboxClosedError"
-    assert_unharmed("wandb killed", seen, reference, [failed, given_up])
-    assert_rounds(seen, STEPS)
-
-
-def test_wandb_whose_process_freezes_costs_a_second(runs, reference, tmp_path):
-    before = """
-def freeze():
-    dying.freeze_wandb()
-    dying.shield_verl()
-
-events = {2: freeze}
-"""
-    seen = runs.make(tmp_path / "run", before, logger="wandb", environment={"WANDB_MODE": "offline"})
-    slow = "wandb: samples take longer than 1 s to record; training does not wait"
-    unfinished = "wandb: samples were not recorded: TimeoutError: wandb did not finish 9 calls in time"
-    assert_unharmed("wandb frozen", seen, reference, [slow, unfinished])
+    assert_unharmed(f"wandb, {how}", seen, reference, warnings)
     assert_rounds(seen, STEPS)
 
 
@@ -257,22 +257,22 @@ def test_a_folder_that_is_removed_is_made_again(runs, reference, tmp_path):
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
     """The run's folder for checkpoints and samples, on a small file system of its own; verl saves half a megabyte."""
-    directory = tmp_path / "run" / "checkpoints"
-    directory.mkdir(parents=True)
-    try:
-        mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(directory)]
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a file system takes root")
-    yield directory
-    subprocess.run(["umount", str(directory)], check=True)
+    with mounted(tmp_path / "run" / "checkpoints", "8m") as directory:
+        yield directory
 
 
 @pytest.mark.parametrize(
     ("failure", "repair", "error"),
     [
-        pytest.param("dying.fill()", "dying.make_room()", "No space left on device", id="full"),
-        pytest.param("dying.remount('ro')", "dying.remount('rw')", "Read-only file system", id="read-only"),
+        pytest.param(
+            "disks.fill('checkpoints')", "disks.make_room('checkpoints')", "No space left on device", id="full"
+        ),
+        pytest.param(
+            "disks.remount('checkpoints', 'ro')",
+            "disks.remount('checkpoints', 'rw')",
+            "Read-only file system",
+            id="read-only",
+        ),
     ],
 )
 def test_a_disk_costs_the_rounds_in_which_it_fails(runs, reference, disk, failure, repair, error):
@@ -313,29 +313,6 @@ server = dying.MlflowServer(Path({str(server.directory)!r}), {server.port})
 {events}
 """
     return runs.make(directory, before, logger="mlflow", environment={"MLFLOW_TRACKING_URI": server.uri, **environment})
-
-
-# Rounds 2 to 5 are two calls each, and one ends them.
-UNFINISHED = "mlflow: samples were not recorded: TimeoutError: mlflow did not finish 9 calls in time"
-
-
-def test_mlflow_whose_server_freezes_holds_nobody_up(runs, reference, mlflow_server, tmp_path):
-    events = """
-def freeze():
-    dying.wait_until_mlflow_has(1)
-    server.freeze()
-    dying.shield_verl()
-    dying.shield_exit()
-
-events = {2: freeze}
-"""
-    try:
-        seen = make_run_with(mlflow_server, runs, tmp_path / "run", events)
-        assert not mlflow_server.is_answering()
-    finally:
-        mlflow_server.thaw()
-    assert_unharmed("mlflow frozen", seen, reference, [UNFINISHED])
-    assert_rounds(seen, STEPS)
 
 
 def test_mlflow_gets_all_rounds_once_its_server_is_back(runs, reference, mlflow_server, tmp_path):
@@ -379,17 +356,24 @@ def generations(table: dict[str, Any]) -> list[str]:
     return [row[column] for row in table["data"]]
 
 
-def test_mlflow_whose_server_is_killed_holds_nobody_up(runs, reference, mlflow_server, tmp_path):
-    events = """
-def kill():
+@pytest.mark.parametrize("how", ["freeze", "kill"])
+def test_mlflow_whose_server_fails_holds_nobody_up(runs, reference, mlflow_server, tmp_path, how):
+    events = f"""
+def fail():
     dying.wait_until_mlflow_has(1)
-    server.kill()
+    server.{how}()
     dying.shield_verl()
     dying.shield_exit()
 
-events = {2: kill}
+events = {{2: fail}}
 """
-    seen = make_run_with(mlflow_server, runs, tmp_path / "run", events)
-    assert not mlflow_server.is_answering()
-    assert_unharmed("mlflow killed", seen, reference, [UNFINISHED])
+    try:
+        seen = make_run_with(mlflow_server, runs, tmp_path / "run", events)
+        assert not mlflow_server.is_answering()
+    finally:
+        if how == "freeze":
+            mlflow_server.thaw()
+    # Rounds 2 to 5 are two calls each, and one ends them.
+    unfinished = "mlflow: samples were not recorded: TimeoutError: mlflow did not finish 9 calls in time"
+    assert_unharmed(f"mlflow, {how}", seen, reference, [unfinished])
     assert_rounds(seen, STEPS)

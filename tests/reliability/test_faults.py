@@ -22,6 +22,7 @@ from reliability.conftest import IS_WHOLE, record_figure
 from reliability.planting import Fault, in_environment
 from reliability.server import ForkedRun, TrainerServer
 from reliability.test_same_training import SEED_AND_REPORT
+from round_times import notes_of
 
 HERE = Path(__file__).parent
 
@@ -104,11 +105,6 @@ class Faulty:
     num_steps: int
     by_rank: list[dict[str, Any]]
 
-    @property
-    def warnings(self) -> list[str]:
-        """Ours, without where and when."""
-        return re.findall(r"\[verl_valgen[.\w]*\]\[WARNING\] - (.*)", self.run.output)
-
     def num_samples(self, step: int) -> int:
         """Of a round's file, which is valid; 0 where there is none."""
         path = self.run.generations / f"step_{step:08d}.jsonl"
@@ -163,7 +159,7 @@ def run_with(
     )  # fmt: skip
     for run in (off, on):
         assert run.returncode == 0, run.output[-5000:]
-    by_rank = [json.loads((on.directory / f"rounds_{rank}.json").read_text()) for rank in range(2)]
+    by_rank = [notes_of(on.directory, rank) for rank in range(2)]
     return Faulty(way, on, off, placed, num_steps, by_rank)
 
 
@@ -181,7 +177,7 @@ def assert_training_went_on(faulty: Faulty) -> None:
 
 
 def seconds(faulty: Faulty, step: int) -> float:
-    return max(rank["seconds"][str(step)] for rank in faulty.by_rank)
+    return max(rank["round_s"][str(step)] for rank in faulty.by_rank)
 
 
 def faults_of(case: tuple[str, str], faults: Sequence[Fault]) -> list[Fault]:
@@ -210,18 +206,20 @@ def test_what_raises_costs_its_round_at_most_and_a_warning(raised):
         fewest, most = kept(raised.way, fault)
         for step in fault.steps:
             assert fewest <= raised.num_samples(step) <= most, fault
-        told = [line for line in raised.warnings if told_as(fault) in line]
+        told = [line for line in raised.run.warnings if told_as(fault) in line]
         is_told = fault.kind not in ("nan", "death", "oom_once") or kept(raised.way, fault) == (0, 0)
         assert len(told) == is_told, fault
     clean = set(range(1, raised.num_steps + 1)) - {step for fault in raised.faults for step in fault.steps}
     assert {raised.num_samples(step) for step in clean} == {NUM_SAMPLES}
 
     of_faults = {told_as(fault) for fault in raised.faults}
-    others = [line for line in raised.warnings if not (LATE.fullmatch(line) or any(text in line for text in of_faults))]
+    others = [
+        line for line in raised.run.warnings if not (LATE.fullmatch(line) or any(text in line for text in of_faults))
+    ]
     deaths = [fault for fault in raised.faults if fault.kind == "death"]
     assert len(others) == len(deaths)
     assert all(line.startswith("metric judge ended the process") for line in others)
-    assert len(raised.warnings) == len(set(raised.warnings))
+    assert len(raised.run.warnings) == len(set(raised.run.warnings))
 
     slowest = max(seconds(raised, step) for fault in raised.faults for step in fault.steps)
     median = statistics.median(seconds(raised, step) for step in clean)
@@ -247,8 +245,10 @@ def test_what_takes_too_long_costs_the_rest_of_its_round(delayed):
     assert_training_went_on(delayed)
     for step in range(1, delayed.num_steps + 1):
         assert delayed.num_samples(step) == NUM_SAMPLES, step
-    assert [line for line in delayed.warnings if not LATE.fullmatch(line) and not LATE_METRICS.fullmatch(line)] == []
-    assert len(delayed.warnings) == len(set(delayed.warnings))
+    assert [
+        line for line in delayed.run.warnings if not LATE.fullmatch(line) and not LATE_METRICS.fullmatch(line)
+    ] == []
+    assert len(delayed.run.warnings) == len(set(delayed.run.warnings))
     for fault in delayed.faults:
         (step,) = fault.steps
         taken = seconds(delayed, step)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import fill, make_room, mounted
 from end_to_end.trainer import Run, run, write_program
 from killed_writer import METRIC, NUM_SAMPLES, value_of
 from readback import history_row, wandb_records
@@ -218,12 +219,9 @@ def assert_is_whole(result: Run, steps: list[int]) -> None:
 @contextlib.contextmanager
 def full_disk(directory: Path) -> Iterator[None]:
     """No byte is left on the folder's file system, which is a small one."""
-    filler = directory / "filler"
-    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
-        while True:
-            file.write(b"\0" * 512)
+    fill(directory)
     yield
-    filler.unlink()
+    make_room(directory)
 
 
 @contextlib.contextmanager
@@ -239,15 +237,8 @@ def limited_files(directory: Path) -> Iterator[None]:
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(directory)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a file system takes root")
-    yield directory
-    subprocess.run(["umount", str(directory)], check=True)
+    with mounted(tmp_path / "disk", "64k") as directory:
+        yield directory
 
 
 def assert_a_failing_disk_costs_its_rounds_alone(directory: Path, failing: Any, caplog: Any) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 
-import assets
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from verl_valgen import own_prompts
 from verl_valgen.checks import ConfigError
@@ -19,13 +17,6 @@ from verl_valgen.own_prompts import read_own_prompts, tokenized
 ASKED = [{"role": "user", "content": "2+2?"}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": " 4 "}]
 LONG = [*ANSWERED, {"role": "user", "content": "3+3?"}, {"role": "assistant", "content": "6"}]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    assets.write_model(path)
-    return AutoTokenizer.from_pretrained(path)
 
 
 def read(tmp_path, rows, name="own.jsonl"):
