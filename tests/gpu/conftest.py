@@ -6,7 +6,7 @@ from pathlib import Path
 import assets as small
 import pytest
 import torch
-from end_to_end.trainer import Assets
+from end_to_end.trainer import HAS_ENGINES, Assets
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, Qwen2Config
 
@@ -15,6 +15,20 @@ SHAPE = {
     "num_key_value_heads": 2, "tie_word_embeddings": True,
 }  # fmt: skip
 """Qwen2's of 0.5B parameters; with the tests' vocabulary of a hundred characters 0.36B are left."""
+
+# verl asks for flash-attn. Where it is not there, the package does without, but with generation off nobody does.
+SDPA = ["+model.override_config.attn_implementation=sdpa"] if HAS_ENGINES else []
+HARD_CODED_ATTENTION_TO_SDPA = (
+    ""
+    if HAS_ENGINES
+    else """
+from transformers import PreTrainedModel
+attention_of = PreTrainedModel.get_correct_attn_implementation
+PreTrainedModel.get_correct_attn_implementation = lambda self, _, *args, **kwargs: attention_of(
+    self, "sdpa", *args, **kwargs
+)
+"""
+)
 
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
@@ -44,12 +58,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory) -> Assets:
     """A model of real size with random weights, and questions, made once however many workers there are."""
+    return make_assets(tmp_path_factory, "gpu_assets")
+
+
+def make_assets(tmp_path_factory: pytest.TempPathFactory, name: str, **other_shape: int) -> Assets:
     base = tmp_path_factory.getbasetemp()
-    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "gpu_assets"
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with FileLock(f"{directory}.lock"):
         if not directory.exists():
             unfinished = directory.with_suffix(".unfinished")
-            write_qwen2(unfinished / "model")
+            write_qwen2(unfinished / "model", **other_shape)
             for multiturn in (False, True):
                 kind = "multiturn" if multiturn else "singleturn"
                 small.write_questions(unfinished / kind, num_train=40, num_val=32, multiturn=multiturn)
@@ -57,13 +75,15 @@ def assets(tmp_path_factory) -> Assets:
     return Assets(directory)
 
 
-def write_qwen2(directory: Path) -> None:
+def write_qwen2(directory: Path, **other_shape: int) -> None:
     small.write_model(directory)  # for its tokenizer
     tokenizer = AutoTokenizer.from_pretrained(directory)
     token_ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=len(tokenizer), **SHAPE, **token_ids))
+        model = AutoModelForCausalLM.from_config(
+            Qwen2Config(vocab_size=len(tokenizer), **(SHAPE | other_shape), **token_ids)
+        )
     model.generation_config = GenerationConfig(**token_ids)
     model.save_pretrained(directory)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from round_times import watch_rounds
+from reliability.round_times import watch_rounds
 
 _LONGEST_WAIT_S = 200.0
 

@@ -14,6 +14,7 @@ import runpy
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 _GRACE_S = 20.0
@@ -23,6 +24,7 @@ _MAX_RUN_S = 300.0
 
 
 def main(module: str) -> None:
+    sys.path[0] = str(Path(__file__).parents[1])  # what runs before a trainer imports `reliability.dying` and the like
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for name in (module, "verl_valgen.mixin", "verl_valgen.backends.lockstep", "peft"):

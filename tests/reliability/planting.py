@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from round_times import watch_rounds
+from reliability.round_times import watch_rounds
 
 _DECODES_FROM = 3
 """Of the passes of a round. The second would do as well, but that an answer may end with the first."""

@@ -25,10 +25,10 @@ from killed_writer import NUM_SAMPLES
 from readback import read_mlflow
 from reliability.conftest import record_figure
 from reliability.dying import MlflowServer
+from reliability.round_times import notes_of
 from reliability.server import ForkedRun, TrainerServer
 from reliability.test_killed import attempts_by_step
 from reliability.test_same_training import SEED_AND_REPORT
-from round_times import notes_of
 
 STEPS = [1, 2, 3, 4, 5]
 GENERATION = [
@@ -84,8 +84,9 @@ class Runs:
         directory.mkdir(exist_ok=True)
         (directory / "growing.py").write_text(GROWING)
         arguments = [*self.arguments, f"trainer.logger=[{','.join(filter(None, ['console', logger]))}]"]
-        before = f"{SEED_AND_REPORT}\nimport disks, dying\nfrom pathlib import Path\n{before}\ndying.watch(events)"
-        result = self.server.run(directory, arguments, environment=environment, before=before)
+        imports = "from pathlib import Path\nfrom reliability import disks, dying\n"
+        program = f"{SEED_AND_REPORT}\n{imports}{before}\ndying.watch(events)"
+        result = self.server.run(directory, arguments, environment=environment, before=program)
         assert result.returncode == 0, result.output[-5000:]
         return Seen(result)
 

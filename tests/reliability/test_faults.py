@@ -20,9 +20,9 @@ import pytest
 from end_to_end.trainer import Assets, strategy
 from reliability.conftest import IS_WHOLE, record_figure
 from reliability.planting import Fault, in_environment
+from reliability.round_times import notes_of
 from reliability.server import ForkedRun, TrainerServer
 from reliability.test_same_training import SEED_AND_REPORT
-from round_times import notes_of
 
 HERE = Path(__file__).parent
 
@@ -57,7 +57,7 @@ MARGIN_S = 15.0
 """For a busy machine. What is promised is a second; how long it took is a figure of `make reliability`."""
 
 MAX_EXIT_S = 10.0
-BEFORE = f"import sys\nsys.path.insert(0, {str(HERE.parent)!r})\nfrom reliability import planting\nplanting.plant()\n"
+BEFORE = "from reliability import planting\nplanting.plant()\n"
 
 LATE = re.compile(
     r"(jsonl|console): samples take longer than 1 s to record; training does not wait"
@@ -124,10 +124,24 @@ def case(request) -> tuple[str, str]:
     return request.param
 
 
+@dataclass(frozen=True)
+class Trainer:
+    """What all runs have in common."""
+
+    server: TrainerServer
+    assets: Assets
+    overrides: Sequence[str] = ()
+    before: str = ""
+
+
+@pytest.fixture(scope="module")
+def trainer(server, assets) -> Trainer:
+    return Trainer(server, assets)
+
+
 def run_with(
-    server: TrainerServer,
+    trainer: Trainer,
     directory: Path,
-    assets: Assets,
     case: tuple[str, str],
     faults: Sequence[Fault],
     *,
@@ -145,16 +159,17 @@ def run_with(
     placed = [replace(fault, steps=[period * i + k for k in range(1, period)]) for i, fault in enumerate(faults)]
     num_steps = period * len(placed)
     training = [
-        *assets.overrides(multiturn=True), strategy(fsdp), "trainer.test_freq=1", "trainer.save_freq=-1",
-        f"trainer.total_training_steps={num_steps}", "trainer.total_epochs=1000",
+        *trainer.assets.overrides(multiturn=True), strategy(fsdp), *trainer.overrides, "trainer.test_freq=1",
+        "trainer.save_freq=-1", f"trainer.total_training_steps={num_steps}", "trainer.total_epochs=1000",
     ]  # fmt: skip
     generation = [
         *WAYS[way], "+generation.max_new_tokens=5", "+generation.strategies={plain: {}, likeliest: {best_of: 2}}",
         f"+generation.max_round_time_s={limit_s}", f"+generation.metrics=['{HERE / 'planting.py'}:judge']",
     ]  # fmt: skip
-    off = server.run(directory / "off", training, num_ranks=2, before=SEED_AND_REPORT)
-    on = server.run(
-        directory / "on", [*training, *generation], num_ranks=2, before=SEED_AND_REPORT + BEFORE,
+    before = SEED_AND_REPORT + trainer.before
+    off = trainer.server.run(directory / "off", training, num_ranks=2, before=before)
+    on = trainer.server.run(
+        directory / "on", [*training, *generation], num_ranks=2, before=before + BEFORE,
         environment=in_environment(placed, DELAY_S),
     )  # fmt: skip
     for run in (off, on):
@@ -189,14 +204,14 @@ def faults_of(case: tuple[str, str], faults: Sequence[Fault]) -> list[Fault]:
 
 
 @pytest.fixture(scope="module")
-def raised(server, tmp_path_factory, assets, case) -> Faulty:
+def raised(trainer, tmp_path_factory, case) -> Faulty:
     """A run with what raises, and with NaN."""
     faults = [
         *(Fault(stage, kind, rank) for stage, kinds in ON_ALL_RANKS.items() for kind in kinds for rank in (0, 1)),
         *(Fault(stage, kind) for stage, kinds in ON_LOGGING_RANK.items() for kind in kinds),
     ]
     return run_with(
-        server, tmp_path_factory.mktemp("raised"), assets, case, faults_of(case, faults), num_faulty=2, limit_s=60.0
+        trainer, tmp_path_factory.mktemp("raised"), case, faults_of(case, faults), num_faulty=2, limit_s=60.0
     )
 
 
@@ -228,7 +243,7 @@ def test_what_raises_costs_its_round_at_most_and_a_warning(raised):
 
 
 @pytest.fixture(scope="module")
-def delayed(server, tmp_path_factory, assets, case) -> Faulty:
+def delayed(trainer, tmp_path_factory, case) -> Faulty:
     """A run with what takes longer than a round may."""
     faults = [
         *(Fault(stage, "delay", rank) for stage in ON_ALL_RANKS for rank in (0, 1)),
@@ -237,7 +252,7 @@ def delayed(server, tmp_path_factory, assets, case) -> Faulty:
         Fault("console", "hang"),  # the last, for it holds the console for good
     ]
     return run_with(
-        server, tmp_path_factory.mktemp("delayed"), assets, case, faults_of(case, faults), num_faulty=1, limit_s=LIMIT_S
+        trainer, tmp_path_factory.mktemp("delayed"), case, faults_of(case, faults), num_faulty=1, limit_s=LIMIT_S
     )
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,29 +46,41 @@ CASES = [case for case in ALL if IS_WHOLE or sum((case[0] == "fsdp", case[1] == 
 """Of three things with two values each, half of all cases have every pair."""
 
 
-def train(server: TrainerServer, directory: Path, assets: Assets, case: Any, generation: list[str]) -> Run:
-    fsdp, num_ranks, lora = case
-    result = server.run(
+@dataclass(frozen=True)
+class Training:
+    """What all runs of a case have in common."""
+
+    server: TrainerServer
+    assets: Assets
+    fsdp: str
+    num_ranks: int
+    lora: bool
+    overrides: Sequence[str] = ()
+    before: str = ""
+
+
+def train(training: Training, directory: Path, generation: Sequence[str]) -> Run:
+    result = training.server.run(
         directory,
         [
-            *assets.overrides(multiturn=True), strategy(fsdp), *generation, *(["model.lora_rank=4"] if lora else []),
-            f"trainer.total_training_steps={STEPS}", "trainer.test_freq=2", f"trainer.save_freq={STOPPED_AT}",
-            "trainer.resume_mode=auto",
+            *training.assets.overrides(multiturn=True), strategy(training.fsdp), *training.overrides, *generation,
+            *(["model.lora_rank=4"] if training.lora else []), f"trainer.total_training_steps={STEPS}",
+            "trainer.test_freq=2", f"trainer.save_freq={STOPPED_AT}", "trainer.resume_mode=auto",
         ],
-        num_ranks=None if num_ranks == 1 else num_ranks,
-        before=SEED_AND_REPORT,
+        num_ranks=training.num_ranks,
+        before=SEED_AND_REPORT + training.before,
     )  # fmt: skip
     assert result.returncode == 0, result.output[-5000:]
     return result
 
 
-def resumed(server: TrainerServer, first: Run, assets: Assets, case: Any, generation: list[str]) -> Run:
+def resumed(training: Training, first: Run, generation: Sequence[str]) -> Run:
     """The run again, as if it had been stopped at its first checkpoint."""
     directory = first.directory.with_name(f"{first.directory.name}-resumed")
     step = f"global_step_{STOPPED_AT}"
     shutil.copytree(first.checkpoints / step, directory / "checkpoints" / step)
     (directory / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(STOPPED_AT))
-    return train(server, directory, assets, case, generation)
+    return train(training, directory, generation)
 
 
 def name_of(case: Any) -> str:
@@ -76,16 +89,16 @@ def name_of(case: Any) -> str:
 
 @pytest.fixture(scope="module", params=CASES, ids=name_of)
 def runs(request, server, tmp_path_factory, assets) -> Iterator[dict[str, tuple[Run, Run]]]:
-    yield from runs_of(request.param, server, tmp_path_factory.mktemp("same"), assets)
+    yield from runs_of(Training(server, assets, *request.param), tmp_path_factory.mktemp("same"))
 
 
-def runs_of(case: Any, server: TrainerServer, directory: Path, assets: Assets) -> Iterator[dict[str, tuple[Run, Run]]]:
+def runs_of(training: Training, directory: Path) -> Iterator[dict[str, tuple[Run, Run]]]:
     """By way ("off" among them) the whole run, and its second half after a stop."""
     found = {}
     for way, overrides in {"off": None, **WAYS}.items():
         generation = [] if overrides is None else [*GENERATION, *overrides]
-        whole = train(server, directory / way, assets, case, generation)
-        found[way] = (whole, resumed(server, whole, assets, case, generation))
+        whole = train(training, directory / way, generation)
+        found[way] = (whole, resumed(training, whole, generation))
     yield found
     shutil.rmtree(directory)
 
@@ -97,8 +110,9 @@ def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
     elif hasattr(one, "_local_tensor"):
         yield from differences(one._local_tensor, other._local_tensor, where)
     elif isinstance(one, torch.Tensor | np.ndarray):
-        one, other = (np.ascontiguousarray(torch.as_tensor(value).detach().cpu().float()) for value in (one, other))
-        if one.tobytes() != other.tobytes():
+        one, other = (torch.as_tensor(value).detach().contiguous() for value in (one, other))
+        is_alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+        if not is_alike or not torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8)):
             yield where
     elif isinstance(one, dict):
         if one.keys() != other.keys():
@@ -118,9 +132,15 @@ def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
 
 def saved(result: Run) -> dict[str, Any]:
     """All that the run saved, by file."""
-    folder = result.checkpoints / f"global_step_{STEPS}"
-    files = [*folder.glob("**/*.pt"), *result.directory.glob("random_states_*.pt")]
-    return {path.name: torch.load(path, weights_only=False) for path in files}
+    return at_step(result, STEPS) | loaded(result.directory.glob("random_states_*.pt"))
+
+
+def at_step(result: Run, step: int) -> dict[str, Any]:
+    return loaded((result.checkpoints / f"global_step_{step}").glob("**/*.pt"))
+
+
+def loaded(paths: Iterable[Path]) -> dict[str, Any]:
+    return {path.name: torch.load(path, map_location="cpu", weights_only=False) for path in paths}
 
 
 @pytest.mark.parametrize("half", [0, 1], ids=["whole", "resumed"])
@@ -145,8 +165,7 @@ def test_nothing_that_a_run_leaves_differs(runs, way, half):
 def test_what_is_compared_differs_between_steps(runs):
     """Else nothing has been shown."""
     whole, _ = runs["off"]
-    folder = whole.checkpoints / f"global_step_{STOPPED_AT}"
-    before = {path.name: torch.load(path, weights_only=False) for path in folder.glob("**/*.pt")}
-    after = saved(whole)
+    before, after = at_step(whole, STOPPED_AT), at_step(whole, STEPS)
+    assert before.keys() == after.keys()
     for name, value in before.items():
         assert list(differences(value, after[name])), name
