@@ -77,6 +77,7 @@ def shown(tracker: ConsoleTracker, samples: list[Sample], scalars: dict[str, flo
 
 @PROFILE
 @given(samples=SAMPLES, scalars=st.dictionaries(TEXTS, st.floats(allow_nan=False), max_size=4), max_chars=LENGTHS)
+@example([], {"best": 0.0, "num_samples": 1.0}, 16)
 def test_the_console_shows_harmless_lines_of_bounded_length(samples, scalars, max_chars):
     *lines, summary = shown(
         ConsoleTracker(max_chars), samples, {f"val/gen/{key}": value for key, value in scalars.items()}

@@ -73,9 +73,9 @@ def _summary(scalars: dict[str, float], step: int) -> str:
     kept = [text for text in kept if text.partition(" ")[0] not in _ABOUT_THE_ROUND]
     parts = [", ".join(kept), *(f"{name}: {', '.join(numbers)}" for name, numbers in by_strategy.items())]
     # In front, for the line is cut where strategies and metrics are many.
-    if "best" in shown:
+    if shown.keys() >= {"best", "best_step"}:
         parts.insert(0, "best {best} at step {best_step}".format_map(shown))
-    if "num_samples" in shown:
+    if shown.keys() >= {"num_samples", "seconds", "tokens_per_s"}:
         parts.insert(0, "{num_samples} samples in {seconds} s, {tokens_per_s} tokens/s".format_map(shown))
     return f"Step {step}: {'; '.join(filter(None, parts))}"
 
