@@ -118,10 +118,11 @@ def read_mlflow(uri: str, run_id: str) -> dict[str, Any]:
             step = int(artifact.path.removeprefix("val_samples/step_").removesuffix(".csv"))
             columns, *data = _read_csv(content)
             tables[step] = {"columns": columns, "data": data}
-    metrics = {
-        key: {metric.step: metric.value for metric in client.get_metric_history(run_id, key)}
-        for key in run.data.metrics
-    }
+    metrics = {}
+    for key in run.data.metrics:
+        history = [(metric.step, metric.value) for metric in client.get_metric_history(run_id, key)]
+        metrics[key] = dict(history)
+        assert len(metrics[key]) == len(history), f"a step of {key} stands twice"
     return {"tables": tables, "latest": latest, "tags": dict(run.data.tags), "metrics": metrics}
 
 

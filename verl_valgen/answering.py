@@ -119,8 +119,10 @@ class Answering:
         value = None
         try:
             value = function()
-        except Exception as e:
-            error = e
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # a panic of what is written in Rust is no Exception
+            error = e if isinstance(e, Exception) else RuntimeError(describe(e))
             traceback.clear_frames(e.__traceback__)  # they hold the copy, which is to be free when the ranks meet
         report = [value, None if error is None else describe(error)]
         try:

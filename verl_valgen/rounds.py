@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -123,7 +124,9 @@ class ValidationRounds:
                 completions = self.answer([request for question in self.questions for request in question.requests()])
                 if completions is not None:
                     self._record(completions, step, time.time() - start, start + limit if limit else math.inf)
-        except Exception as e:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # a panic of what is written in Rust is no Exception
             out_of_memory = isinstance(e, torch.OutOfMemoryError | MemoryError)
             advice = "lower generation.max_new_tokens, or set generation.gather=sharded" if out_of_memory else ""
             self._warn("no samples at this validation", e, advice)
@@ -144,10 +147,7 @@ class ValidationRounds:
         num_tokens = sum(len(completion.output_ids) for completion in completions)
         scalars = round_scalars(list(zip(samples, verdicts, strict=True)), seconds, num_tokens)
         if self.best is not None:
-            try:
-                scalars |= self.best.update(scalars, step)
-            except OSError as e:
-                self._warn(f"{self.best.path} could not be written", e)
+            scalars |= self.best.update(scalars, step)
         trackers.log_scalars({f"val/gen/{key}": value for key, value in scalars.items()}, step)
 
     def _take_back_what_failed(self, completions: Sequence[Completion]) -> None:
@@ -181,6 +181,7 @@ class ValidationRounds:
                 directory=self.directory,
                 max_log_chars=self.settings.max_log_chars,
                 max_tracker_chars=self.settings.max_tracker_chars,
+                best=self.best,
             )
         return self.trackers
 
@@ -224,12 +225,13 @@ class ValidationRounds:
         return prompts
 
     def _warn_once(self, message: str, cause: str = "") -> None:
-        cause = cause or message
+        # How much memory there was, and where an object lay, differs from round to round.
+        cause = re.sub(r"0x[0-9a-fA-F]+|[\d.]+(?= ?(?:[KMGT]i?B|bytes)\b)", "#", cause or message)
         if cause not in self.warned:
             self.warned.add(cause)
             logger.warning("%s", message)
 
-    def _warn(self, what: str, error: Exception, advice: str = "") -> None:
+    def _warn(self, what: str, error: BaseException, advice: str = "") -> None:
         """Warns once per cause; the traceback and repetitions are for DEBUG."""
         cause = describe(error)
         self._warn_once(f"{what}: {cause}{f'; {advice}' if advice else ''}; training goes on", cause)

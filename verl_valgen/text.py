@@ -23,7 +23,7 @@ _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 # `user:password@` of an address: errors of HTTP clients quote addresses whole.
 _CREDENTIALS = re.compile(r"(?<=://)[^\s/?#'\"]+@")
 
-_SECRET_VARIABLES = ("_API_KEY", "_TOKEN", "_PASSWORD", "_SECRET")
+_SECRET_VARIABLES = ("_KEY", "_TOKEN", "_PASSWORD", "_SECRET", "_CONNECTION_STRING")
 _MIN_SECRET_CHARS = 8  # a shorter value may well be an ordinary word
 
 
@@ -60,13 +60,13 @@ def storable(text: str) -> str:
     return _UNSTORABLE.sub("\ufffd", text)
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """Type and message of `error` in one printable line without secrets, even if its message cannot be made."""
     text = "".join(traceback.format_exception_only(error)).strip()
     return printable(_without_secrets(text), _MAX_REASON_CHARS)
 
 
-def describe_at_length(error: Exception) -> str:
+def describe_at_length(error: BaseException) -> str:
     """The traceback of `error` without secrets, printable line by line."""
     text = "".join(traceback.format_exception(error))
     return "\n".join(printable(line) for line in _without_secrets(text).split("\n"))

@@ -124,7 +124,7 @@ FAULTS = {
     "finish": "no samples at this validation: RuntimeError: planted in finish",
     "decode": "no samples at this validation: RuntimeError: planted in decode",
     "trackers": "no samples at this validation: RuntimeError: planted in trackers",
-    "jsonl": "jsonl: samples were not recorded: RuntimeError: planted in jsonl",
+    "jsonl": "jsonl: a round was not recorded: RuntimeError: planted in jsonl",
 }
 
 

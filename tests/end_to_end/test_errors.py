@@ -142,7 +142,7 @@ def test_a_failing_generation_and_a_failing_tracker_cost_one_warning_each(tmp_pa
     (tmp_path / "checkpoints" / "generations").write_text("in the way")
     result = run(tmp_path, [*assets.overrides(), "trainer.test_freq=1"], environment=GREEDY)
     assert result.returncode == 0, result.output[-5000:]
-    assert result.output.count("jsonl: samples were not recorded: ") == 1
+    assert result.output.count("jsonl: a round was not recorded: ") == 1
     assert result.stdout.count("=== Validation Samples") == 3  # the console goes on
 
     overrides = [*assets.overrides(), "trainer.test_freq=1", "+generation.exponential_decay_length_penalty=[1]"]

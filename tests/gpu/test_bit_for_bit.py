@@ -9,6 +9,7 @@ from gpu.conftest import HARD_CODED_ATTENTION_TO_SDPA, SDPA, make_assets, needs_
 from reliability.conftest import server  # noqa: F401 (a fixture)
 from reliability.test_same_training import (  # noqa: F401 (collected here as well)
     ALL,
+    WAYS,
     Training,
     name_of,
     runs_of,
@@ -28,5 +29,5 @@ def assets(tmp_path_factory) -> Assets:
     params=[pytest.param(case, marks=[needs_two] if case[1] == 2 else [], id=name_of(case)) for case in ALL],
 )
 def runs(request, server, tmp_path_factory, assets):  # noqa: F811
-    training = Training(server, assets, *request.param, overrides=SDPA, before=HARD_CODED_ATTENTION_TO_SDPA)
+    training = Training(server, assets, *request.param, list(WAYS), SDPA, HARD_CODED_ATTENTION_TO_SDPA)
     yield from runs_of(training, tmp_path_factory.mktemp("same"))

@@ -13,7 +13,7 @@ from killing import die_in_folder
 
 from verl_valgen.best import Best
 from verl_valgen.samples import Sample
-from verl_valgen.trackers import open_trackers, set_aside
+from verl_valgen.trackers import composite, open_trackers, set_aside
 
 NUM_SAMPLES = 3
 METRIC = "exact_match"
@@ -21,8 +21,8 @@ _TEXT = "So it goes. " * 1000  # more than a file's buffer holds
 
 
 def value_of(attempt: int, step: int) -> float:
-    """Of the metric; better at every step, and tells the round that it comes from."""
-    return step + attempt / 1000
+    """Of the metric; up and down, and tells the attempt that it comes from."""
+    return (7 * step + 3 * attempt) % 11 + attempt / 1000
 
 
 def _sample(attempt: int, step: int, index: int) -> Sample:
@@ -44,16 +44,18 @@ def _sample(attempt: int, step: int, index: int) -> Sample:
 
 
 def main(directory: Path, attempt: int, start_step: int, end_step: int, moment: int) -> None:
+    composite._MAX_WAIT_S = 60.0  # a round that is not written yet is not complete
     report = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # the console is a tracker too
     die_in_folder(directory, moment)
     set_aside(directory, start_step)
     best = Best(directory, METRIC, "max", start_step)
-    trackers = open_trackers([], directory=directory, max_log_chars=100, max_tracker_chars=100)
+    trackers = open_trackers([], directory=directory, max_log_chars=100, max_tracker_chars=100, best=best)
     for step in range(start_step + 1, end_step + 1):
         trackers.log_samples([_sample(attempt, step, index) for index in range(NUM_SAMPLES)], step)
+        scalars = {METRIC: value_of(attempt, step)}
+        trackers.log_scalars(scalars | best.update(scalars, step), step)
         print(step, file=report, flush=True)
-        best.update({METRIC: value_of(attempt, step)}, step)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from reliability.round_times import watch_rounds
@@ -112,8 +113,19 @@ def plant() -> None:
 
     faults = Faults()
 
+    scorings: list[Any] = []
+    make_scoring = Scoring.__init__
+
+    def note_scoring(self: Any, *args: Any) -> None:
+        make_scoring(self, *args)
+        scorings.append(self)
+
     @contextmanager
     def in_round(step: int) -> Iterator[None]:
+        fault = faults.by_step.get(step)
+        if fault is not None and fault.stage == "metric" and fault.kind in ("delay", "hang"):
+            # They were killed by the fault before this one, and a round gives them little time.
+            wait_until_loaded(scorings[0])
         faults.step = step
         yield
         faults.step = -1
@@ -169,6 +181,7 @@ def plant() -> None:
         (LlamaForCausalLM, "forward", forward),
         (sampling.GumbelNoise, "__call__", choose),
         (exchange, "json", Json),
+        (Scoring, "__init__", note_scoring),
         (Scoring, "score", striking("scoring", Scoring.score)),
         (JsonlTracker, "log_samples", logging_samples("jsonl", JsonlTracker.log_samples)),
         (ConsoleTracker, "log_samples", logging_samples("console", ConsoleTracker.log_samples)),
@@ -176,7 +189,24 @@ def plant() -> None:
         setattr(patched, name, replacement)
 
 
+def wait_until_loaded(scoring: Any) -> None:
+    process = scoring._process
+    while not process.is_done and process._received.empty():
+        time.sleep(0.01)
+
+
+_JUDGED = Path("judged_steps.txt")
+
+
+def judged_steps(directory: Path) -> set[int]:
+    """Of the rounds of a run, those in which the metric began with a sample."""
+    path = directory / _JUDGED
+    return set(map(int, path.read_text().split())) if path.exists() else set()
+
+
 def judge(sample: Any) -> float:
     """A metric that fails as is planted."""
+    with _JUDGED.open("a") as file:
+        print(sample.step, file=file)
     is_nan = Faults().strike("metric", sample.step)
     return float("nan") if is_nan else float(sample.num_new_tokens)

@@ -149,15 +149,15 @@ def assert_rounds(seen: Seen, steps: list[int]) -> None:
         (
             "kill",
             [
-                r"wandb: samples were not recorded: wandb\.[\w.]*\.MailboxClosedError",
+                r"wandb: a round was not recorded: wandb\.[\w.]*\.MailboxClosedError",
                 "wandb: disabled after 3 failures in a row; the samples are in the JSONL files",
             ],
         ),
         (
             "freeze",
             [
-                "wandb: samples take longer than 1 s to record; training does not wait",
-                "wandb: samples were not recorded: TimeoutError: wandb did not finish 9 calls in time",
+                "wandb: a round takes longer than 1 s to record; training does not wait",
+                "wandb: a round was not recorded: TimeoutError: wandb did not finish 9 calls in time",
             ],
         ),
     ],
@@ -280,8 +280,8 @@ def test_a_disk_costs_the_rounds_in_which_it_fails(runs, reference, disk, failur
     """However many those are. It is repaired before the last, after which verl saves a checkpoint."""
     seen = runs.make(disk.parent, f"events = {{2: lambda: {failure}, 5: lambda: {repair}}}")
     warnings = [
-        rf"jsonl: samples were not recorded: OSError: \[Errno \d+\] {error}.*",
-        rf"checkpoints/generations/best.json could not be written: OSError: \[Errno \d+\] {error}.*; training goes on",
+        rf"jsonl: a round was not recorded: OSError: \[Errno \d+\] {error}.*",
+        rf"best.json: a round was not recorded: OSError: \[Errno \d+\] {error}.*",
     ]
     assert_unharmed(f"disk: {error}", seen, reference, warnings)
     assert list(seen.run.checkpoints.glob("global_step_*"))
@@ -375,6 +375,6 @@ events = {{2: fail}}
         if how == "freeze":
             mlflow_server.thaw()
     # Rounds 2 to 5 are two calls each, and one ends them.
-    unfinished = "mlflow: samples were not recorded: TimeoutError: mlflow did not finish 9 calls in time"
+    unfinished = "mlflow: a round was not recorded: TimeoutError: mlflow did not finish 9 calls in time"
     assert_unharmed(f"mlflow, {how}", seen, reference, [unfinished])
     assert_rounds(seen, STEPS)

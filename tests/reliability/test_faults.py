@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 from end_to_end.trainer import Assets, strategy
 from reliability.conftest import IS_WHOLE, record_figure
-from reliability.planting import Fault, in_environment
+from reliability.planting import Fault, in_environment, judged_steps
 from reliability.round_times import notes_of
 from reliability.server import ForkedRun, TrainerServer
-from reliability.test_same_training import SEED_AND_REPORT
+from reliability.test_same_training import SEED_AND_REPORT, differences, loaded
 
 HERE = Path(__file__).parent
 
@@ -60,8 +60,8 @@ MAX_EXIT_S = 10.0
 BEFORE = "from reliability import planting\nplanting.plant()\n"
 
 LATE = re.compile(
-    r"(jsonl|console): samples take longer than 1 s to record; training does not wait"
-    r"|console: samples were not recorded: TimeoutError: console did not finish \d+ calls in time"
+    r"(jsonl|console): a round takes longer than 1 s to record; training does not wait"
+    r"|console: a round was not recorded: TimeoutError: console did not finish \d+ calls in time"
 )
 LATE_METRICS = re.compile(
     r"the answers left no time for metrics .*|the metrics were not loaded yet, .*|no more scores: the metrics were .*"
@@ -179,20 +179,32 @@ def run_with(
 
 
 def assert_training_went_on(faulty: Faulty) -> None:
-    """As without generation, and to a quick end; and that every fault happened."""
+    """As without generation, random states included, and to a quick end; and that every fault happened."""
     for key in ("train/loss", "val/loss"):
         assert len(faulty.run.logged(key)) == faulty.num_steps
         assert faulty.run.logged(key) == faulty.off.logged(key)
+    states, expected = (loaded(run.directory.glob("random_states_*.pt")) for run in (faulty.run, faulty.off))
+    assert len(states) == len(faulty.by_rank)
+    assert list(differences(states, expected)) == []
     exit_s = faulty.run.ended_at - max(rank["ended_at"] for rank in faulty.by_rank)
     record_figure(f"faults, {faulty.way}", exit_s=exit_s, num_faults=len(faulty.faults))
     assert exit_s < MAX_EXIT_S + MARGIN_S
     for fault in faulty.faults:
-        if fault.stage != "metric":  # those are in another process
-            assert set(fault.steps) <= set(faulty.by_rank[fault.rank]["struck"]), fault
+        struck = faulty.by_rank[fault.rank]["struck"]
+        if fault.stage == "metric":
+            struck = judged_steps(faulty.run.directory)
+        assert set(fault.steps) <= set(struck), fault
 
 
-def seconds(faulty: Faulty, step: int) -> float:
-    return max(rank["round_s"][str(step)] for rank in faulty.by_rank)
+def seconds(faulty: Faulty, step: int, fault: Fault | None = None) -> float:
+    """That the round took; rank 1 waits where rank 0 lets the metrics be loaded before it begins."""
+    ranks = faulty.by_rank[:1] if fault is not None and fault.stage == "metric" else faulty.by_rank
+    return max(rank["round_s"][str(step)] for rank in ranks)
+
+
+def scores(faulty: Faulty, step: int) -> list[Any]:
+    """What the metric said of each sample; "" where it said nothing."""
+    return [sample["scores"].get("judge", "") for sample in faulty.run.samples(step)]
 
 
 def faults_of(case: tuple[str, str], faults: Sequence[Fault]) -> list[Fault]:
@@ -226,6 +238,11 @@ def test_what_raises_costs_its_round_at_most_and_a_warning(raised):
         assert len(told) == is_told, fault
     clean = set(range(1, raised.num_steps + 1)) - {step for fault in raised.faults for step in fault.steps}
     assert {raised.num_samples(step) for step in clean} == {NUM_SAMPLES}
+    assert {type(score) for step in clean for score in scores(raised, step)} == {float}
+    for fault in raised.faults:
+        if fault.stage == "metric":
+            expected = {None} if fault.kind == "nan" else {""}
+            assert all(set(scores(raised, step)) == expected for step in fault.steps), fault
 
     of_faults = {told_as(fault) for fault in raised.faults}
     others = [
@@ -264,11 +281,19 @@ def test_what_takes_too_long_costs_the_rest_of_its_round(delayed):
         line for line in delayed.run.warnings if not LATE.fullmatch(line) and not LATE_METRICS.fullmatch(line)
     ] == []
     assert len(delayed.run.warnings) == len(set(delayed.run.warnings))
+    in_metric = [fault for fault in delayed.faults if fault.stage == "metric"]
+    told = [line for line in delayed.run.warnings if line.startswith("metric judge did not end in time, ")]
+    assert len(told) == bool(in_metric)
+    assert all(set(scores(delayed, step)) == {""} for fault in in_metric for step in fault.steps)
     for fault in delayed.faults:
         (step,) = fault.steps
-        taken = seconds(delayed, step)
+        taken = seconds(delayed, step, fault)
         waited = DELAY_S if fault.kind == "delay" and fault.stage not in ("metric", "jsonl", "console") else 0.0
         record_figure(f"{fault.kind} in {fault.stage}, {delayed.way}", round_s=taken, delay_s=waited, limit_s=LIMIT_S)
         assert waited <= taken < waited + LIMIT_S + 1 + MARGIN_S, fault
-        if waited and fault.stage in ("prefill", "gather"):  # the rest is dropped: on this rank, all answers
-            assert "time" in [sample["finish_reason"] for sample in delayed.run.samples(step)], fault
+        # The rest of the round is dropped: all answers, those of this rank, or those that had not ended.
+        finish_reasons = {sample["finish_reason"] for sample in delayed.run.samples(step)}
+        if fault.stage in ("prepare", "gather"):
+            assert finish_reasons == {"time"}, fault
+        if fault.stage in ("prefill", "decode"):
+            assert "time" in finish_reasons, fault

@@ -41,6 +41,8 @@ KEYS = {
     "MLFLOW_TRACKING_TOKEN": "planted-mlflow-token-11ee",
     "HF_TOKEN": "hf_plantedplantedplantedplanted",
     "JUDGE_API_KEY": "planted-judge-key-c3b7",
+    "AWS_SECRET_ACCESS_KEY": "planted-aws-key-77d4",
+    "AZURE_STORAGE_CONNECTION_STRING": "AccountKey=planted-azure-key-06b3",
 }
 SECRETS = [*KEYS.values(), PASSWORD]
 
@@ -132,7 +134,7 @@ def test_no_key_is_in_what_a_run_says_and_writes(watched):
     assert found == []
     # That the trackers and the metric failed, and why, is said all the same.
     assert "http://***@127.0.0.1" in watched.run.output
-    assert "swanlab: samples were not recorded: PermissionError: 401: refused ***" in watched.run.output
+    assert "swanlab: a round was not recorded: PermissionError: 401: refused ***" in watched.run.output
     assert "judge: a sample has no score: RuntimeError: no answer for ***" in watched.run.output
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -61,6 +62,18 @@ def test_drain_is_bounded_and_gives_up_what_waits():
     gate.set()
     queue.drain(LONG_S)
     assert seen == []
+
+
+def test_one_that_was_late_is_waited_for_again_once_it_is_done():
+    queue, gate = BackgroundQueue("test", 10), threading.Event()
+    queue.submit(lambda: gate.wait(LONG_S))
+    assert not queue.wait(0.01)
+    queue.submit(lambda: None)
+    assert not queue.wait(LONG_S)  # behind the late one, not at all
+    gate.set()
+    queue.drain(LONG_S)
+    queue.submit(lambda: time.sleep(0.05))
+    assert queue.wait(LONG_S)
 
 
 def test_drain_without_jobs_returns_at_once():

@@ -9,6 +9,7 @@ import pytest
 from destinations import make_sample
 
 from verl_valgen.trackers import composite as composite_module
+from verl_valgen.trackers.background import BackgroundQueue
 from verl_valgen.trackers.base import Tracker
 from verl_valgen.trackers.composite import CompositeTracker
 
@@ -66,7 +67,7 @@ def test_failing_tracker_warns_once_and_is_given_up_after_three(warnings):
     assert [step for method, step in good.calls if method == "log_samples"] == [1, 2, 3, 4, 5]
     assert list(composite.trackers) == ["mlflow"]
     first, second = warnings()
-    assert first == "wandb: samples were not recorded: ConnectionError: down"
+    assert first == "wandb: a round was not recorded: ConnectionError: down"
     assert second == "wandb: disabled after 3 failures in a row; the samples are in the JSONL files"
 
 
@@ -89,8 +90,9 @@ def test_each_kind_of_error_is_warned_of(warnings):
     assert [message.rpartition("recorded: ")[2] for message in warnings()] == ["ValueError: a", "KeyError: 'b'"]
 
 
-def test_source_of_truth_is_never_given_up(warnings):
+def test_one_that_is_to_be_kept_is_never_given_up(warnings):
     tracker = Recorder(OSError(28, "No space left on device"))
+    tracker.is_kept = True
     composite = CompositeTracker({"jsonl": tracker})
     _log(composite, 1, 2, 3, 4, 5)
     assert [step for method, step in tracker.calls if method == "log_samples"] == [1, 2, 3, 4, 5]
@@ -144,7 +146,7 @@ def test_one_that_hangs_is_left_behind_and_comes_late(warnings, monkeypatch):
     trackers["jsonl"].released.set()
     composite.close()
     assert trackers["jsonl"].calls == [*expected, ("close", None)]
-    assert warnings() == ["jsonl: samples take longer than 0.05 s to record; training does not wait"]
+    assert warnings() == ["jsonl: a round takes longer than 0.05 s to record; training does not wait"]
 
 
 def test_one_that_hangs_for_good_holds_up_neither_a_round_nor_the_end(warnings, monkeypatch):
@@ -157,11 +159,32 @@ def test_one_that_hangs_for_good_holds_up_neither_a_round_nor_the_end(warnings, 
     assert list(composite.trackers) == ["jsonl"]  # it had no room for three calls in a row
     composite.close()
     hanging.released.set()
-    assert [message.partition(":")[2][:25] for message in warnings()] == [
-        " samples take longer than", " samples were not recorde", " disabled after 3 failure",
+    assert [message.split()[1:5] for message in warnings()] == [
+        ["a", "round", "takes", "longer"], ["a", "round", "was", "not"], ["disabled", "after", "3", "failures"],
     ]  # fmt: skip
 
 
-def test_ctrl_c_passes():
+def test_an_operating_systems_errors_are_told_apart_by_their_number(warnings):
+    tracker = Recorder(OSError(28, "No space left on device"))
+    tracker.is_kept = True
+    composite = CompositeTracker({"jsonl": tracker})
+    _log(composite, 1, 2)
+    tracker.error = OSError(5, "Input/output error")
+    _log(composite, 3, 4)
+    assert [message.rpartition("] ")[2] for message in warnings()] == ["No space left on device", "Input/output error"]
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), BaseException("a panic of Rust's")], ids=["exit", "panic"])
+def test_what_would_end_a_trackers_thread_ends_nothing(warnings, error):
+    _log(CompositeTracker({"wandb": Recorder(error)}), 1)
+    (message,) = warnings()
+    assert message.startswith(f"wandb: a round was not recorded: RuntimeError: {type(error).__name__}")
+
+
+def test_ctrl_c_passes(monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BackgroundQueue, "wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        _log(CompositeTracker({"wandb": Recorder(KeyboardInterrupt())}), 1)
+        _log(CompositeTracker({"wandb": Recorder()}), 1)

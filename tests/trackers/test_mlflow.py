@@ -44,6 +44,17 @@ def test_latest_round_is_offered_as_a_table(mlflow_run):
     assert json.loads(run["tags"]["mlflow.loggedArtifacts"]) == [LATEST]
 
 
+def test_in_a_run_that_is_continued_no_step_stands_twice(mlflow_run):
+    """verl continues the run that `MLFLOW_RUN_ID` names, also from a step before its last."""
+    for tracker, steps in ((mlflow_run.tracker, (1, 2, 3)), (MlflowTracker(100), (2, 3, 4))):
+        for step in steps:
+            tracker.log_samples([make_sample(step)], step)
+            tracker.log_scalars({"val/gen/num_samples": 1.0, "val/gen/right": float(step)}, step)
+    run = _read(mlflow_run)
+    assert sorted(run["tables"]) == [1, 2, 3, 4]
+    assert run["metrics"]["val/gen/right"] == {step: float(step) for step in (1, 2, 3, 4)}
+
+
 def test_tables_that_others_logged_stay_registered(mlflow_run):
     from mlflow import MlflowClient
 
@@ -125,7 +136,7 @@ def test_server_that_never_answers_holds_nobody_up(mlflow_run, monkeypatch, capl
         trackers.close()
         assert time.monotonic() - start < 10
     (message,) = caplog.messages
-    assert message.startswith("mlflow: samples were not recorded: TimeoutError: mlflow did not finish")
+    assert message.startswith("mlflow: a round was not recorded: TimeoutError: mlflow did not finish")
 
 
 def test_error_comes_back_with_a_later_call(mlflow_run, monkeypatch, caplog):
@@ -139,7 +150,7 @@ def test_error_comes_back_with_a_later_call(mlflow_run, monkeypatch, caplog):
     trackers.log_samples([make_sample()], 1)
     trackers.close()
     (message,) = caplog.messages
-    assert message.startswith("mlflow: samples were not recorded: mlflow.exceptions.MlflowException: ")
+    assert message.startswith("mlflow: a round was not recorded: mlflow.exceptions.MlflowException: ")
     assert "Max retries exceeded" in message
 
 

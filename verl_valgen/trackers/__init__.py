@@ -14,7 +14,7 @@ from typing import Any
 
 from verl_valgen.text import describe, printable
 from verl_valgen.trackers.base import Tracker
-from verl_valgen.trackers.composite import SOURCE_OF_TRUTH, CompositeTracker
+from verl_valgen.trackers.composite import CompositeTracker
 from verl_valgen.trackers.console import ConsoleTracker
 from verl_valgen.trackers.jsonl import JsonlTracker, set_aside
 
@@ -37,14 +37,24 @@ _LOCAL = ("console", "file")
 
 
 def open_trackers(
-    loggers: str | Sequence[str], *, directory: str | os.PathLike[str], max_log_chars: int, max_tracker_chars: int
+    loggers: str | Sequence[str],
+    *,
+    directory: str | os.PathLike[str],
+    max_log_chars: int,
+    max_tracker_chars: int,
+    best: Tracker | None = None,
 ) -> CompositeTracker:
     """JSONL files in `directory`, the console, and each tracker among `loggers` (`trainer.logger`) that has a live run.
 
     To be called on the trainer's thread once verl has opened its runs. Raises nothing for a tracker that cannot be
     opened: that is a warning.
+
+    Args:
+        best: The file of the best value, if it is asked for.
     """
-    trackers: dict[str, Tracker] = {SOURCE_OF_TRUTH: JsonlTracker(directory), "console": ConsoleTracker(max_log_chars)}
+    trackers: dict[str, Tracker] = {"jsonl": JsonlTracker(directory), "console": ConsoleTracker(max_log_chars)}
+    if best is not None:
+        trackers["best.json"] = best
     names = [loggers] if isinstance(loggers, str) else loggers
     for name in dict.fromkeys(_RENAMED.get(name, name) for name in names):
         if name in _LOCAL:

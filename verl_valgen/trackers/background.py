@@ -9,6 +9,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from verl_valgen.text import describe
+
 
 class BackgroundQueue:
     """Runs jobs one after the other on a daemon thread: neither `submit` nor the end of the process waits for it."""
@@ -17,7 +19,7 @@ class BackgroundQueue:
         self._name = name
         self._max_pending = max_pending
         self._pending: deque[Callable[[], object]] = deque()
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
         self._is_busy = self._is_late = False
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
@@ -26,6 +28,7 @@ class BackgroundQueue:
         """Queues `job`, in place of the oldest if `max_pending` wait. Raises the last error of the jobs before it."""
         with self._changed:
             error, self._error = self._error, None
+            self._is_late = self._is_late and not self._is_done()
             if len(self._pending) == self._max_pending:
                 self._pending.popleft()
                 error = TimeoutError(f"{self._name} does not keep up: an earlier call was dropped")
@@ -38,7 +41,7 @@ class BackgroundQueue:
             raise error
 
     def wait(self, timeout_s: float) -> bool:
-        """Waits until everything is done, at most `timeout_s`, and not at all for a job that was late before.
+        """Waits until everything is done, at most `timeout_s`, and not at all behind a job that is late already.
 
         Returns:
             Whether it is done. Raises the last error since the last call.
@@ -78,4 +81,5 @@ class BackgroundQueue:
                 job()
             except BaseException as error:  # not handled here but handed over: the next call raises it
                 with self._changed:
-                    self._error = error
+                    # What would end this thread, an exit or a panic of Rust's, must not end the trainer's.
+                    self._error = error if isinstance(error, Exception) else RuntimeError(describe(error))

@@ -19,6 +19,9 @@ class Tracker(ABC):
     is_waited_for = True
     """Whether the trainer waits for a call, if only for a moment; else calls are made while it goes on."""
 
+    is_kept = False
+    """Whether it is called again however often it failed: a disk that was full may have room again."""
+
     @abstractmethod
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
         """Records the samples of the round at `step`, in their order. Called once per round."""

@@ -2,7 +2,7 @@
 
 A tracker that fails costs a warning, never a training step: this is the one place that catches what an open tracker
 raises. There is one warning per tracker and kind of error. A tracker whose calls fail three times running is given up,
-except for the JSONL files: they are the source of truth, and a disk that was full may have room again.
+unless it says otherwise, as what writes files does.
 
 Any of them may hang, a folder on a dead disk too. So each has a thread of its own, which is waited for a moment: what
 takes longer goes on behind the trainer, and comes late. An error of such a call comes back with a later one.
@@ -23,8 +23,6 @@ from verl_valgen.trackers.base import Tracker
 
 logger = logging.getLogger(__name__)
 
-SOURCE_OF_TRUTH = "jsonl"
-
 _MAX_FAILURES = 3
 
 _MAX_PENDING_CALLS = 64
@@ -44,7 +42,7 @@ class CompositeTracker(Tracker):
         self._queues = {name: BackgroundQueue(name, _MAX_PENDING_CALLS) for name in trackers}
         self._late: set[str] = set()
         self._num_failures: Counter[tuple[str, str]] = Counter()
-        self._warned: set[tuple[str, type[Exception]]] = set()
+        self._warned: set[tuple[str, type[Exception], int | None]] = set()
 
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
         self._call_each("log_samples", lambda tracker: tracker.log_samples(samples, step))
@@ -81,18 +79,19 @@ class CompositeTracker(Tracker):
             self._num_failures[count_key] = self._num_failures[count_key] + 1 if name in failed else 0
             if name in failed:
                 self._warn_once(name, failed[name])
-                if self._num_failures[count_key] >= _MAX_FAILURES and name != SOURCE_OF_TRUTH:
+                if self._num_failures[count_key] >= _MAX_FAILURES and not tracker.is_kept:
                     self._give_up(name)
 
     def _warn_of_delay(self, name: str) -> None:
         if name not in self._late:
             self._late.add(name)
-            logger.warning("%s: samples take longer than %g s to record; training does not wait", name, _MAX_WAIT_S)
+            logger.warning("%s: a round takes longer than %g s to record; training does not wait", name, _MAX_WAIT_S)
 
     def _warn_once(self, name: str, error: Exception) -> None:
-        if (name, type(error)) not in self._warned:
-            self._warned.add((name, type(error)))
-            logger.warning("%s: samples were not recorded: %s", name, describe(error))
+        kind = (name, type(error), getattr(error, "errno", None))  # a full disk is not a broken one
+        level = logging.DEBUG if kind in self._warned else logging.WARNING
+        self._warned.add(kind)
+        logger.log(level, "%s: a round was not recorded: %s", name, describe(error))
 
     def _give_up(self, name: str) -> None:
         del self.trackers[name]

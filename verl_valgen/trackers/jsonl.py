@@ -24,6 +24,8 @@ _STEP_FILE = re.compile(r"step_(\d{8,})\.jsonl")
 class JsonlTracker(Tracker):
     """Writes `<directory>/step_<N, 8 digits>.jsonl`, one record per line; a step that is repeated replaces its file."""
 
+    is_kept = True
+
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._directory = Path(directory)
 
@@ -46,7 +48,7 @@ def set_aside(directory: str | os.PathLike[str], start_step: int) -> Path | None
     directory = Path(directory)
     if not directory.is_dir():
         return None
-    for path in directory.glob(f"step_*.jsonl{TEMPORARY_SUFFIX}"):
+    for path in directory.glob(f"*.json*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
     matches = [(path, _STEP_FILE.fullmatch(path.name)) for path in sorted(directory.iterdir())]
     stale = [path for path, match in matches if match and (int(match[1]) > start_step or start_step == 0)]

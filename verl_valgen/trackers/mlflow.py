@@ -26,6 +26,9 @@ _LATEST = "val_samples/latest.json"
 _LOGGED_ARTIFACTS_TAG = "mlflow.loggedArtifacts"
 """JSON list of the tables that the run's page offers."""
 
+_ALWAYS_LOGGED = "val/gen/num_samples"
+"""A key of every round."""
+
 # MLflow's own limits. For tags, every store takes 5000 characters; only newer servers take 8000.
 _MAX_TAG_CHARS = 5000
 _MAX_METRIC_NAME_CHARS = 250
@@ -50,6 +53,8 @@ class MlflowTracker(Tracker):
         self._new_metric = mlflow.entities.Metric
         self._is_registered = False
         self._max_chars = max_chars
+        self._logged_steps: set[int] | None = None
+        """Of the numbers; None: nobody has asked yet for those of a run that is continued."""
 
     @classmethod
     def is_live(cls) -> bool:
@@ -71,9 +76,16 @@ class MlflowTracker(Tracker):
             self._is_registered = True
 
     def log_scalars(self, scalars: dict[str, float], step: int) -> None:
+        """Leaves a step alone that the run has already: MLflow would keep both values, and takes none back."""
+        if self._logged_steps is None:
+            history = self._client.get_metric_history(self._run_id, _ALWAYS_LOGGED)
+            self._logged_steps = {metric.step for metric in history}
+        if step in self._logged_steps:
+            return
         now_ms = int(time.time() * 1000)
         metrics = [self._new_metric(_metric_name(key), float(value), now_ms, step) for key, value in scalars.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
+        self._logged_steps.add(step)
 
     def _register_latest(self) -> None:
         """Adds `latest.json` to the tables that the run's page offers."""
