@@ -78,7 +78,7 @@ class Scoring:
             self._process = None
 
     def score(self, samples: Sequence[Sample], deadline: float) -> list[dict[str, Verdict]]:
-        """What each metric says of each sample, by the metric's name; warns of what is missing, once per metric.
+        """What each metric says of each sample, by the metric's name; warns of what is missing, once per cause.
 
         Args:
             deadline: `time.time()` at which to give up, with what there is by then; infinity: after a minute.
@@ -105,7 +105,10 @@ class Scoring:
             num_answers += 1
             metric, i, *found = message
             if len(found) == 1:
-                self._warn_once(metric, f"metric {metric}: a sample has no score: {printable(str(found[0]), 300)}")
+                error = printable(str(found[0]), 300)
+                self._warn_once(
+                    f"{metric} {error.partition(':')[0]}", f"metric {metric}: a sample has no score: {error}"
+                )
             else:
                 verdicts[i][metric] = Verdict(*found)
         ended = num_answers // len(samples)
@@ -144,7 +147,7 @@ class Scoring:
         self.start()
 
     def _warn_once(self, cause: str, message: str) -> None:
-        """Once per cause, of which what a metric raises is one; the rest is for DEBUG."""
+        """Once per cause, of which each kind of error that a metric raises is one; the rest is for DEBUG."""
         logger.log(logging.DEBUG if cause in self._warned else logging.WARNING, "%s", message)
         self._warned.add(cause)
 

@@ -7,7 +7,7 @@ does not know requests.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ def generating_through(wrapped: nn.Module, generation_config: Any, device: torch
         generation_config: In place of the model's own.
         device: That the forward pass runs on; parameters may lie elsewhere between two.
     """
-    inner = base_model(unwrap(wrapped))
+    unwrapped = unwrap(wrapped)
+    inner = base_model(unwrapped)
     cls: Any = original_class(inner)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -45,7 +46,8 @@ def generating_through(wrapped: nn.Module, generation_config: Any, device: torch
     was_training = [(module, module.training) for module in wrapped.modules()]
     wrapped.eval()
     try:
-        yield through
+        with _inputs_of_adapters_as_they_are(unwrapped):
+            yield through
     finally:
         for module, training in was_training:
             module.training = training
@@ -54,3 +56,13 @@ def generating_through(wrapped: nn.Module, generation_config: Any, device: torch
         for module in wrapped.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def _inputs_of_adapters_as_they_are(model: nn.Module) -> AbstractContextManager[None]:
+    """PEFT casts what goes into an adapter to the dtype of its weight. Of a weight that is still sharded that is the
+    dtype of storage, not that of computation, and FSDP1 casts it back only under autocast, as in a training step."""
+    if not hasattr(model, "peft_config"):
+        return nullcontext()
+    from peft.helpers import disable_input_dtype_casting
+
+    return disable_input_dtype_casting(model)

@@ -165,6 +165,7 @@ def test_nothing_that_a_run_leaves_differs(runs, way, half):
     if way not in runs:
         pytest.skip("a part of the ways is tried")
     on, off = runs[way][half], runs["off"][half]
+    assert on.warnings == []
     assert [path.name for path in sorted(on.generations.glob("step_*"))] == [
         f"step_{step:08d}.jsonl" for step in ((0, 2, 4) if half == 0 else (2, 4))
     ]
