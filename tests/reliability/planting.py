@@ -23,6 +23,9 @@ from reliability.round_times import watch_rounds
 _DECODES_FROM = 3
 """Of the passes of a round. The second would do as well, but that an answer may end with the first."""
 
+_TO_FAIL_S = 2.0
+"""That a metric has at least, less than a delay."""
+
 _RAISING = ("exception", "oom", "oom_once")
 
 
@@ -160,6 +163,13 @@ def plant() -> None:
                 faults.strike("exchange")
             return json.dumps(value)
 
+    def score(self: Any, samples: Any, deadline: float, original: Any = Scoring.score) -> Any:
+        faults.strike("scoring")
+        fault = faults.by_step.get(faults.step)
+        if fault is not None and fault.stage == "metric":  # whatever time the answers have left
+            deadline = max(deadline, time.time() + _TO_FAIL_S)
+        return original(self, samples, deadline)
+
     def striking(stage: str, original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             faults.strike(stage)
@@ -182,7 +192,7 @@ def plant() -> None:
         (sampling.GumbelNoise, "__call__", choose),
         (exchange, "json", Json),
         (Scoring, "__init__", note_scoring),
-        (Scoring, "score", striking("scoring", Scoring.score)),
+        (Scoring, "score", score),
         (JsonlTracker, "log_samples", logging_samples("jsonl", JsonlTracker.log_samples)),
         (ConsoleTracker, "log_samples", logging_samples("console", ConsoleTracker.log_samples)),
     ):
