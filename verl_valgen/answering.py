@@ -26,7 +26,7 @@ from verl_valgen.hosts.base import Host
 from verl_valgen.memory import free_bytes, largest_sequence_bytes, logprobs_bytes, preserved_blas_workspaces
 from verl_valgen.planning import Needs, Plan, make_plan, shares
 from verl_valgen.samples import Completion, Request, pack, unpack
-from verl_valgen.text import describe, describe_at_length
+from verl_valgen.text import as_exception, describe, describe_at_length
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Answering:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as e:  # a panic of what is written in Rust is no Exception
-            error = e if isinstance(e, Exception) else RuntimeError(describe(e))
+            error = as_exception(e)
             traceback.clear_frames(e.__traceback__)  # they hold the copy, which is to be free when the ranks meet
         report = [value, None if error is None else describe(error)]
         try:

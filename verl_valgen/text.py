@@ -66,6 +66,11 @@ def describe(error: BaseException) -> str:
     return printable(_without_secrets(text), _MAX_REASON_CHARS)
 
 
+def as_exception(error: BaseException) -> Exception:
+    """`error`, or a description of one that would end the program: an exit, or a panic of what is written in Rust."""
+    return error if isinstance(error, Exception) else RuntimeError(describe(error))
+
+
 def describe_at_length(error: BaseException) -> str:
     """The traceback of `error` without secrets, printable line by line."""
     text = "".join(traceback.format_exception(error))

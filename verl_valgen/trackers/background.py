@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from verl_valgen.text import describe
+from verl_valgen.text import as_exception
 
 
 class BackgroundQueue:
@@ -81,5 +81,4 @@ class BackgroundQueue:
                 job()
             except BaseException as error:  # not handled here but handed over: the next call raises it
                 with self._changed:
-                    # What would end this thread, an exit or a panic of Rust's, must not end the trainer's.
-                    self._error = error if isinstance(error, Exception) else RuntimeError(describe(error))
+                    self._error = as_exception(error)  # what ends this thread must not end the trainer's
