@@ -7,8 +7,9 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; \
 	done)
 
-# For pytest: the number of workers, or what to run, as in `make test PYTEST_ARGS="-k console"`.
-PYTEST_ARGS ?= -n 2
+# For pytest: the number of workers, one of which runs a whole module, as tests of one share their runs; or what to run, as
+# in `make test PYTEST_ARGS="-k console"`.
+PYTEST_ARGS ?= -n 2 --dist loadscope
 
 FSDP_SFT = .venv-fsdp-sft
 ENGINE = .venv-engine
@@ -33,8 +34,10 @@ RELIABILITY = VALGEN_RELIABILITY=full VALGEN_RELIABILITY_FIGURES=$(CURDIR)/docs/
 
 reliability: $(FSDP_SFT)/.installed $(ENGINE)/.installed  ## tries whole matrices, kills, faults and bad input, with both trainers, and writes docs/reliability.jsonl: an hour or more
 	rm -f docs/reliability.jsonl
-	$(RELIABILITY) $(FSDP_SFT)/bin/python -m pytest tests/reliability
-	$(RELIABILITY) $(ENGINE)/bin/python -m pytest tests/reliability
+	$(RELIABILITY) $(FSDP_SFT)/bin/python -m pytest tests/reliability -n 2 -k test_any
+	$(RELIABILITY) $(FSDP_SFT)/bin/python -m pytest tests/reliability -k "not test_any"  # alone, as it is timed
+	$(RELIABILITY) $(ENGINE)/bin/python -m pytest tests/reliability -n 2 -k test_any
+	$(RELIABILITY) $(ENGINE)/bin/python -m pytest tests/reliability -k "not test_any"
 
 bench: $(ENGINE)/.installed  ## measures what a round costs, small, on CPU with two ranks: three minutes
 	$(ENGINE)/bin/python -m torch.distributed.run --standalone --nproc-per-node=2 benchmarks/rounds.py --growth

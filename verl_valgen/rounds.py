@@ -134,6 +134,12 @@ class ValidationRounds:
     def _record(self, completions: Sequence[Completion], step: int, seconds: float, deadline: float) -> None:
         """Scores and logs the answers, on the logging rank, while the others go on."""
         self._take_back_what_failed(completions)
+        if num_nan := sum(completion.had_nan for completion in completions):
+            self._warn_once(
+                f"{num_nan} of {len(completions)} answers at step {step} say nothing: the model's scores for the next "
+                "token were NaN; training goes on",
+                cause="NaN",
+            )
         dtype = str(self.answer.computed_in).removeprefix("torch.")
         samples = make_samples(self.questions, completions, step, self.settings.seed, dtype, self.host.tokenizer)
         verdicts: list[dict[str, Verdict]] = [{} for _ in samples]

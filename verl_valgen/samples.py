@@ -67,6 +67,8 @@ class Completion:
     """Of the new tokens, as the model has it before any logits processor, in nats; where it was asked for."""
     error: str = ""
     """Why there is no answer, where the reason is "error"."""
+    had_nan: bool = False
+    """Whether a token was chosen by scores with NaN among them, and so says nothing."""
 
 
 @dataclass(frozen=True)

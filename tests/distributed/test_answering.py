@@ -141,19 +141,25 @@ def test_requests_of_many_kinds_on_all_ways(directory, tmp_path):
             assert found == (None if logprob is None else pytest.approx(logprob, abs=1e-5))
 
 
+class Panic(BaseException):
+    """As what is written in Rust raises."""
+
+
 def faults(directory: Path) -> dict[str, Any]:
     """Rank 1 fails in one way after the other; both ranks must still meet."""
     host = SmallHost(directory, directory, Rows())
     results: dict[str, Any] = {}
 
     def planted(*args: Any, **kwargs: Any) -> Any:
-        raise torch.OutOfMemoryError("planted")
+        raise kind("planted")
 
     for name, (target, attribute), settings in (
         ("prepare", (SmallHost, "on_device"), {}),
         ("decode", (HFBackend, "generate"), {"ranks": 2}),
         ("sharded", (GumbelNoise, "__call__"), {"gather": "sharded"}),
+        ("panic", (HFBackend, "generate"), {"ranks": 2}),
     ):
+        kind: type[BaseException] = Panic if name == "panic" else torch.OutOfMemoryError
         with pytest.MonkeyPatch.context() as patch:
             if dist.get_rank() == 1:
                 patch.setattr(target, attribute, planted)
@@ -175,8 +181,9 @@ def faults(directory: Path) -> dict[str, Any]:
 
 def test_what_fails_on_another_rank_is_told_on_the_logging_rank(directory, tmp_path):
     first, second = run_distributed(faults, 2, tmp_path, directory)
-    for name in ("prepare", "decode", "sharded"):
-        assert first[name] == "OtherRankError: rank 1: torch.OutOfMemoryError: planted"
+    for name in ("prepare", "decode", "sharded", "panic"):
+        error = "RuntimeError: test_answering.Panic" if name == "panic" else "torch.OutOfMemoryError"
+        assert first[name] == f"OtherRankError: rank 1: {error}: planted"
         assert second[name] is None
         assert first[f"{name}: met"]
         assert second[f"{name}: met"]

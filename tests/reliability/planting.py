@@ -82,7 +82,8 @@ class Faults:
         if fault.kind == "oom" or (fault.kind == "oom_once" and is_first):
             import torch
 
-            raise torch.OutOfMemoryError(fault.text)
+            # As CUDA's, whose numbers are others every time.
+            raise torch.OutOfMemoryError(f"{fault.text}: tried to allocate {step}.5 GiB, {step + 7} MiB is free")
         if fault.kind == "delay" and is_first:
             time.sleep(self.delay_s)
         if fault.kind == "hang":

@@ -68,6 +68,25 @@ NO_REPEATS = SAMPLING | {"no_repeat_ngram_size": 1}
 
 
 @pytest.mark.parametrize(
+    "params",
+    [GREEDY, SAMPLING, NO_REPEATS, GREEDY | {"num_beams": 2}],
+    ids=["greedy", "sampling", "no-repeats", "beams"],
+)
+def test_answers_that_met_nan_are_known(answer, model, params):
+    """One batch after the other: what one has met is not taken for the next's."""
+    token = 50
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+    requests = requests_of_lengths(*MIXED)
+    answers = answer(requests, params, batch_size=3)
+    is_in_prompt = [token in request.input_ids for request in requests]
+    assert any(is_in_prompt)
+    for request, done in zip(requests, answers, strict=True):
+        assert done.had_nan == (token in request.input_ids + done.output_ids[:-1])
+    assert not all(done.had_nan for done in answers)
+
+
+@pytest.mark.parametrize(
     "params", [GREEDY, SAMPLING, PENALISED, NO_REPEATS], ids=["greedy", "sampling", "penalised", "no-repeats"]
 )
 def test_neither_batch_size_nor_order_matters(answer, params):

@@ -27,12 +27,12 @@ from transformers import (
 )
 
 from verl_valgen.backends.fixed_cache import FixedCache
-from verl_valgen.backends.hf import as_id_set
+from verl_valgen.backends.hf import NanWatch, as_id_set, has_nan
 from verl_valgen.sampling import GumbelNoise, gumbel_noise, perturbed
 
 CAPTURABLE = (
     TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper,
-    EpsilonLogitsWarper, EtaLogitsWarper, InfNanRemoveLogitsProcessor, LogitNormalization, GumbelNoise,
+    EpsilonLogitsWarper, EtaLogitsWarper, InfNanRemoveLogitsProcessor, LogitNormalization, GumbelNoise, NanWatch,
 )  # fmt: skip
 """Logits processors that a graph can hold: they look at the scores alone, whatever their order, and ask the host
 nothing. Others run between two steps."""
@@ -63,6 +63,7 @@ class Decoder:
         self.num_new_tokens = torch.zeros(1, dtype=torch.int64, device=device)
         self.output_ids = torch.zeros(batch_size, cache_length, dtype=torch.int64, device=device)  # (B, T)
         self.has_ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        self.had_nan = torch.zeros_like(self.has_ended)
         self.has_too_many_ties = torch.zeros((), dtype=torch.bool, device=device)
         self.noise_keys = torch.zeros(cache_length, batch_size, dtype=torch.int64, device=device)  # (T, B)
 
@@ -96,6 +97,7 @@ class Decoder:
         self.slot.fill_(prompt_length - 1)
         self.num_new_tokens.zero_()
         self.has_ended.copy_(ended)
+        self.had_nan.zero_()
         self.has_too_many_ties.zero_()
         return logits
 
@@ -112,7 +114,7 @@ class Decoder:
 
         (With some versions of both, inductor and triton fail on a large `cumsum` among the rest.)
         """
-        if not self.processors or self.num_candidates is not None:
+        if self.num_candidates is not None or all(isinstance(processor, NanWatch) for processor in self.processors):
             return torch.compile(step, dynamic=False)
         self.model_logits = torch.compile(model_logits, dynamic=False)
         return step
@@ -131,6 +133,8 @@ class Decoder:
                     scores = perturbed(scores, keys)
                 else:
                     scores = scores + gumbel_noise(keys[:, None], candidates)
+            elif isinstance(processor, NanWatch):
+                self.had_nan |= has_nan(scores) & ~self.has_ended
             elif isinstance(processor, TopKLogitsWarper) and self.num_candidates is not None:
                 scores, candidates = scores.topk(self.num_candidates)  # the largest first
                 scores = processor(self.tokens, scores)

@@ -20,6 +20,7 @@ from verl_valgen.backends.attention import attention_for_decoding
 from verl_valgen.backends.base import UnsuitableError
 from verl_valgen.backends.cuda_graph import CudaGraph
 from verl_valgen.backends.decoder import Decoder
+from verl_valgen.backends.hf import NanWatch
 from verl_valgen.sampling import GumbelNoise
 
 CHECK_EVERY = 8
@@ -101,6 +102,9 @@ class DecodingLoop:
                 length += 1
         for watcher in watchers:
             watcher(ids(length), None)
+        if decoder.chooses_in_step:
+            for watch in (processor for processor in logits_processor if isinstance(processor, NanWatch)):
+                watch.found = decoder.had_nan[:num_sequences].clone()  # the next batch has the same place
         if bool(decoder.has_too_many_ties):
             raise UnsuitableError("too many tokens tie with the last of the top_k")
         return ids(length)

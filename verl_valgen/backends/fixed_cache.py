@@ -58,8 +58,9 @@ class FixedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.prefill:
-            self.keys[:, :, : key_states.shape[2]] = key_states
-            self.values[:, :, : key_states.shape[2]] = value_states
+            for cache, states in ((self.keys, key_states), (self.values, value_states)):
+                cache[:, :, : states.shape[2]] = states
+                cache[:, :, states.shape[2] :] = 0  # a mask hides what a batch before left there, but for NaN
             return key_states, value_states
         self.keys.index_copy_(2, self.slot, key_states)
         self.values.index_copy_(2, self.slot, value_states)

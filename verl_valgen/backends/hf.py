@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     MaxTimeCriteria,
     PreTrainedTokenizerBase,
@@ -100,6 +101,8 @@ class HFBackend(Backend):
             keys = [request.key for request in requests]
             processors += logits_warpers(params, device)
             processors.append(GumbelNoise(self.seed, keys, input_ids.shape[1], max_new_tokens, device))
+        nan_watch = NanWatch()
+        processors.append(nan_watch)
         criteria = StoppingCriteriaList()
         stop = StopStrings(self.tokenizer, params["stop_strings"]) if params.get("stop_strings") else None
         if stop is not None:
@@ -117,7 +120,10 @@ class HFBackend(Backend):
         )[:, input_ids.shape[1] :].tolist()  # (B, T)
         eos_ids = as_id_set(config.eos_token_id)
         stop_lengths = stop.lengths(input_ids.shape[1]) if stop else [None] * len(requests)
-        return [finish(ids, eos_ids, n, max_new_tokens) for ids, n in zip(output_ids, stop_lengths, strict=True)]
+        return [
+            replace(finish(ids, eos_ids, stop_length, max_new_tokens), had_nan=had_nan)
+            for ids, stop_length, had_nan in zip(output_ids, stop_lengths, nan_watch.of(len(requests)), strict=True)
+        ]
 
     def call_generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         """What `generate` gives, (B, L + T) int64."""
@@ -172,6 +178,31 @@ class StopStrings(StoppingCriteria):
         """Number of new tokens up to the one that completed a stop string, None where there is none."""
         assert self.met_at is not None, "generate() calls its criteria at least once"
         return [length - prompt_length if length else None for length in self.met_at.tolist()]
+
+
+class NanWatch(LogitsProcessor):
+    """Remembers which sequences had NaN among their scores; as the last processor, what the others leave of it.
+
+    The device is not waited for.
+    """
+
+    def __init__(self) -> None:
+        self.found: Tensor | None = None  # (B,) bool, or (B * num_beams,)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        found = has_nan(scores)
+        self.found = found if self.found is None else self.found | found
+        return scores
+
+    def of(self, num_requests: int) -> list[bool]:
+        """For each request."""
+        assert self.found is not None, "generate() calls its processors at least once"
+        return self.found.view(num_requests, -1).any(-1).tolist()
+
+
+def has_nan(scores: Tensor) -> Tensor:
+    """(B,) bool, of (B, V) scores: whether there is NaN among them."""
+    return scores.amax(-1).isnan()  # in one pass: NaN is its own maximum
 
 
 def left_pad(sequences: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
