@@ -141,6 +141,20 @@ def test_requests_of_different_parameters_go_together(plain, lean, tokenizer, ca
     )
 
 
+@pytest.mark.parametrize("name", ["greedy", "sampling", "nucleus", "penalised", "beams"])
+def test_answers_that_met_nan_are_known(assets, tokenizer, name):
+    """One batch after the other: what one has met is not taken for the next's, and does not come to it."""
+    model, token = load(assets, torch.float32), 50
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)  # they may be tied
+    model.get_input_embeddings().weight[token] = torch.nan
+    first, *others = requests(*MIXED)
+    asked = [replace(first, input_ids=[token, *first.input_ids]), *others]
+    answers = answer(FastBackend, model, tokenizer, PARAMETERS[name], asked, batch_size=2)
+    met = [token in one.input_ids + done.output_ids[:-1] for one, done in zip(asked, answers, strict=True)]
+    assert [done.had_nan for done in answers] == met
+    assert set(met) == {True, False}
+
+
 def test_random_states_are_left_alone(lean, tokenizer):
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
     answer(FastBackend, lean, tokenizer, SAMPLING, requests(*MIXED))
