@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import assets as small
 import pytest
+from end_to_end.server import TrainerServer
 from end_to_end.trainer import Assets
 from filelock import FileLock
 
@@ -20,6 +22,14 @@ def assets(tmp_path_factory, worker_id) -> Assets:
                 kind = "multiturn" if multiturn else "singleturn"
                 small.write_questions(directory / kind, num_train=40, num_val=20, multiturn=multiturn)
     return Assets(directory)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[TrainerServer]:
+    """For runs of verl's own program that need no process of their own from the start."""
+    server = TrainerServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import assets as small
 import pandas as pd
 import pytest
 from checkpoints import assert_greedy_samples, plain_greedy, plain_model
+from end_to_end.server import TrainerServer
 from end_to_end.trainer import HAS_ENGINES, VAL_BATCH_SIZE, Assets, Run, run, strategy, write_program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,7 +37,7 @@ def assert_samples_of_the_checkpoint(result: Run, model: Path, *, rows: list[int
 
 
 @pytest.mark.parametrize(("fsdp", "tied"), [("fsdp", False), ("fsdp2", True)])
-def test_fused_kernels_replace_the_forward_of_the_trained_model_alone(tmp_path, assets, fsdp, tied):
+def test_fused_kernels_replace_the_forward_of_the_trained_model_alone(server, tmp_path, assets, fsdp, tied):
     """By one without logits, in the model's class. (With FSDP2 verl 0.9.1 trains so only where embeddings are tied:
     else `lm_head` is sharded by itself, and the fused forward does not gather it.)"""
     model = tmp_path / "model"
@@ -48,7 +49,7 @@ def test_fused_kernels_replace_the_forward_of_the_trained_model_alone(tmp_path, 
         "model.use_fused_kernels=true",
         WITH_VARIETY,
     ]
-    result = run(tmp_path, overrides, environment=GREEDY)
+    result = server.run(tmp_path, overrides, environment=GREEDY)
     assert_samples_of_the_checkpoint(result, model, rows=[0, 1, 2, 3, 4], **VARIED)
 
 
@@ -80,15 +81,15 @@ def test_the_copy_is_gone_after_a_round_without_a_garbage_collection(tmp_path, a
     assert json.loads((tmp_path / "freed.json").read_text()) == [True, True]
 
 
-def test_with_ulysses_both_ranks_have_the_same_rows(tmp_path, assets):
+def test_with_ulysses_both_ranks_have_the_same_rows(server, tmp_path, assets):
     overrides = [*assets.overrides(), "engine.ulysses_sequence_parallel_size=2"]
-    result = run(tmp_path, overrides, environment=GREEDY, num_ranks=2)
+    result = server.run(tmp_path, overrides, environment=GREEDY, num_ranks=2)
     assert_samples_of_the_checkpoint(result, assets.model, rows=[0, 1, 2, 3, 4])
     assert result.stdout.count("=== Validation Samples") == 2  # one rank shows them
 
 
-def test_padded_batches_are_refused_by_verl_itself(tmp_path, assets):
-    result = run(tmp_path, [*assets.overrides(), "data.pad_mode=right"], environment=GREEDY)
+def test_padded_batches_are_refused_by_verl_itself(server, tmp_path, assets):
+    result = server.run(tmp_path, [*assets.overrides(), "data.pad_mode=right"], environment=GREEDY)
     assert result.returncode != 0
     assert "5 samples at steps 2 and 3" in result.output
     assert "AssertionError: pad_mode right not supported" in result.stderr
@@ -124,9 +125,9 @@ def test_padded_batches_are_answered_like_nested_ones(tmp_path, assets):
 
 
 @pytest.mark.parametrize("test_freq", [-1, 2])
-def test_without_validation_data_the_cause_is_named(tmp_path, assets, test_freq):
+def test_without_validation_data_the_cause_is_named(server, tmp_path, assets, test_freq):
     overrides = [*assets.overrides(), "data.val_files=null", f"trainer.test_freq={test_freq}"]
-    result = run(tmp_path, overrides, environment=GREEDY)
+    result = server.run(tmp_path, overrides, environment=GREEDY)
     assert result.output.count("no samples: data.val_files is not set") == 1
     assert not result.generations.exists()
     if test_freq == -1:
@@ -138,11 +139,11 @@ def test_without_validation_data_the_cause_is_named(tmp_path, assets, test_freq)
         assert "'NoneType' object is not iterable" in result.output  # verl's own failure stays verl's
 
 
-def test_a_validation_set_smaller_than_a_batch(tmp_path, assets):
+def test_a_validation_set_smaller_than_a_batch(server, tmp_path, assets):
     pd.read_parquet(assets.directory / "multiturn" / "val.parquet").head(VAL_BATCH_SIZE - 1).to_parquet(
         tmp_path / "few.parquet"
     )
-    result = run(tmp_path, [*assets.overrides(), f"data.val_files={tmp_path}/few.parquet"], environment=GREEDY)
+    result = server.run(tmp_path, [*assets.overrides(), f"data.val_files={tmp_path}/few.parquet"], environment=GREEDY)
     assert result.returncode == 0, result.output[-5000:]
     assert (
         "no samples: data.val_files has 7 rows, fewer than one global batch (data.train_batch_size=8, 8 rows on each "
@@ -152,7 +153,9 @@ def test_a_validation_set_smaller_than_a_batch(tmp_path, assets):
     assert not result.generations.exists()
 
 
-def run_small_engine(directory: Path, assets: Assets, overrides: list[str], *, num_ranks: int | None = None) -> Run:
+def run_small_engine(
+    server: TrainerServer, directory: Path, assets: Assets, overrides: list[str], *, num_ranks: int | None = None
+) -> Run:
     """With an engine whose model cannot be seen, only its weights be asked for."""
     shutil.copy(Path(__file__).with_name("small_engine.py"), directory)
     overrides = [
@@ -162,23 +165,23 @@ def run_small_engine(directory: Path, assets: Assets, overrides: list[str], *, n
         "engine.strategy=list",
         *overrides,
     ]
-    return run(directory, overrides, environment=GREEDY, num_ranks=num_ranks)
+    return server.run(directory, overrides, environment=GREEDY, num_ranks=num_ranks)
 
 
-def test_an_engine_of_another_kind_exports_its_weights(tmp_path, assets):
-    result = run_small_engine(tmp_path, assets, [], num_ranks=2)
+def test_an_engine_of_another_kind_exports_its_weights(server, tmp_path, assets):
+    result = run_small_engine(server, tmp_path, assets, [], num_ranks=2)
     assert_samples_of_the_checkpoint(result, assets.model, rows=[0, 2, 4, 6, 8])
 
 
-def test_an_export_without_the_tied_weights(tmp_path, assets):
+def test_an_export_without_the_tied_weights(server, tmp_path, assets):
     model = tmp_path / "tied"
     small.write_model(model, hidden_size=32, intermediate_size=64, tie_word_embeddings=True)
-    result = run_small_engine(tmp_path, assets, [f"model.path={model}", WITH_VARIETY])
+    result = run_small_engine(server, tmp_path, assets, [f"model.path={model}", WITH_VARIETY])
     assert_samples_of_the_checkpoint(result, model, rows=[0, 1, 2, 3, 4], **VARIED)
 
 
-def test_adapters_exported_apart_cost_one_warning(tmp_path, assets):
-    result = run_small_engine(tmp_path, assets, ["model.lora_rank=4"], num_ranks=2)
+def test_adapters_exported_apart_cost_one_warning(server, tmp_path, assets):
+    result = run_small_engine(server, tmp_path, assets, ["model.lora_rank=4"], num_ranks=2)
     assert result.returncode == 0, result.output[-5000:]
     assert result.output.count("no samples at this validation: ") == 1
     assert result.output.count("set model.lora.merge=true") == 1
@@ -186,10 +189,10 @@ def test_adapters_exported_apart_cost_one_warning(tmp_path, assets):
     assert not result.generations.exists()
 
 
-def test_adapters_merged_by_the_engine(tmp_path, assets):
+def test_adapters_merged_by_the_engine(server, tmp_path, assets):
     """It exports what it merges in bfloat16."""
     overrides = ["model.lora_rank=4", "model.lora.merge=true"]
-    result = run_small_engine(tmp_path, assets, overrides)
+    result = run_small_engine(server, tmp_path, assets, overrides)
     assert result.returncode == 0, result.output[-5000:]
     plain = plain_model(result.checkpoints / "global_step_3", assets.model, LORA).bfloat16().float()
     assert_greedy_samples(result.samples(3), plain, AutoTokenizer.from_pretrained(assets.model), MAX_NEW_TOKENS)

@@ -20,9 +20,11 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("environment", "overrides", "message"), WRONG)
-def test_wrong_configuration_is_one_line_before_the_model_is_loaded(tmp_path, assets, environment, overrides, message):
+def test_wrong_configuration_is_one_line_before_the_model_is_loaded(
+    server, tmp_path, assets, environment, overrides, message
+):
     overrides = [*assets.overrides(), f"{MODEL_KEY}=/no/such/model", *overrides]
-    result = run(tmp_path, overrides, environment=environment)
+    result = server.run(tmp_path, overrides, environment=environment)
     assert result.returncode == 2
     *_, line = result.stderr.strip().splitlines()  # what verl's imports warn of comes before
     assert line.startswith("verl-valgen: ")
@@ -91,8 +93,8 @@ def test_a_model_class_without_generate(tmp_path, assets):
         ),
     ],
 )
-def test_the_line_at_start_says_when_or_why_not(tmp_path, assets, overrides, line, num_files):
-    result = run(tmp_path, [*assets.overrides(), *overrides], environment=GREEDY)
+def test_the_line_at_start_says_when_or_why_not(server, tmp_path, assets, overrides, line, num_files):
+    result = server.run(tmp_path, [*assets.overrides(), *overrides], environment=GREEDY)
     assert result.returncode == 0, result.output[-5000:]
     assert line in result.output
     assert len(list(result.generations.glob("*"))) == num_files
@@ -106,63 +108,63 @@ def few_rows(assets: Assets, directory: Path, num_rows: int) -> str:
 
 
 @pytest.mark.skipif(HAS_ENGINES, reason="with engines verl goes on: see test_engines.py")
-def test_a_validation_set_that_yields_no_batch(tmp_path, assets):
+def test_a_validation_set_that_yields_no_batch(server, tmp_path, assets):
     overrides = [*assets.overrides(multiturn=True), few_rows(assets, tmp_path, VAL_BATCH_SIZE - 1)]
-    result = run(tmp_path, overrides, environment=GREEDY)
+    result = server.run(tmp_path, overrides, environment=GREEDY)
     assert (
         "no samples: data.val_files has 3 rows, fewer than one batch on each of 1 data-parallel ranks" in result.output
     )
     assert "stack expects a non-empty TensorList" in result.output  # verl's own failure stays verl's
 
 
-def test_fewer_samples_than_asked_for(tmp_path, assets):
+def test_fewer_samples_than_asked_for(server, tmp_path, assets):
     overrides = [*assets.overrides(multiturn=True), few_rows(assets, tmp_path, 2 * VAL_BATCH_SIZE - 1)]
-    result = run(tmp_path, overrides, environment=GREEDY | {"VERL_MAX_VAL_SAMPLES": "50"})
+    result = server.run(tmp_path, overrides, environment=GREEDY | {"VERL_MAX_VAL_SAMPLES": "50"})
     assert result.returncode == 0, result.output[-5000:]
     # Of so many rows verl validates one batch.
     assert [sample["row"] for sample in result.samples(3)] == list(range(VAL_BATCH_SIZE))
 
 
-def test_answers_that_were_truncated_away_are_skipped(tmp_path, assets):
+def test_answers_that_were_truncated_away_are_skipped(server, tmp_path, assets):
     frame = pd.read_parquet(assets.directory / "multiturn" / "val.parquet")
     question, answer = "x" * 300, frame.loc[1, "answer"]
     frame.loc[1, "question"] = question  # read as single turns, or as conversations
     frame.at[1, "messages"] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     frame.to_parquet(tmp_path / "long.parquet")
     overrides = [*assets.overrides(), f"data.val_files={tmp_path}/long.parquet", "data.truncation=right"]
-    result = run(tmp_path, overrides, environment=GREEDY)
+    result = server.run(tmp_path, overrides, environment=GREEDY)
     assert result.returncode == 0, result.output[-5000:]
     assert result.output.count("rows [1] of the validation data have no answer left within data.max_length") == 1
     assert [sample["row"] for sample in result.samples(2)] == [0, 2, 3, 4]
 
 
-def test_a_failing_generation_and_a_failing_tracker_cost_one_warning_each(tmp_path, assets):
+def test_a_failing_generation_and_a_failing_tracker_cost_one_warning_each(server, tmp_path, assets):
     """Parameters that transformers refuses only while it generates; a folder that cannot be written."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "generations").write_text("in the way")
-    result = run(tmp_path, [*assets.overrides(), "trainer.test_freq=1"], environment=GREEDY)
+    result = server.run(tmp_path, [*assets.overrides(), "trainer.test_freq=1"], environment=GREEDY)
     assert result.returncode == 0, result.output[-5000:]
     assert result.output.count("jsonl: a round was not recorded: ") == 1
     assert result.stdout.count("=== Validation Samples") == 3  # the console goes on
 
     overrides = [*assets.overrides(), "trainer.test_freq=1", "+generation.exponential_decay_length_penalty=[1]"]
-    result = run(tmp_path / "generation", overrides, environment=GREEDY)
+    result = server.run(tmp_path / "generation", overrides, environment=GREEDY)
     assert result.returncode == 0, result.output[-5000:]
     assert result.output.count("no samples at this validation: ") == 1
     assert len(result.logged("val/loss")) == 3
 
 
-def test_a_token_that_the_model_has_not_is_told_at_the_start(tmp_path, assets):
-    result = run(tmp_path, [*assets.overrides(), "+generation.bad_words_ids=[[999999]]"], environment=GREEDY)
+def test_a_token_that_the_model_has_not_is_told_at_the_start(server, tmp_path, assets):
+    result = server.run(tmp_path, [*assets.overrides(), "+generation.bad_words_ids=[[999999]]"], environment=GREEDY)
     assert result.returncode == 0, result.output[-5000:]
     line = "checks.ConfigError: generation.bad_words_ids must have ids of tokens, below 100, got 999999"
     assert result.output.count(line) == 1
     assert not result.generations.exists()
 
 
-def test_debug_shows_what_is_gathered(tmp_path, assets):
+def test_debug_shows_what_is_gathered(server, tmp_path, assets):
     environment = GREEDY | {"VERL_SFT_LOGGING_LEVEL": "DEBUG"}
-    result = run(tmp_path, assets.overrides(), environment=environment)
+    result = server.run(tmp_path, assets.overrides(), environment=environment)
     assert result.returncode == 0, result.output[-5000:]
     assert result.output.count("MB on 1 rank(s) into a torch.float32 copy of LlamaForCausalLM") == 2
     assert result.output.count("tokens for 5 prompts in ") == 2

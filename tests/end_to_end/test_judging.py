@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from end_to_end.test_matrix import only_mlflow_run
-from end_to_end.trainer import GENERATION_CONFIG, HAS_ENGINES, Assets, Run, run, strategy
+from end_to_end.trainer import GENERATION_CONFIG, HAS_ENGINES, Assets, Run, strategy
 from readback import read_mlflow, read_swanlab, read_wandb
 
 METRICS = """
@@ -52,7 +52,7 @@ def rows_with_parameters(assets: Assets, directory: Path) -> Path:
 
 
 @pytest.fixture(scope="module", params=["fsdp2", "fsdp"])
-def finished(request, tmp_path_factory, assets) -> Run:
+def finished(request, server, tmp_path_factory, assets) -> Run:
     directory = tmp_path_factory.mktemp("judging")
     (directory / "own.py").write_text(METRICS)
     (directory / "own.jsonl").write_text('"Name the capital of France."\n{"prompt": "1+1?", "reference": "2"}\n')
@@ -68,7 +68,7 @@ def finished(request, tmp_path_factory, assets) -> Run:
         "own.py:reward",
         "own.py:broken",
     ]
-    return run(
+    return server.run(
         directory,
         [
             *GENERATION_CONFIG,
@@ -199,7 +199,7 @@ def test_a_round_ends_with_one_line(finished):
         assert "; num_new_tokens " in line
 
 
-def test_first_turns_of_some_validations_and_on_after_a_stop(tmp_path, assets):
+def test_first_turns_of_some_validations_and_on_after_a_stop(server, tmp_path, assets):
     """`turn`, `every` and the best value over a resumed run; own prompts in place of the data's."""
     (tmp_path / "own.txt").write_text("1+1?\n2+2?\n")
     overrides = [
@@ -207,7 +207,7 @@ def test_first_turns_of_some_validations_and_on_after_a_stop(tmp_path, assets):
         "generation.do_sample=false", "generation.max_new_tokens=4", "generation.every=2", "generation.turn=all",
         "generation.best_metric=num_new_tokens", "trainer.max_val_samples=8", "trainer.total_epochs=2",
     ]  # fmt: skip
-    first = run(tmp_path, [*overrides, "trainer.total_training_steps=4"])
+    first = server.run(tmp_path, [*overrides, "trainer.total_training_steps=4"])
     assert first.returncode == 0, first.output[-5000:]
     assert "samples at steps 2 and 4, in" in first.output
     assert sorted(path.name for path in first.generations.glob("step_*")) == [f"step_{s:08d}.jsonl" for s in (2, 4)]
@@ -216,7 +216,7 @@ def test_first_turns_of_some_validations_and_on_after_a_stop(tmp_path, assets):
     best = json.loads((first.generations / "best.json").read_text())
 
     own = ["generation.prompts=own.txt", "trainer.total_training_steps=6", "trainer.resume_mode=auto"]
-    second = run(tmp_path, [*overrides, *own])
+    second = server.run(tmp_path, [*overrides, *own])
     assert second.returncode == 0, second.output[-5000:]
     assert [(s["row"], s["prompt_text"], s["reference"]) for s in second.samples(6)] == [
         (None, "1+1?", None),
@@ -236,7 +236,7 @@ def test_first_turns_of_some_validations_and_on_after_a_stop(tmp_path, assets):
         ("generation.best_metric=exact", "generation.best_metric must be one of num_new_tokens, "),
     ],
 )  # fmt: skip
-def test_wrong_names_end_the_run_at_start(tmp_path, assets, override, message):
-    result = run(tmp_path, [*GENERATION_CONFIG, *assets.overrides(), override])
+def test_wrong_names_end_the_run_at_start(server, tmp_path, assets, override, message):
+    result = server.run(tmp_path, [*GENERATION_CONFIG, *assets.overrides(), override])
     assert result.returncode == 2
     assert message in result.stderr.splitlines()[-1]

@@ -8,7 +8,6 @@ import assets as small
 import pytest
 from end_to_end.trainer import Assets
 from gpu.conftest import HARD_CODED_ATTENTION_TO_SDPA, SDPA, needs_two
-from reliability.conftest import server  # noqa: F401 (a fixture)
 from reliability.test_faults import (  # noqa: F401 (fixtures, and what is collected here as well)
     Trainer,
     case,
@@ -22,7 +21,7 @@ pytestmark = needs_two
 
 
 @pytest.fixture(scope="module")
-def trainer(server, tmp_path_factory) -> Trainer:  # noqa: F811
+def trainer(server, tmp_path_factory) -> Trainer:
     directory = tmp_path_factory.mktemp("assets")
     small.write_model(directory / "model")
     small.write_questions(directory / "multiturn", num_train=40, num_val=20, multiturn=True)

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 
-import pytest
 from end_to_end.trainer import VERL_VERSION
 from hypothesis import HealthCheck, settings
-from reliability.server import TrainerServer
 
 IS_WHOLE = os.environ.get("VALGEN_RELIABILITY") == "full"
 
@@ -34,10 +31,3 @@ def record_figure(of: str, **figures: float) -> None:
         line = {"of": of, "verl": str(VERL_VERSION), **{name: round(value, 3) for name, value in figures.items()}}
         with open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[TrainerServer]:
-    server = TrainerServer()
-    yield server
-    server.close()

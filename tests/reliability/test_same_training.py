@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from end_to_end.server import TrainerServer
 from end_to_end.trainer import HAS_ENGINES, Assets, Run, strategy
 from reliability.conftest import IS_WHOLE
-from reliability.server import TrainerServer
 
 # torch's default seed differs from process to process, and verl 0.6.1 seeds nothing. On GPUs two runs may differ of
 # themselves unless they are told not to.

@@ -28,7 +28,7 @@ _MAX_FAILURES = 3
 _MAX_PENDING_CALLS = 64
 """Of one tracker; the oldest is dropped for one more."""
 
-_MAX_WAIT_S = 1.0
+_MAX_WAIT_S = 0.8
 _MAX_CLOSE_S = 5.0
 """For all trackers together. A process takes some seconds more to end."""
 

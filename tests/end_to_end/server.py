@@ -52,6 +52,9 @@ class TrainerServer:
             before: A program that every rank runs before the trainer's.
         """
         directory.mkdir(parents=True, exist_ok=True)
+        outputs = [directory / name for name in ("stdout.txt", "stderr.txt")]
+        for path in outputs:  # to which all ranks append
+            path.unlink(missing_ok=True)
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         reply = self._ask(
@@ -65,8 +68,8 @@ class TrainerServer:
                 "before": before,
             }
         )
-        texts = [(directory / name).read_text(errors="replace") for name in ("stdout.txt", "stderr.txt")]
-        return ForkedRun(directory, reply["status"], texts[0], texts[1], reply["ended_at"])
+        stdout, stderr = (path.read_text(errors="replace") for path in outputs)
+        return ForkedRun(directory, reply["status"], stdout, stderr, reply["ended_at"])
 
     def _ask(self, request: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
