@@ -34,10 +34,10 @@ RELIABILITY = VALGEN_RELIABILITY=full VALGEN_RELIABILITY_FIGURES=$(CURDIR)/docs/
 
 reliability: $(FSDP_SFT)/.installed $(ENGINE)/.installed  ## tries whole matrices, kills, faults and bad input, with both trainers, and writes docs/reliability.jsonl: an hour or more
 	rm -f docs/reliability.jsonl
-	$(RELIABILITY) $(FSDP_SFT)/bin/python -m pytest tests/reliability -n 2 -k test_any
-	$(RELIABILITY) $(FSDP_SFT)/bin/python -m pytest tests/reliability -k "not test_any"  # alone, as it is timed
-	$(RELIABILITY) $(ENGINE)/bin/python -m pytest tests/reliability -n 2 -k test_any
-	$(RELIABILITY) $(ENGINE)/bin/python -m pytest tests/reliability -k "not test_any"
+	status=0; for python in $(FSDP_SFT)/bin/python $(ENGINE)/bin/python; do \
+		$(RELIABILITY) $$python -m pytest tests/reliability -n 2 -k test_any || status=1; \
+		$(RELIABILITY) $$python -m pytest tests/reliability -k "not test_any" || status=1; \
+	done; exit $$status  # what is timed runs alone
 
 bench: $(ENGINE)/.installed  ## measures what a round costs, small, on CPU with two ranks: three minutes
 	$(ENGINE)/bin/python -m torch.distributed.run --standalone --nproc-per-node=2 benchmarks/rounds.py --growth

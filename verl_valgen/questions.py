@@ -59,7 +59,8 @@ class Question:
 
 
 def _likelihood(completion: Completion) -> float:
-    return -math.inf if completion.mean_logprob is None else completion.mean_logprob
+    logprob = completion.mean_logprob
+    return -math.inf if logprob is None or math.isnan(logprob) else logprob  # NaN would stay the largest
 
 
 def make_questions(

@@ -134,12 +134,7 @@ class ValidationRounds:
     def _record(self, completions: Sequence[Completion], step: int, seconds: float, deadline: float) -> None:
         """Scores and logs the answers, on the logging rank, while the others go on."""
         self._take_back_what_failed(completions)
-        if num_nan := sum(completion.had_nan for completion in completions):
-            self._warn_once(
-                f"{num_nan} of {len(completions)} answers at step {step} say nothing: the model's scores for the next "
-                "token were NaN; training goes on",
-                cause="NaN",
-            )
+        self._warn_of_nan(completions, step)
         dtype = str(self.answer.computed_in).removeprefix("torch.")
         samples = make_samples(self.questions, completions, step, self.settings.seed, dtype, self.host.tokenizer)
         verdicts: list[dict[str, Verdict]] = [{} for _ in samples]
@@ -174,6 +169,15 @@ class ValidationRounds:
         for i, question in enumerate(self.questions):
             if any(question is one for questions in failed.values() for one in questions):
                 self.questions[i] = with_global_parameters(question, self.settings)
+
+    def _warn_of_nan(self, completions: Sequence[Completion], step: int) -> None:
+        had_nan = [completion.had_nan for _, _, completion in answered(self.questions, completions)]
+        if any(had_nan):
+            self._warn_once(
+                f"{sum(had_nan)} of {len(had_nan)} answers at step {step} say nothing: the model's scores for the next "
+                "token were NaN; training goes on",
+                cause="NaN",
+            )
 
     @property
     def _vocab_size(self) -> int:

@@ -68,7 +68,7 @@ class Completion:
     error: str = ""
     """Why there is no answer, where the reason is "error"."""
     had_nan: bool = False
-    """Whether a token was chosen by scores with NaN among them, and so says nothing."""
+    """Whether there was NaN among the scores that a token was chosen by, which so says nothing."""
 
 
 @dataclass(frozen=True)

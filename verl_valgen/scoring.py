@@ -34,7 +34,7 @@ _MAX_SCORING_S = 60.0
 _MAX_LOST_ROUNDS = 3
 """In a row, after which a metric is given up; all of them, if they are not even loaded."""
 
-_MAX_KILL_S = 5.0
+_MAX_KILL_S = 1.0
 
 _ENDED = "ended the process that it ran in"
 

@@ -125,14 +125,14 @@ def test_message_that_cannot_be_made_is_survived(warnings):
 
 
 class Hanging(Recorder):
-    """Until it is released."""
+    """Until it is released, in every call or in those of one method."""
 
-    def __init__(self) -> None:
+    def __init__(self, only: str | None = None) -> None:
         super().__init__()
-        self.released = threading.Event()
+        self.only, self.released = only, threading.Event()
 
     def _called(self, method, step=None):
-        assert self.released.wait(60)
+        assert self.only not in (None, method) or self.released.wait(60)
         super()._called(method, step)
 
 
@@ -149,8 +149,26 @@ def test_one_that_hangs_is_left_behind_and_comes_late(warnings, monkeypatch):
     assert warnings() == ["jsonl: a round takes longer than 0.05 s to record; training does not wait"]
 
 
+def test_what_one_call_of_a_round_waits_the_other_does_not(warnings, monkeypatch):
+    """Of two that hang, each in a call of its own, both together are waited for as long as one."""
+    waited: list[float] = []
+    wait = BackgroundQueue.wait
+    monkeypatch.setattr(BackgroundQueue, "wait", lambda self, seconds: (waited.append(seconds), wait(self, seconds))[1])
+    monkeypatch.setattr(composite_module, "_MAX_WAIT_S", 0.5)
+    monkeypatch.setattr(composite_module, "_MIN_WAIT_S", 0.25)
+    first, second = Hanging(), Hanging("log_scalars")
+    _log(CompositeTracker({"jsonl": first, "best": second}), 1)
+    first.released.set()
+    second.released.set()
+    in_first, in_second = waited[:2], waited[2:]
+    assert max(in_first) <= 0.5
+    assert max(in_second) <= 0.25  # nothing was left of the round's time
+    assert len(warnings()) == 2
+
+
 def test_one_that_hangs_for_good_holds_up_neither_a_round_nor_the_end(warnings, monkeypatch):
     monkeypatch.setattr(composite_module, "_MAX_WAIT_S", 0.01)
+    monkeypatch.setattr(composite_module, "_MIN_WAIT_S", 0.01)
     monkeypatch.setattr(composite_module, "_MAX_CLOSE_S", 0.01)
     monkeypatch.setattr(composite_module, "_MAX_PENDING_CALLS", 4)
     hanging = Hanging()

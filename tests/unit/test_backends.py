@@ -73,17 +73,18 @@ NO_REPEATS = SAMPLING | {"no_repeat_ngram_size": 1}
     ids=["greedy", "sampling", "no-repeats", "beams"],
 )
 def test_answers_that_met_nan_are_known(answer, model, params):
-    """One batch after the other: what one has met is not taken for the next's."""
+    """One batch after the other, the first with both kinds: what it has met does not come to the next, and is not taken
+    for the next's. Its answers are longer than the next prompts, so that it leaves more in a cache than they hide."""
     token = 50
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = torch.nan
-    requests = requests_of_lengths(*MIXED)
-    answers = answer(requests, params, batch_size=3)
-    is_in_prompt = [token in request.input_ids for request in requests]
-    assert any(is_in_prompt)
-    for request, done in zip(requests, answers, strict=True):
-        assert done.had_nan == (token in request.input_ids + done.output_ids[:-1])
-    assert not all(done.had_nan for done in answers)
+    first, *others = requests_of_lengths(2, 1, 5, 4, 7, 6)
+    requests = [replace(first, input_ids=[token, *first.input_ids]), *others]
+    answers = answer(requests, params | {"max_new_tokens": 30}, batch_size=2)
+    met = [token in request.input_ids + done.output_ids[:-1] for request, done in zip(requests, answers, strict=True)]
+    assert [done.had_nan for done in answers] == met
+    assert sorted(len(request.input_ids) for request in requests if token in request.input_ids) == [3]
+    assert not all(met)
 
 
 @pytest.mark.parametrize(
@@ -211,18 +212,20 @@ def test_the_tokenizer_is_left_as_it_was(answer, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("output_ids", "stop_length", "limit", "expected"),
+    ("output_ids", "stop_length", "nan_length", "limit", "expected"),
     [
-        ([4, 5, 6], None, 3, Completion([4, 5, 6], "length")),
-        ([4, 5], None, 3, Completion([4, 5], "time")),
-        ([4, 2, 0, 0], None, 4, Completion([4, 2], "eos")),
-        ([4, 2, 2, 2], None, 4, Completion([4, 2], "eos")),  # padded with the end-of-sequence token
-        ([4, 5, 2, 2], 2, 4, Completion([4, 5], "stop")),
-        ([4, 2, 2, 2], 2, 4, Completion([4, 2], "eos")),
+        ([4, 5, 6], None, None, 3, Completion([4, 5, 6], "length")),
+        ([4, 5], None, None, 3, Completion([4, 5], "time")),
+        ([4, 2, 0, 0], None, None, 4, Completion([4, 2], "eos")),
+        ([4, 2, 2, 2], None, None, 4, Completion([4, 2], "eos")),  # padded with the end-of-sequence token
+        ([4, 5, 2, 2], 2, None, 4, Completion([4, 5], "stop")),
+        ([4, 2, 2, 2], 2, None, 4, Completion([4, 2], "eos")),
+        ([4, 2, 0, 0], None, 1, 4, Completion([4, 2], "eos", had_nan=True)),
+        ([4, 2, 0, 0], None, 2, 4, Completion([4, 2], "eos")),  # while the others of the batch went on
     ],
 )
-def test_finish(output_ids, stop_length, limit, expected):
-    assert finish(output_ids, {2}, stop_length, limit) == expected
+def test_finish(output_ids, stop_length, nan_length, limit, expected):
+    assert finish(output_ids, {2}, stop_length, nan_length, limit) == expected
 
 
 def test_special_tokens_without_a_padding_token(directory):

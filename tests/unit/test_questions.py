@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pandas as pd
 import pytest
@@ -54,13 +55,13 @@ def test_every_prompt_is_asked_under_each_strategy_and_a_deterministic_one_once(
 
 
 def test_of_the_candidates_the_likeliest_is_kept():
-    (question,) = make_questions(prompts(None), settings(n=2, best_of=3))
+    (question,) = make_questions(prompts(None), settings(n=3, best_of=3))
     requests = question.requests()
-    assert [request.key for request in requests] == [(7, number) for number in range(6)]
+    assert [request.key for request in requests] == [(7, number) for number in range(9)]
     assert all(request.wants_logprob for request in requests)
-    logprobs = [-2.0, -1.0, -1.0, None, -5.0, -6.0]  # None: the round had no time for it
+    logprobs = [-2.0, -1.0, -1.0, None, -5.0, -6.0, math.nan, -3.0, -4.0]  # None: the round had no time for it
     candidates = [Completion([i], "eos", logprob) for i, logprob in enumerate(logprobs)]
-    assert [one.output_ids for one in question.chosen(candidates)] == [[1], [4]]
+    assert [one.output_ids for one in question.chosen(candidates)] == [[1], [4], [7]]
     assert question.in_force == GLOBAL | {"best_of": 3}
 
 

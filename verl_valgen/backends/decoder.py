@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from verl_valgen.backends.fixed_cache import FixedCache
-from verl_valgen.backends.hf import NanWatch, as_id_set, has_nan
+from verl_valgen.backends.hf import as_id_set
+from verl_valgen.backends.watching import NanWatch, has_nan
 from verl_valgen.sampling import GumbelNoise, gumbel_noise, perturbed
 
 CAPTURABLE = (
@@ -35,7 +36,7 @@ CAPTURABLE = (
     EpsilonLogitsWarper, EtaLogitsWarper, InfNanRemoveLogitsProcessor, LogitNormalization, GumbelNoise, NanWatch,
 )  # fmt: skip
 """Logits processors that a graph can hold: they look at the scores alone, whatever their order, and ask the host
-nothing. Others run between two steps."""
+nothing. Others run between two steps. (What differs from batch to batch, `Decoder.choose` does itself: noise, NaN.)"""
 
 
 class Decoder:

@@ -20,7 +20,7 @@ from verl_valgen.backends.attention import attention_for_decoding
 from verl_valgen.backends.base import UnsuitableError
 from verl_valgen.backends.cuda_graph import CudaGraph
 from verl_valgen.backends.decoder import Decoder
-from verl_valgen.backends.hf import NanWatch
+from verl_valgen.backends.watching import NanWatch
 from verl_valgen.sampling import GumbelNoise
 
 CHECK_EVERY = 8
@@ -104,7 +104,7 @@ class DecodingLoop:
             watcher(ids(length), None)
         if decoder.chooses_in_step:
             for watch in (processor for processor in logits_processor if isinstance(processor, NanWatch)):
-                watch.found = decoder.had_nan[:num_sequences].clone()  # the next batch has the same place
+                watch.note(decoder.had_nan[:num_sequences], prompt_length)  # before they ended
         if bool(decoder.has_too_many_ties):
             raise UnsuitableError("too many tokens tie with the last of the top_k")
         return ids(length)

@@ -18,17 +18,14 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     MaxTimeCriteria,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
 
 from verl_valgen.backends.base import Backend
 from verl_valgen.backends.batching import Group, groups
+from verl_valgen.backends.watching import NanWatch, StopStrings
 from verl_valgen.hf_parameters import SAMPLING_ONLY
 from verl_valgen.samples import Completion, FinishReason, Request
 from verl_valgen.sampling import GumbelNoise, logits_warpers
@@ -101,7 +98,7 @@ class HFBackend(Backend):
             keys = [request.key for request in requests]
             processors += logits_warpers(params, device)
             processors.append(GumbelNoise(self.seed, keys, input_ids.shape[1], max_new_tokens, device))
-        nan_watch = NanWatch()
+        nan_watch = NanWatch(len(requests))
         processors.append(nan_watch)
         criteria = StoppingCriteriaList()
         stop = StopStrings(self.tokenizer, params["stop_strings"]) if params.get("stop_strings") else None
@@ -120,9 +117,10 @@ class HFBackend(Backend):
         )[:, input_ids.shape[1] :].tolist()  # (B, T)
         eos_ids = as_id_set(config.eos_token_id)
         stop_lengths = stop.lengths(input_ids.shape[1]) if stop else [None] * len(requests)
+        nan_lengths = nan_watch.lengths(input_ids.shape[1])
         return [
-            replace(finish(ids, eos_ids, stop_length, max_new_tokens), had_nan=had_nan)
-            for ids, stop_length, had_nan in zip(output_ids, stop_lengths, nan_watch.of(len(requests)), strict=True)
+            finish(ids, eos_ids, stop_length, nan_length, max_new_tokens)
+            for ids, stop_length, nan_length in zip(output_ids, stop_lengths, nan_lengths, strict=True)
         ]
 
     def call_generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
@@ -160,51 +158,6 @@ class HFBackend(Backend):
         return GenerationConfig(**(special_ids | others), max_new_tokens=max_new_tokens, do_sample=False)
 
 
-class StopStrings(StoppingCriteria):
-    """transformers' stop strings, remembering where each sequence met one (`generate` itself does not tell)."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: list[str]) -> None:
-        self.criteria = StopStringCriteria(tokenizer, stop_strings)
-        self.met_at: Tensor | None = None  # (B,) length of the sequence that met one; 0: not yet
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        met = self.criteria(input_ids, scores, **kwargs)  # (B,) bool
-        if self.met_at is None:
-            self.met_at = torch.zeros_like(met, dtype=torch.int64)
-        self.met_at = torch.where(met & (self.met_at == 0), input_ids.shape[1], self.met_at)
-        return met
-
-    def lengths(self, prompt_length: int) -> list[int | None]:
-        """Number of new tokens up to the one that completed a stop string, None where there is none."""
-        assert self.met_at is not None, "generate() calls its criteria at least once"
-        return [length - prompt_length if length else None for length in self.met_at.tolist()]
-
-
-class NanWatch(LogitsProcessor):
-    """Remembers which sequences had NaN among their scores; as the last processor, what the others leave of it.
-
-    The device is not waited for.
-    """
-
-    def __init__(self) -> None:
-        self.found: Tensor | None = None  # (B,) bool, or (B * num_beams,)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        found = has_nan(scores)
-        self.found = found if self.found is None else self.found | found
-        return scores
-
-    def of(self, num_requests: int) -> list[bool]:
-        """For each request."""
-        assert self.found is not None, "generate() calls its processors at least once"
-        return self.found.view(num_requests, -1).any(-1).tolist()
-
-
-def has_nan(scores: Tensor) -> Tensor:
-    """(B,) bool, of (B, V) scores: whether there is NaN among them."""
-    return scores.amax(-1).isnan()  # in one pass: NaN is its own maximum
-
-
 def left_pad(sequences: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, (B, L) int64 each, padded on the left with id 0, which the mask hides."""
     length = max(len(ids) for ids in sequences)
@@ -220,12 +173,15 @@ def as_id_set(token_ids: int | list[int] | None) -> set[int]:
     return {token_ids} if isinstance(token_ids, int) else set(token_ids)
 
 
-def finish(output_ids: list[int], eos_ids: set[int], stop_length: int | None, max_new_tokens: int) -> Completion:
+def finish(
+    output_ids: list[int], eos_ids: set[int], stop_length: int | None, nan_length: int | None, max_new_tokens: int
+) -> Completion:
     """Cuts the padding off one sequence of `generate`, and says why it ended.
 
     Args:
         output_ids: New tokens, padded behind the end with any id (that of end-of-sequence too).
         stop_length: Number of new tokens up to a stop string, None without one.
+        nan_length: Number of new tokens before the first that was chosen with NaN among the scores, None without.
     """
     eos_length = next((i + 1 for i, token in enumerate(output_ids) if token in eos_ids), None)
     ends: list[tuple[int, FinishReason]] = []
@@ -236,4 +192,5 @@ def finish(output_ids: list[int], eos_ids: set[int], stop_length: int | None, ma
     if not ends:
         ends.append((len(output_ids), "length" if len(output_ids) >= max_new_tokens else "time"))
     length, reason = min(ends)  # of two at one length "eos" comes first
-    return Completion(output_ids[:length], reason)
+    # What follows the end of a sequence, as long as others of the batch go on, is padding.
+    return Completion(output_ids[:length], reason, had_nan=nan_length is not None and nan_length < length)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from verl_valgen.samples import Sample
@@ -29,6 +30,9 @@ _MAX_PENDING_CALLS = 64
 """Of one tracker; the oldest is dropped for one more."""
 
 _MAX_WAIT_S = 0.8
+"""Of a round, for all trackers together."""
+_MIN_WAIT_S = 0.1
+"""Of a call, so that who has nothing to do is not late where another was."""
 _MAX_CLOSE_S = 5.0
 """For all trackers together. A process takes some seconds more to end."""
 
@@ -40,11 +44,14 @@ class CompositeTracker(Tracker):
         self.trackers = dict(trackers)
         """Those still in use, by name."""
         self._queues = {name: BackgroundQueue(name, _MAX_PENDING_CALLS) for name in trackers}
+        self._wait_until = 0.0
         self._late: set[str] = set()
         self._num_failures: Counter[tuple[str, str]] = Counter()
         self._warned: set[tuple[str, type[Exception], int | None]] = set()
 
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
+        """The first call of a round."""
+        self._wait_until = time.monotonic() + _MAX_WAIT_S
         self._call_each("log_samples", lambda tracker: tracker.log_samples(samples, step))
 
     def log_scalars(self, scalars: dict[str, float], step: int) -> None:
@@ -52,13 +59,20 @@ class CompositeTracker(Tracker):
 
     def close(self) -> None:
         """Waits for what is still under way, within `_MAX_CLOSE_S` in all."""
-        self._call_each("close", lambda tracker: tracker.close())
         deadline = time.monotonic() + _MAX_CLOSE_S
+        for name, tracker in self.trackers.items():
+            with self._failures_told(name):
+                self._queues[name].submit(tracker.close)
         for name in self.trackers:
-            try:
+            with self._failures_told(name):
                 self._queues[name].drain(max(0.0, deadline - time.monotonic()))
-            except Exception as error:
-                self._warn_once(name, error)
+
+    @contextmanager
+    def _failures_told(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._warn_once(name, error)
 
     def _call_each(self, method: str, call: Callable[[Tracker], None]) -> None:
         failed = {}
@@ -67,7 +81,7 @@ class CompositeTracker(Tracker):
                 self._queues[name].submit(partial(call, tracker))
             except Exception as error:
                 failed[name] = error
-        deadline = time.monotonic() + _MAX_WAIT_S
+        deadline = max(self._wait_until, time.monotonic() + _MIN_WAIT_S)
         for name, tracker in list(self.trackers.items()):
             try:
                 if tracker.is_waited_for and not self._queues[name].wait(max(0.0, deadline - time.monotonic())):
