@@ -6,7 +6,6 @@ from __future__ import annotations
 import pytest
 from end_to_end.trainer import Assets
 from gpu.conftest import HARD_CODED_ATTENTION_TO_SDPA, SDPA, make_assets, needs_two
-from reliability.conftest import server  # noqa: F401 (a fixture)
 from reliability.test_same_training import (  # noqa: F401 (collected here as well)
     ALL,
     WAYS,
@@ -28,6 +27,6 @@ def assets(tmp_path_factory) -> Assets:
     scope="module",
     params=[pytest.param(case, marks=[needs_two] if case[1] == 2 else [], id=name_of(case)) for case in ALL],
 )
-def runs(request, server, tmp_path_factory, assets):  # noqa: F811
+def runs(request, server, tmp_path_factory, assets):
     training = Training(server, assets, *request.param, list(WAYS), SDPA, HARD_CODED_ATTENTION_TO_SDPA)
     yield from runs_of(training, tmp_path_factory.mktemp("same"))
