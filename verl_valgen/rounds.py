@@ -133,10 +133,11 @@ class ValidationRounds:
 
     def _record(self, completions: Sequence[Completion], step: int, seconds: float, deadline: float) -> None:
         """Scores and logs the answers, on the logging rank, while the others go on."""
+        questions = self.questions  # as they were asked
         self._take_back_what_failed(completions)
-        self._warn_of_nan(completions, step)
+        self._warn_of_nan([completion for _, _, completion in answered(questions, completions)], step)
         dtype = str(self.answer.computed_in).removeprefix("torch.")
-        samples = make_samples(self.questions, completions, step, self.settings.seed, dtype, self.host.tokenizer)
+        samples = make_samples(questions, completions, step, self.settings.seed, dtype, self.host.tokenizer)
         verdicts: list[dict[str, Verdict]] = [{} for _ in samples]
         try:
             verdicts = self.scoring.score(samples, deadline)
@@ -166,15 +167,16 @@ class ValidationRounds:
         for error, questions in failed.items():
             places = ", ".join(dict.fromkeys(place(question.index, question.prompt) for question in questions))
             self._warn_once(f"no answer to {printable(places, 200)}: {error}; training goes on", error)
-        for i, question in enumerate(self.questions):
-            if any(question is one for questions in failed.values() for one in questions):
-                self.questions[i] = with_global_parameters(question, self.settings)
+        of_failed = {id(question) for questions in failed.values() for question in questions}
+        self.questions = [
+            with_global_parameters(question, self.settings) if id(question) in of_failed else question
+            for question in self.questions
+        ]
 
-    def _warn_of_nan(self, completions: Sequence[Completion], step: int) -> None:
-        had_nan = [completion.had_nan for _, _, completion in answered(self.questions, completions)]
-        if any(had_nan):
+    def _warn_of_nan(self, answers: Sequence[Completion], step: int) -> None:
+        if num_nan := sum(answer.had_nan for answer in answers):
             self._warn_once(
-                f"{sum(had_nan)} of {len(had_nan)} answers at step {step} say nothing: the model's scores for the next "
+                f"{num_nan} of {len(answers)} answers at step {step} say nothing: the model's scores for the next "
                 "token were NaN; training goes on",
                 cause="NaN",
             )

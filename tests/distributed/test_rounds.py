@@ -222,9 +222,9 @@ def test_metrics_do_not_hold_the_other_ranks(directory):
 
 
 def with_a_prompt_that_fails(directory: Path, gather: str) -> dict[str, Any]:
-    """transformers refuses its parameters only while it generates."""
+    """transformers refuses its parameters only while it generates. It asks for fewer completions than the others."""
     prompts = [{"prompt": text} for text in ("one", "two", "three")]
-    prompts[1]["generation_params"] = {"exponential_decay_length_penalty": [1]}  # type: ignore[assignment]
+    prompts[1]["generation_params"] = {"exponential_decay_length_penalty": [1], "do_sample": False}  # type: ignore[assignment]
     (directory / "own.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     records: list[str] = []
     handler = logging.Handler(logging.WARNING)
@@ -232,20 +232,23 @@ def with_a_prompt_that_fails(directory: Path, gather: str) -> dict[str, Any]:
     logging.getLogger("verl_valgen").addHandler(handler)
     host = SmallHost(directory, directory / gather, Rows())
     settings = GenerationSettings(
-        enabled=True, max_new_tokens=4, prompts=str(directory / "own.jsonl"), ranks=2, gather=gather
+        enabled=True, n=2, max_new_tokens=4, prompts=str(directory / "own.jsonl"), ranks=2, gather=gather
     )
     with ValidationRounds(host, settings):
         for step in (1, 2):
             host.rounds(step)
     files = sorted((directory / gather / "generations").glob("step_*")) if dist.get_rank() == 0 else []
-    texts = [[json.loads(line)["prompt_text"] for line in file.read_text().splitlines()] for file in files]
+    rounds = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    texts = [[(sample["prompt_text"], sample["generation"]) for sample in samples] for samples in rounds]
     return {"warnings": records, "met": agree(True, CPU), "texts": texts}
 
 
 @pytest.mark.parametrize("gather", ["copy", "sharded"])
 def test_a_prompt_whose_parameters_fail_costs_itself_and_only_once(directory, gather):
     first, second = run_distributed(with_a_prompt_that_fails, 2, directory, directory, gather)
-    assert first["texts"] == [["one", "three"], ["one", "two", "three"]]
+    failing, whole = first["texts"]
+    assert [prompt for prompt, _ in whole] == ["one", "one", "two", "two", "three", "three"]
+    assert failing == [(prompt, generation) for prompt, generation in whole if prompt != "two"]
     (warning,) = first["warnings"]
     assert warning.startswith("no answer to prompt 2: ")
     assert "IndexError" in warning
