@@ -31,7 +31,7 @@ _MAX_PENDING_CALLS = 64
 
 _MAX_WAIT_S = 0.8
 """Of a round, for all trackers together."""
-_MIN_WAIT_S = 0.1
+_MIN_WAIT_S = 0.15
 """Of a call, so that who has nothing to do is not late where another was."""
 _MAX_CLOSE_S = 5.0
 """For all trackers together. A process takes some seconds more to end."""
