@@ -1,6 +1,7 @@
 """What is noticed of sequences while they are generated, and `generate` does not tell: where each met something first.
 
-Neither waits for the device. This module knows transformers' `generate`, and no requests.
+To notice waits for no device; to ask, behind the last token, does. This module knows transformers' `generate`, and no
+requests.
 """
 
 from __future__ import annotations
