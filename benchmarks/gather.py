@@ -24,8 +24,8 @@ from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, Shardin
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from verl_valgen.backends.hf import HFBackend
-from verl_valgen.gather import gather
-from verl_valgen.samples import Request
+from verl_valgen.records import Request
+from verl_valgen.weights.gather import gather
 
 QWEN2_0_5B: dict[str, Any] = {
     "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,

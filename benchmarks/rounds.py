@@ -35,15 +35,15 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from verl_valgen.answering import Answering
 from verl_valgen.backends import backend_class
 from verl_valgen.backends.base import Limits
 from verl_valgen.backends.hf import left_pad
-from verl_valgen.config import GenerationSettings
-from verl_valgen.exchange import gather_values, rank, world_size
+from verl_valgen.collectives import gather_values, rank, world_size
 from verl_valgen.hosts.base import Host
-from verl_valgen.memory import preserved_blas_workspaces
-from verl_valgen.samples import Request, Sample
+from verl_valgen.records import Request, Sample
+from verl_valgen.rounds.generation import Answering
+from verl_valgen.rounds.restore import preserved_blas_workspaces
+from verl_valgen.settings.load import GenerationSettings
 from verl_valgen.trackers import open_trackers
 
 SIZES: dict[str, dict[str, Any]] = {

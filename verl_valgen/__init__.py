@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from verl_valgen.activation import run_sft
-    from verl_valgen.config import ConfigError, GenerationSettings
     from verl_valgen.mixin import ValidationGenerationMixin
-    from verl_valgen.samples import Sample
+    from verl_valgen.records import Sample
+    from verl_valgen.settings.checks import ConfigError
+    from verl_valgen.settings.settings import GenerationSettings
 
 __version__ = "0.1.0"
 __all__ = ["ConfigError", "GenerationSettings", "Sample", "ValidationGenerationMixin", "run_sft"]
 
 _MODULES = {
-    "ConfigError": "config",
-    "GenerationSettings": "config",
-    "Sample": "samples",
+    "ConfigError": "settings.checks",
+    "GenerationSettings": "settings.settings",
+    "Sample": "records",
     "ValidationGenerationMixin": "mixin",
     "run_sft": "activation",
 }

@@ -73,7 +73,7 @@ def _run(
     run_verl: Callable[[DictConfig], None],
     trainer_class: type | None,
 ) -> None:
-    from verl_valgen.config import ConfigError, load_settings, task_overrides
+    from verl_valgen.settings.load import ConfigError, load_settings, task_overrides
 
     try:
         settings = load_settings(config, os.environ, task_overrides(), read_when_off=trainer_class is not None)

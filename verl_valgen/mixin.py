@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from verl_valgen.config import load_settings, task_overrides
 from verl_valgen.hosts import host_class_for
-from verl_valgen.rounds import ValidationRounds
+from verl_valgen.rounds.rounds import ValidationRounds
+from verl_valgen.settings.load import load_settings, task_overrides
 
 
 class ValidationGenerationMixin:

@@ -19,11 +19,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from verl_valgen import gather as gather_module
-from verl_valgen.exchange import agree
-from verl_valgen.gather import collect, gather, largest_unit_bytes, num_parameters
+from verl_valgen.collectives import agree
 from verl_valgen.hosts.cpu import cpu_platform
-from verl_valgen.plain_copy import PlainCopy, empty_from_config, empty_like
+from verl_valgen.weights import gather as gather_module
+from verl_valgen.weights.gather import collect, gather, largest_unit_bytes, num_parameters
+from verl_valgen.weights.plain_copy import PlainCopy, empty_from_config, empty_like
 
 CPU = torch.device("cpu")
 SIZES = {

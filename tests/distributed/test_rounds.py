@@ -18,15 +18,15 @@ from distributed.testing import run_distributed
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verl_valgen import rounds as rounds_module
 from verl_valgen.backends.hf import HFBackend
-from verl_valgen.config import GenerationSettings
-from verl_valgen.exchange import agree
+from verl_valgen.collectives import agree
 from verl_valgen.hosts.base import Host
-from verl_valgen.plain_copy import PlainCopy
-from verl_valgen.rounds import ValidationRounds
-from verl_valgen.schedule import Schedule
+from verl_valgen.hosts.schedule import Schedule
+from verl_valgen.rounds import rounds as rounds_module
+from verl_valgen.rounds.rounds import ValidationRounds
+from verl_valgen.settings.load import GenerationSettings
 from verl_valgen.trackers.jsonl import JsonlTracker
+from verl_valgen.weights.plain_copy import PlainCopy
 
 CPU = torch.device("cpu")
 

@@ -31,7 +31,7 @@ from readback import read_mlflow, read_swanlab, read_wandb
 from transformers import AutoTokenizer, GenerationConfig
 
 from verl_valgen.backends.hf import HFBackend
-from verl_valgen.samples import Request
+from verl_valgen.records import Request
 
 NUM_SAMPLES = 5
 MAX_NEW_TOKENS = 12

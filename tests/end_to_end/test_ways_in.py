@@ -29,7 +29,7 @@ from end_to_end.trainer import (
 )
 from transformers import AutoTokenizer
 
-from verl_valgen.schedule import Schedule
+from verl_valgen.hosts.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = {"VERL_GENERATION_DO_SAMPLE": "false", "VERL_GENERATION_MAX_NEW_TOKENS": "8"}

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from verl_valgen.backends import cuda_graph
 from verl_valgen.backends.base import Limits
-from verl_valgen.backends.fast import FastBackend
+from verl_valgen.backends.fast.backend import FastBackend
 from verl_valgen.backends.hf import HFBackend
-from verl_valgen.hf_parameters import special_tokens
-from verl_valgen.memory import preserved_blas_workspaces
-from verl_valgen.samples import Completion, Request
+from verl_valgen.records import Completion, Request
+from verl_valgen.rounds.restore import preserved_blas_workspaces
+from verl_valgen.settings.generation_config import special_tokens
 
 GREEDY = {"do_sample": False, "max_new_tokens": 40}
 SAMPLING = {"do_sample": True, "max_new_tokens": 40, "temperature": 1.0, "top_k": 50, "top_p": 0.7}

@@ -99,7 +99,7 @@ def param(case: Case, *marks: pytest.MarkDecorator) -> Any:
 MEASURE = """
 import json, torch, torch.distributed
 from unittest.mock import patch
-from verl_valgen.rounds import ValidationRounds
+from verl_valgen.rounds.rounds import ValidationRounds
 
 # The backward passes of the other kernels add up in no fixed order, and the losses of two runs are compared.
 torch.backends.cuda.enable_flash_sdp(False)

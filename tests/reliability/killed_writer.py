@@ -11,8 +11,8 @@ from pathlib import Path
 
 from killing import die_in_folder
 
-from verl_valgen.best import Best
-from verl_valgen.samples import Sample
+from verl_valgen.records import Sample
+from verl_valgen.scores.best import Best
 from verl_valgen.trackers import composite, open_trackers, set_aside
 
 NUM_SAMPLES = 3

@@ -109,11 +109,13 @@ def plant() -> None:
     """
     from transformers import LlamaForCausalLM
 
-    from verl_valgen import answering, exchange, sampling
-    from verl_valgen.plain_copy import PlainCopy
-    from verl_valgen.scoring import Scoring
+    from verl_valgen import collectives as exchange
+    from verl_valgen.backends import sampling
+    from verl_valgen.rounds import generation as answering
+    from verl_valgen.scores.scoring import Scoring
     from verl_valgen.trackers.console import ConsoleTracker
     from verl_valgen.trackers.jsonl import JsonlTracker
+    from verl_valgen.weights.plain_copy import PlainCopy
 
     faults = Faults()
 

@@ -25,7 +25,7 @@ def watch_rounds(
         around: Of a step; open around its round, and not counted.
         also: What else is to be noted at the end.
     """
-    from verl_valgen.rounds import ValidationRounds
+    from verl_valgen.rounds.rounds import ValidationRounds
 
     round_s: dict[int, float] = {}
     make_round, end = ValidationRounds.run, ValidationRounds.__exit__

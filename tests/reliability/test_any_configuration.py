@@ -16,17 +16,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from verl_valgen import hf_parameters
-from verl_valgen.checks import ConfigError
-from verl_valgen.config import SETTINGS, GenerationSettings, load_settings
-from verl_valgen.questions import make_questions
-from verl_valgen.row_data import RowData
-from verl_valgen.samples import Prompt, Request, pack, unpack
+from verl_valgen.records import Prompt, Request, RowData, pack, unpack
+from verl_valgen.rounds.queries import make_questions
+from verl_valgen.settings import generation_config
+from verl_valgen.settings.checks import ConfigError
+from verl_valgen.settings.load import SETTINGS, GenerationSettings, load_settings
 
 PROFILE = settings.get_profile("reliability")
 VARIABLES = [setting.variable for setting in SETTINGS.values() if setting.variable]
 PARAMETERS = sorted(
-    {*(key.partition(".")[2] for key in SETTINGS), *hf_parameters.field_names(), *hf_parameters.REFUSED}
+    {*(key.partition(".")[2] for key in SETTINGS), *generation_config.field_names(), *generation_config.REFUSED}
 )
 GLOBAL = GenerationSettings(enabled=True)
 

@@ -12,12 +12,12 @@ from assets import CHAT_TEMPLATE, PRINTABLE
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
-from unit.test_prompts import multi_turn_in_memory
+from unit.prompts.test_datasets import multi_turn_in_memory
 
-from verl_valgen import own_prompts
-from verl_valgen.checks import ConfigError
-from verl_valgen.own_prompts import read_own_prompts, tokenized
-from verl_valgen.prompts import decode, prompts_from_batch, prompts_from_dataset
+from verl_valgen.prompts import files as own_prompts
+from verl_valgen.prompts.datasets import decode, prompts_from_batch, prompts_from_dataset
+from verl_valgen.prompts.files import read_own_prompts, tokenized
+from verl_valgen.settings.checks import ConfigError
 
 PROFILE = settings.get_profile("reliability")
 TURNS = st.sampled_from(["last", "first", "all"])

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from readback import read_jsonl
 from trackers.destinations import Destination, Mlflow, Swanlab, Wandb, make_sample
 
-from verl_valgen.aggregates import source_key
-from verl_valgen.samples import Sample
-from verl_valgen.scoring import Scoring
+from verl_valgen.records import Sample
+from verl_valgen.scores.aggregates import source_key
+from verl_valgen.scores.scoring import Scoring
 from verl_valgen.text import storable, truncate
 from verl_valgen.trackers import open_trackers
 from verl_valgen.trackers.base import Tracker

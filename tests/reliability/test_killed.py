@@ -25,7 +25,7 @@ from readback import history_row, wandb_records
 from reliability.conftest import IS_WHOLE
 from trackers.destinations import make_sample
 
-from verl_valgen.best import Best
+from verl_valgen.scores.best import Best
 from verl_valgen.trackers.composite import CompositeTracker
 from verl_valgen.trackers.jsonl import JsonlTracker
 
@@ -121,7 +121,7 @@ exec(os.environ.get("DEATH", ""))
 """
 # Of one run of three steps, each of which verl saves after its round: the logger, and where death comes.
 DEATHS = [
-    ("swanlab", "killing.die_in_call('verl_valgen.gather:gather', 2)"),
+    ("swanlab", "killing.die_in_call('verl_valgen.weights.gather:gather', 2)"),
     ("wandb", "killing.die_in_write('step_00000003.jsonl')"),
     ("mlflow", "killing.die_in_call('verl_valgen.trackers.composite:CompositeTracker.log_scalars', 1)"),
 ]

@@ -129,7 +129,7 @@ def test_no_key_is_in_what_a_run_says_and_writes(watched):
     paths = [directory / "stdout.txt", directory / "stderr.txt"]
     paths += [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert len(paths) == 2 + 4 + 2  # Hydra's log and its three files, the rounds of steps 2 and 3
-    assert "[verl_valgen.answering][DEBUG]" in watched.run.output
+    assert "[verl_valgen.rounds.generation][DEBUG]" in watched.run.output
     found = [(path.name, secret) for path in paths for secret in SECRETS if secret in path.read_text(errors="replace")]
     assert found == []
     # That the trackers and the metric failed, and why, is said all the same.
@@ -158,7 +158,7 @@ def test_rounds_unpickle_nothing(watched):
 def test_rounds_start_the_process_of_the_metrics_and_no_other(watched):
     started, of_other_rank = (notes["started"] for notes in watched.notes)
     (command,) = started
-    assert command[1:3] == ["-m", "verl_valgen.metrics.worker"]
+    assert command[1:3] == ["-m", "verl_valgen.scores.worker"]
     assert of_other_rank == []
 
 

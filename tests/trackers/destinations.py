@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from readback import read_jsonl, read_mlflow, read_swanlab, read_wandb
 
-from verl_valgen.samples import Sample
+from verl_valgen.records import Sample
 from verl_valgen.text import printable, storable
 from verl_valgen.trackers.base import Tracker
 from verl_valgen.trackers.console import ConsoleTracker

@@ -10,7 +10,7 @@ import pytest
 from destinations import make_sample
 from readback import read_jsonl
 
-from verl_valgen.samples import Sample
+from verl_valgen.records import Sample
 from verl_valgen.trackers.jsonl import JsonlTracker, set_aside
 
 

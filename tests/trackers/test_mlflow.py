@@ -160,7 +160,7 @@ def test_process_ends_while_a_call_hangs(mlflow_uri):
         import socket, sys, time
         import mlflow
         sys.path.insert(0, {str(mlflow_module.__file__.rsplit("/", 3)[0])!r})
-        from verl_valgen.samples import Sample
+        from verl_valgen.records import Sample
         from verl_valgen.trackers.composite import CompositeTracker
         from verl_valgen.trackers.mlflow import MlflowTracker
 

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from verl_valgen.backends.base import Backend
 
-BACKENDS = {"hf": "verl_valgen.backends.hf:HFBackend", "fast": "verl_valgen.backends.fast:FastBackend"}
+BACKENDS = {"hf": "verl_valgen.backends.hf:HFBackend", "fast": "verl_valgen.backends.fast.backend:FastBackend"}
 """Name -> "module:class", imported when it is asked for."""
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-from verl_valgen.hf_parameters import SAMPLING_ONLY
-from verl_valgen.samples import Request
+from verl_valgen.records import Request
+from verl_valgen.settings.generation_config import SAMPLING_ONLY
 
 BLIND_TO_PADDING = SAMPLING_ONLY | {
     *("do_sample", "max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "early_stopping"),

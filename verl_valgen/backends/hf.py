@@ -25,10 +25,10 @@ from transformers import (
 
 from verl_valgen.backends.base import Backend
 from verl_valgen.backends.batching import Group, groups
-from verl_valgen.backends.watching import NanWatch, StopStrings
-from verl_valgen.hf_parameters import SAMPLING_ONLY
-from verl_valgen.samples import Completion, FinishReason, Request
-from verl_valgen.sampling import GumbelNoise, logits_warpers
+from verl_valgen.backends.observers import NanWatch, StopStrings
+from verl_valgen.backends.sampling import GumbelNoise, logits_warpers
+from verl_valgen.records import Completion, FinishReason, Request
+from verl_valgen.settings.generation_config import SAMPLING_ONLY
 from verl_valgen.text import describe, describe_at_length
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from transformers import LogitsProcessor
 
 from verl_valgen.backends.batching import groups
 from verl_valgen.backends.hf import HFBackend
-from verl_valgen.exchange import agree, largest
-from verl_valgen.samples import Completion, Request
+from verl_valgen.collectives import agree, largest
+from verl_valgen.records import Completion, Request
 from verl_valgen.text import describe
 
 _COMPANY = Request([0], (0, 0), {"do_sample": False, "max_new_tokens": 1})

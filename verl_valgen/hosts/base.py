@@ -5,6 +5,8 @@ A host's class is also asked what a run needs where generation is off: what gath
 
 from __future__ import annotations
 
+import importlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +21,9 @@ from torch.utils.data import Dataset
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl_valgen.hosts.loaders import hooked
-from verl_valgen.schedule import Schedule
+from verl_valgen.hosts.schedule import Schedule
+
+logger = logging.getLogger(__name__)
 
 
 class Host(ABC):
@@ -46,35 +50,35 @@ class Host(ABC):
     @property
     def model_class(self) -> type:
         """The class that a plain copy of the model has."""
-        from verl_valgen.plain_copy import base_model, original_class, unwrap
+        from verl_valgen.weights.plain_copy import base_model, original_class, unwrap
 
         return original_class(base_model(unwrap(self.model)))
 
     @property
     def generation_config(self) -> GenerationConfig | None:
         """The model's own."""
-        from verl_valgen.plain_copy import base_model, unwrap
+        from verl_valgen.weights.plain_copy import base_model, unwrap
 
         return base_model(unwrap(self.model)).generation_config
 
     @property
     def num_parameters(self) -> int:
         """Of the whole model; the same on all ranks."""
-        from verl_valgen.gather import num_parameters
+        from verl_valgen.weights.gather import num_parameters
 
         return num_parameters(self.model)
 
     @property
     def largest_unit_bytes(self) -> int:
-        """See `verl_valgen.gather.largest_unit_bytes`."""
-        from verl_valgen.gather import largest_unit_bytes
+        """See `verl_valgen.weights.gather.largest_unit_bytes`."""
+        from verl_valgen.weights.gather import largest_unit_bytes
 
         return largest_unit_bytes(self.model)
 
     @property
     def model_config(self) -> PretrainedConfig:
         """transformers' configuration of the model."""
-        from verl_valgen.plain_copy import base_model, unwrap
+        from verl_valgen.weights.plain_copy import base_model, unwrap
 
         return base_model(unwrap(self.model)).config
 
@@ -85,9 +89,9 @@ class Host(ABC):
     def gather(self, dtype: torch.dtype, *, keep: bool) -> PreTrainedModel | None:
         """A plain copy of the model where it is kept, None elsewhere. Collective: all ranks must call.
 
-        See `verl_valgen.gather.gather`.
+        See `verl_valgen.weights.gather.gather`.
         """
-        from verl_valgen.gather import gather
+        from verl_valgen.weights.gather import gather
 
         return gather(self.model, dtype=dtype, device=self.device, keep=keep)
 
@@ -142,3 +146,14 @@ def current_device(device_type: str) -> torch.device:
     if device_type == "cpu":
         return torch.device("cpu")
     return torch.device(device_type, getattr(torch, device_type).current_device())
+
+
+def flash_attn_works() -> bool:
+    """Says so where it does not: the model is then loaded with transformers' own attention."""
+    # An installed build may have been made for another torch: only the import tells.
+    try:
+        importlib.import_module("flash_attn")
+    except Exception:
+        logger.info("flash-attn cannot be imported: the model is loaded with transformers' default attention (sdpa)")
+        return False
+    return True

@@ -11,10 +11,9 @@ import torch
 from omegaconf import DictConfig
 
 from verl_valgen.hosts import cpu
-from verl_valgen.hosts.attention import flash_attn_works
-from verl_valgen.hosts.base import Host, current_device
+from verl_valgen.hosts.base import Host, current_device, flash_attn_works
+from verl_valgen.hosts.schedule import Schedule
 from verl_valgen.patching import patched
-from verl_valgen.schedule import Schedule
 
 
 class FSDPSFTHost(Host):

@@ -16,13 +16,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from verl_valgen.hosts import cpu
-from verl_valgen.hosts.attention import flash_attn_works
-from verl_valgen.hosts.base import Host, current_device
+from verl_valgen.hosts.base import Host, current_device, flash_attn_works
+from verl_valgen.hosts.schedule import Schedule
 from verl_valgen.patching import patched
-from verl_valgen.schedule import Schedule
 
 if TYPE_CHECKING:
-    from verl_valgen.gather import Parameters
+    from verl_valgen.weights.gather import Parameters
 
 _original_forwards: dict[type, Callable[..., Any]] = {}
 """The `forward` of model classes before verl's first trainer in this process replaced it, for good."""
@@ -81,8 +80,8 @@ class SFTHost(Host):
         return super().model_config if self.is_sharded_by_fsdp else self.verl_model_config.hf_config
 
     def gather(self, dtype: torch.dtype, *, keep: bool) -> PreTrainedModel | None:
-        from verl_valgen.gather import collect
-        from verl_valgen.plain_copy import PlainCopy
+        from verl_valgen.weights.gather import collect
+        from verl_valgen.weights.plain_copy import PlainCopy
 
         if self.is_sharded_by_fsdp:
             model = super().gather(dtype, keep=keep)
@@ -129,7 +128,7 @@ class SFTHost(Host):
     def _empty_model(self) -> nn.Module:
         from verl.utils.model import get_hf_auto_model_class
 
-        from verl_valgen.plain_copy import empty_from_config
+        from verl_valgen.weights.plain_copy import empty_from_config
 
         config = self.verl_model_config.hf_config
         trust = {"trust_remote_code": True} if self.verl_model_config.trust_remote_code else {}

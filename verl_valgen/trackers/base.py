@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from verl_valgen.samples import Sample
+from verl_valgen.records import Sample
 
 
 class Tracker(ABC):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-from verl_valgen.samples import Sample
+from verl_valgen.records import Sample
 from verl_valgen.text import describe
 from verl_valgen.trackers.background import BackgroundQueue
 from verl_valgen.trackers.base import Tracker

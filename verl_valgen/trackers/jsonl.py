@@ -14,9 +14,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from verl_valgen.files import TEMPORARY_SUFFIX, replace_file
-from verl_valgen.samples import Sample
+from verl_valgen.records import Sample
 from verl_valgen.trackers.base import Tracker
+from verl_valgen.whole_files import TEMPORARY_SUFFIX, replace_file
 
 _STEP_FILE = re.compile(r"step_(\d{8,})\.jsonl")
 

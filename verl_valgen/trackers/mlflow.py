@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from verl_valgen.samples import Sample
+from verl_valgen.records import Sample
 from verl_valgen.text import truncate
 from verl_valgen.trackers.base import Tracker
 from verl_valgen.trackers.table import Cell, build_table, sample_texts

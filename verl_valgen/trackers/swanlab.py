@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from verl_valgen.samples import Sample
+from verl_valgen.records import Sample
 from verl_valgen.trackers.base import Tracker
 from verl_valgen.trackers.table import TABLE_KEY, Cell, build_table, sample_texts
 

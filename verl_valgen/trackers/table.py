@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from verl_valgen.samples import Sample
+from verl_valgen.records import Sample
 from verl_valgen.text import storable, truncate
 
 Cell = str | int | float | None

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from verl_valgen.samples import Sample
+from verl_valgen.records import Sample
 from verl_valgen.trackers.base import Tracker
 from verl_valgen.trackers.table import TABLE_KEY, build_table, sample_texts
 

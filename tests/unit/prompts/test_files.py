@@ -1,0 +1,199 @@
+"""Prompts out of files: every form that is allowed, and an error that names the file for every other."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from verl_valgen.prompts import files as own_prompts
+from verl_valgen.prompts.files import read_own_prompts, tokenized
+from verl_valgen.settings.checks import ConfigError
+
+ASKED = [{"role": "user", "content": "2+2?"}]
+ANSWERED = [*ASKED, {"role": "assistant", "content": " 4 "}]
+LONG = [*ANSWERED, {"role": "user", "content": "3+3?"}, {"role": "assistant", "content": "6"}]
+
+
+def read(tmp_path, rows, name="own.jsonl"):
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_own_prompts(str(tmp_path / name), "generation_params")
+
+
+def rendered(tokenizer, messages):
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_jsonl_texts_conversations_and_columns(tmp_path, tokenizer):
+    rows = [
+        "2+2?",
+        ASKED,
+        {"prompt": "2+2?", "reference": " 4\n", "data_source": "sums", "generation_params": {"top_k": 3}},
+        {"messages": ANSWERED, "reward_model": {"ground_truth": "4"}, "extra_info": {"a": 1}},
+        {"messages": ANSWERED, "reference": "four"},
+    ]
+    found = tokenized(read(tmp_path, rows), tokenizer, {}, "last")
+    assert [prompt.input_ids for prompt in found] == [rendered(tokenizer, ASKED)] * 5
+    assert {(prompt.row, prompt.text) for prompt in found} == {(None, "2+2?")}
+    assert [prompt.reference for prompt in found] == [None, None, "4", "4", "four"]
+    assert (found[2].data.data_source, found[2].data.params) == ("sums", {"top_k": 3})
+    assert (found[3].data.ground_truth, found[3].data.extra_info) == ("4", {"a": 1})
+    assert [prompt.stream for prompt in found] == [(1 << 31) + i for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [("last", [(3, "6")]), ("first", [(1, "4")]), ("all", [(1, "4"), (3, "6")])],
+)
+def test_of_a_conversation_the_turns_that_are_asked_for(tmp_path, tokenizer, turn, expected):
+    found = tokenized(read(tmp_path, [LONG]), tokenizer, {}, turn)
+    assert [(prompt.input_ids, prompt.reference) for prompt in found] == [
+        (rendered(tokenizer, LONG[:end]), reference) for end, reference in expected
+    ]
+
+
+def test_a_conversation_that_ends_in_a_question_is_answered_there(tmp_path, tokenizer):
+    (prompt,) = tokenized(read(tmp_path, [LONG[:3]]), tokenizer, {}, "all")
+    assert (prompt.input_ids, prompt.text, prompt.reference) == (rendered(tokenizer, LONG[:3]), "3+3?", None)
+
+
+def test_text_files_have_a_prompt_in_each_line(tmp_path, tokenizer):
+    (tmp_path / "own.txt").write_text("one\n\n two \x0c three\n")
+    found = tokenized(read_own_prompts(str(tmp_path / "own.txt"), ""), tokenizer, {}, "last")
+    assert [prompt.text for prompt in found] == ["one", " two \x0c three"]
+
+
+def test_parquet_has_rows_with_columns(tmp_path, tokenizer):
+    rows = [
+        {"prompt": "2+2?", "messages": None, "reference": "4", "generation_params": {"top_k": 3, "top_p": None}},
+        {"prompt": None, "messages": ANSWERED, "reference": None, "generation_params": None},
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / "own.parquet")
+    found = tokenized(read_own_prompts(str(tmp_path / "own.parquet"), "generation_params"), tokenizer, {}, "last")
+    assert [prompt.input_ids for prompt in found] == [rendered(tokenizer, ASKED)] * 2
+    assert [prompt.reference for prompt in found] == ["4", "4"]
+    assert found[0].data.params == {"top_k": 3, "top_p": None}
+
+
+def test_integers_stay_integers_beside_an_empty_cell(tmp_path, tokenizer):
+    numbers = pd.array([12345678901234567, None], dtype="Int64")
+    pd.DataFrame({"prompt": ["a", "b"], "reference": numbers, "ground_truth": numbers}).to_parquet(
+        tmp_path / "own.parquet"
+    )
+    first, second = read_own_prompts(str(tmp_path / "own.parquet"), "generation_params")
+    assert (first.reference, first.data.ground_truth) == ("12345678901234567", 12345678901234567)
+    assert (second.reference, second.data.ground_truth) == (None, None)
+
+
+def test_template_arguments_and_tools_reach_the_template(tmp_path):
+    seen = {}
+
+    class Tokenizer:
+        chat_template = "there is one"
+
+        def apply_chat_template(self, messages, **kwargs):
+            seen.update(kwargs, roles=[message["role"] for message in messages])
+            return "text"
+
+        def __call__(self, text, **kwargs):
+            return {"input_ids": [1]}
+
+    row = {
+        "messages": [
+            *ASKED,
+            {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]},
+            {"role": "tool", "content": "4"},
+        ],
+        "tools": [{"type": "function"}],
+        "enable_thinking": False,
+    }
+    tokenized(read(tmp_path, [row]), Tokenizer(), {"enable_thinking": True, "x": 1}, "last")
+    assert seen == {
+        "roles": ["user", "assistant", "tool"], "tools": [{"type": "function"}], "enable_thinking": False, "x": 1,
+        "add_generation_prompt": True, "tokenize": False,
+    }  # fmt: skip
+
+
+def test_without_a_chat_template_a_text_is_the_prompt(tmp_path, tokenizer):
+    class Plain:
+        chat_template = None
+
+        def __call__(self, text):
+            return {"input_ids": [ord(char) for char in text]}
+
+    (prompt,) = tokenized(read(tmp_path, ["ab"]), Plain(), {}, "last")
+    assert prompt.input_ids == [97, 98]
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenized(read(tmp_path, [LONG]), Plain(), {}, "last")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("none.jsonl", None, "none.jsonl: there is no such file"),
+        (".", None, "there is no such file"),
+        ("x.csv", b"a", "x.csv must end in .jsonl, .parquet, .txt"),
+        ("x.jsonl", b"", "x.jsonl holds no prompts"),
+        ("x.txt", b"\n \n", "x.txt holds no prompts"),
+        ("x.jsonl", b"{", "x.jsonl cannot be read: line 1: Expecting property name"),
+        ("x.jsonl", b"[" * 100_000, "x.jsonl cannot be read: "),
+        ("x.txt", b"\xff\xfe", "x.txt cannot be read: 'utf-8' codec"),
+        ("x.parquet", b"PAR1", "x.parquet cannot be read: "),
+        ("x.jsonl", b'"a"\n3', "x.jsonl: prompt 2: it must be a text, a list of messages or a mapping, got 3"),
+        ("x.jsonl", b'""', "prompt 1: `prompt` or `messages` must be a text or a list of messages of text, got ''"),
+        ("x.jsonl", b"[]", "must be a text or a list of messages of text, got []"),
+        ("x.jsonl", b'{"text": "a"}', "must be a text or a list of messages of text, got None"),
+        ("x.jsonl", b'[{"role": "user"}]', "must be a text or a list of messages of text"),
+        ("x.jsonl", b'[{"role": "user", "content": [{"type": "image"}]}]', "must be a text or a list of messages of"),
+        ("x.jsonl", b'{"prompt": "a", "reference": [4]}', "`reference` must be a text or a number, got [4]"),
+        ("x.jsonl", b'"\\u001b[31m"\n{"prompt": ["\\u001b[31m"]}', "got ['\\\\x1b[31m']"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, content, reason):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read_own_prompts(str(tmp_path / name), "generation_params")
+    assert str(caught.value).startswith("generation.prompts: ")
+    assert reason in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(own_prompts, "_MAX_PROMPTS", 2)
+    with pytest.raises(ConfigError, match="must have at most 2 prompts"):
+        read(tmp_path, ["a"] * 3)
+    monkeypatch.setattr(own_prompts, "_MAX_BYTES", 1 << 20)
+    (tmp_path / "big.txt").write_bytes(b"a" * (3 << 20))
+    with pytest.raises(ConfigError, match="must have at most 1 MiB, got 3"):
+        read_own_prompts(str(tmp_path / "big.txt"), "")
+
+
+NAMES = st.sampled_from(["role", "content", "prompt", "messages", "reference", "text", "tool_calls"])
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None)
+@given(rows=st.lists(ANY, min_size=1, max_size=3))
+def test_any_json_is_read_or_refused(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("any")
+    try:
+        num_read, refusal = len(read(path, rows)), ""
+    except ConfigError as error:
+        num_read, refusal = len(rows), str(error)
+    assert num_read == len(rows)
+    assert refusal.isprintable()
+
+
+def test_arrays_as_parquet_gives_them(tmp_path):
+    row = {"prompt": np.array([{"role": "user", "content": "a"}], dtype=object)}
+    assert own_prompts._own_prompt(row, "").messages == [{"role": "user", "content": "a"}]

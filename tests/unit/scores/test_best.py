@@ -1,0 +1,92 @@
+"""The best value over rounds and runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from verl_valgen.scores.best import Best
+
+
+def best(directory, mode="max", metric="right", start_step=0):
+    return Best(directory, metric, mode, start_step)
+
+
+def rounds(keeper, *values):
+    """What each round's numbers say of the best, for pairs of step and value; each is written."""
+    found = []
+    for step, value in values:
+        found.append(keeper.update({keeper.metric: value}, step))
+        keeper.log_scalars({}, step)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("max", [(1, 1), (1, 1), (3, 3)]), ("min", [(1, 1), (0.5, 2), (0.5, 2)])]
+)
+def test_it_is_kept_with_its_step(tmp_path, mode, expected):
+    keeper = best(tmp_path / "generations", mode)
+    found = rounds(keeper, (1, 1.0), (2, 0.5), (3, 3.0))
+    assert found == [{"best": value, "best_step": step} for value, step in expected]
+    *before, best_one = [{"value": value, "step": step} for value, step in dict.fromkeys(expected)]
+    record = {"metric": "right", "mode": mode, **best_one, "before": before}
+    assert json.loads((tmp_path / "generations" / "best.json").read_text()) == record
+
+
+def test_of_equal_values_the_first_is_the_best(tmp_path):
+    keeper = best(tmp_path)
+    assert [keeper.update({"right": 1.0}, step)["best_step"] for step in (1, 2)] == [1, 1]
+
+
+def test_a_resumed_run_goes_on_from_it(tmp_path):
+    rounds(best(tmp_path), (10, 2.0))
+    assert rounds(best(tmp_path, start_step=10), (11, 1.0)) == [{"best": 2.0, "best_step": 10}]
+
+
+def test_a_run_resumed_before_it_goes_on_from_the_best_until_then(tmp_path):
+    rounds(best(tmp_path), (2, 1.0), (4, 0.5), (6, 3.0), (8, 4.0))
+    resumed = best(tmp_path, start_step=5)
+    assert rounds(resumed, (6, 0.9)) == [{"best": 1.0, "best_step": 2}]
+    # The file says so too, or a run that is resumed once more would have the better value of a round that is no more.
+    assert rounds(best(tmp_path, start_step=9), (10, 0.0)) == [{"best": 1.0, "best_step": 2}]
+    assert rounds(resumed, (7, 2.0)) == [{"best": 2.0, "best_step": 7}]
+    assert json.loads((tmp_path / "best.json").read_text())["before"] == [{"value": 1.0, "step": 2}]
+
+
+def test_a_run_resumed_before_all_of_them_has_none(tmp_path):
+    rounds(best(tmp_path), (6, 3.0))
+    assert rounds(best(tmp_path, start_step=5), (6, float("nan"))) == [{}]
+    assert not (tmp_path / "best.json").exists()
+
+
+@pytest.mark.parametrize("other", [{"start_step": 9}, {"metric": "f1"}, {"mode": "min"}], ids=str)
+def test_another_runs_is_not_taken_over(tmp_path, other):
+    rounds(best(tmp_path), (10, 2.0))
+    assert best(tmp_path, **({"start_step": 10} | other)).update({"right": 1.0, "f1": 1.0}, 11) == {
+        "best": 1.0,
+        "best_step": 11,
+    }
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"metric": "right"}', '{"metric": "right", "mode": "max", "value": []}']
+)
+def test_a_broken_file_is_as_none(tmp_path, content):
+    (tmp_path / "best.json").write_text(content)
+    assert best(tmp_path).update({"right": 1.0}, 1) == {"best": 1.0, "best_step": 1}
+
+
+def test_a_round_without_it_is_said_once_and_nan_is_never_the_best(tmp_path, caplog):
+    keeper = best(tmp_path)
+    with caplog.at_level(logging.WARNING, "verl_valgen"):
+        assert [keeper.update({"empty": 0.0}, step) for step in (1, 2)] == [{}, {}]
+    assert caplog.messages == ["generation.best_metric: this round has no right; there are empty"]
+    assert rounds(keeper, (3, float("nan"))) == [{}]
+    assert not (tmp_path / "best.json").exists()
+
+
+def test_a_new_run_takes_nothing_over(tmp_path):
+    rounds(best(tmp_path), (0, 2.0))
+    assert rounds(best(tmp_path), (0, 1.0)) == [{"best": 1.0, "best_step": 0}]

@@ -1,0 +1,171 @@
+"""One step of decoding, over tensors that stay in their places: the state of a batch, and what a token does to it.
+
+Forward, logits processing, sampling, end-of-sequence bookkeeping and the cache's update are tensor operations alone, so
+that one CUDA graph can hold them. This module knows transformers' models and processors; `decoding.py` has the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerationConfig,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from verl_valgen.backends.fast.cache import FixedCache
+from verl_valgen.backends.hf import as_id_set
+from verl_valgen.backends.observers import NanWatch, has_nan
+from verl_valgen.backends.sampling import GumbelNoise, gumbel_noise, perturbed
+
+CAPTURABLE = (
+    TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper,
+    EpsilonLogitsWarper, EtaLogitsWarper, InfNanRemoveLogitsProcessor, LogitNormalization, GumbelNoise, NanWatch,
+)  # fmt: skip
+"""Logits processors that a graph can hold: they look at the scores alone, whatever their order, and ask the host
+nothing. Others run between two steps. (What differs from batch to batch, `Decoder.choose` does itself: noise, NaN.)"""
+
+
+class Decoder:
+    """
+    Args:
+        model: Plain, in eval mode, with torch's or transformers' own attention.
+        batch_size: B.
+        cache_length: L, the most tokens of a padded prompt and its answer.
+
+    Holds 2 * num_layers * B * num_key_value_heads * L * head_dim numbers of the model's dtype, and little else.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch_size: int, cache_length: int) -> None:
+        self.model = model
+        self.model_logits: Callable[..., Tensor] = model_logits
+        device = model.device
+        # What the model is given next: (B, 1) tokens at their positions, written into the cache at the slot.
+        self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        self.position_ids = torch.zeros_like(self.tokens)
+        self.slot = torch.zeros(1, dtype=torch.int64, device=device)
+        self.cache = FixedCache(model.config.get_text_config().num_hidden_layers, cache_length, self.slot)
+        # Added to the attention's scores: 0 where the cache holds a token, -inf elsewhere.
+        self.mask = torch.zeros(batch_size, 1, 1, cache_length, dtype=model.dtype, device=device)
+        # What has come of it.
+        self.num_new_tokens = torch.zeros(1, dtype=torch.int64, device=device)
+        self.output_ids = torch.zeros(batch_size, cache_length, dtype=torch.int64, device=device)  # (B, T)
+        self.has_ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        self.had_nan = torch.zeros_like(self.has_ended)
+        self.has_too_many_ties = torch.zeros((), dtype=torch.bool, device=device)
+        self.noise_keys = torch.zeros(cache_length, batch_size, dtype=torch.int64, device=device)  # (T, B)
+
+    def set_parameters(self, processors: LogitsProcessorList, config: GenerationConfig) -> None:
+        """To be the same in every call, but for the noise."""
+        self.processors = processors
+        self.chooses_in_step = all(isinstance(processor, CAPTURABLE) for processor in processors)
+        self.pad_id = config.pad_token_id
+        self.eos_ids = sorted(as_id_set(config.eos_token_id))
+        top_k = next((processor.top_k for processor in processors if isinstance(processor, TopKLogitsWarper)), None)
+        vocab_size = self.model.config.get_text_config().vocab_size
+        self.num_candidates = None if top_k is None or (num := max(128, 2 * top_k)) >= vocab_size else num
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor, ended: Tensor, **model_kwargs: Any) -> Tensor:
+        """Forgets everything and takes (B, S) prompts, padded on the left.
+
+        Args:
+            ended: (B,) bool, the sequences that want no answer.
+
+        Returns:
+            (B, V) float32 logits of the first tokens.
+        """
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # (B, S)
+        self.cache.set_prefill(True)
+        logits = model_logits(self.model, self.cache, input_ids, position_ids, attention_mask, **model_kwargs)
+        self.cache.set_prefill(False)
+        prompt_length = input_ids.shape[1]
+        self.mask.fill_(-torch.inf)
+        self.mask[:, 0, 0, :prompt_length].masked_fill_(attention_mask.bool(), 0)
+        self.position_ids.copy_(position_ids[:, -1:])
+        self.slot.fill_(prompt_length - 1)
+        self.num_new_tokens.zero_()
+        self.has_ended.copy_(ended)
+        self.had_nan.zero_()
+        self.has_too_many_ties.zero_()
+        return logits
+
+    def step(self) -> Tensor:
+        """(B, V) float32 logits behind the tokens at hand. Where a graph can hold it, the choice is made as well."""
+        self.mask.index_fill_(3, self.slot, 0)
+        logits = self.model_logits(self.model, self.cache, self.tokens, self.position_ids, self.mask)
+        if self.chooses_in_step:
+            self.accept(self.choose(logits))
+        return logits
+
+    def compile(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """The step through inductor: as a whole, or where the choice sorts or sums up a whole vocabulary, without it.
+
+        (With some versions of both, inductor and triton fail on a large `cumsum` among the rest.)
+        """
+        if self.num_candidates is not None or all(isinstance(processor, NanWatch) for processor in self.processors):
+            return torch.compile(step, dynamic=False)
+        self.model_logits = torch.compile(model_logits, dynamic=False)
+        return step
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """(B,) tokens, of (B, V) scores. For processors that are `CAPTURABLE` alone.
+
+        From top-k on only candidates are looked at, more than k because of those that tie with the k-th: a vocabulary
+        is a thousand times larger. Should they not suffice, `has_too_many_ties` tells.
+        """
+        candidates: Tensor | None = None  # (B, C) token ids of the columns of `scores`; None: all in their order
+        for processor in self.processors:
+            if isinstance(processor, GumbelNoise):
+                keys = self.noise_keys.index_select(0, self.num_new_tokens)[0]
+                if candidates is None:
+                    scores = perturbed(scores, keys)
+                else:
+                    scores = scores + gumbel_noise(keys[:, None], candidates)
+            elif isinstance(processor, NanWatch):
+                self.had_nan |= has_nan(scores) & ~self.has_ended
+            elif isinstance(processor, TopKLogitsWarper) and self.num_candidates is not None:
+                scores, candidates = scores.topk(self.num_candidates)  # the largest first
+                scores = processor(self.tokens, scores)
+                self.has_too_many_ties |= ((scores[:, -1] > -torch.inf) & ~self.has_ended).any()
+            else:
+                scores = processor(self.tokens, scores)
+        best = scores.argmax(-1, keepdim=True)
+        return (best if candidates is None else candidates.gather(1, best))[:, 0]
+
+    def accept(self, chosen: Tensor) -> None:
+        """Takes (B,) tokens for the next of each sequence, as far as it has not ended."""
+        chosen = torch.where(self.has_ended, self.pad_id, chosen)
+        self.output_ids.index_copy_(1, self.num_new_tokens, chosen[:, None])
+        for eos_id in self.eos_ids:
+            self.has_ended |= chosen == eos_id
+        self.tokens.copy_(chosen[:, None])
+        for counter in (self.position_ids, self.slot, self.num_new_tokens):
+            counter += 1
+
+
+def model_logits(
+    model: Any, cache: FixedCache, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor, **model_kwargs: Any
+) -> Tensor:
+    """(B, V) float32 logits behind the last of (B, N) tokens."""
+    output = model(
+        input_ids=tokens,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        **model_kwargs,
+    )
+    return output.logits[:, -1].float()

@@ -1,0 +1,1 @@
+"""What answers are worth: metrics of single samples, and the numbers of a round."""

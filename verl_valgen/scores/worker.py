@@ -1,0 +1,76 @@
+"""The process in which metrics run: `python -m verl_valgen.scores.worker SPEC...`, JSON lines in and out.
+
+The first line out is null: the metrics are loaded. A line in is a list of samples. Lines out are then `[metric, sample,
+scores, is_correctness, vote]` or `[metric, sample, error]`, in the order of the metrics, and null when all is done.
+What a metric prints goes to the standard error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from verl_valgen.records import Sample
+from verl_valgen.scores.metrics import load_metric
+from verl_valgen.scores.metrics.base import Metric
+from verl_valgen.scores.metrics.functions import metric_name
+from verl_valgen.text import describe, printable
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(specs: list[str]) -> None:
+    if sys.platform == "linux":  # a metric that hangs does not outlive the trainer
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    out = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)
+    metrics: dict[str, Metric | str] = {}  # or why there is none
+    for spec in specs:
+        try:
+            metrics[spec] = load_metric(spec)
+        except Exception as e:
+            metrics[spec] = describe(e)
+    _write(out, None)
+    for line in sys.stdin:
+        samples = [Sample(**fields) for fields in json.loads(line)]
+        for spec, metric in metrics.items():
+            for i, sample in enumerate(samples):
+                _write(out, [metric_name(spec), i, *_scored(metric, metric_name(spec), sample)])
+        _write(out, None)
+
+
+def _write(out: TextIO, message: Any) -> None:
+    out.write(json.dumps(message) + "\n")
+    out.flush()
+
+
+def _scored(metric: Metric | str, name: str, sample: Sample) -> list[Any]:
+    if isinstance(metric, str):
+        return [metric]
+    try:
+        found = metric(sample)
+        if found is None:
+            return [{}, metric.is_correctness, ""]
+        values = dict(found) if isinstance(found, Mapping) else {"score": float(found)}
+        # verl's reward functions give the answer that they found as "pred".
+        vote = str(values["pred"]) if "pred" in values else metric.vote(sample)
+        scores = {
+            name if key == "score" else re.sub(r"[^A-Za-z0-9_-]", "_", f"{name}_{key}"): float(value)
+            for key, value in values.items()
+            if hasattr(value, "__float__")
+        }
+        if values and not scores:
+            raise ValueError(f"no value is a number: {printable(repr(values), 200)}")
+        return [scores, metric.is_correctness, vote]
+    except Exception as e:
+        return [describe(e)]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""The trainer's weights, as a model that `generate` can run on."""

@@ -1,0 +1,193 @@
+"""The trainer's model, wherever its parameters lie, as a plain Hugging Face model on the ranks that generate.
+
+`generate` on the wrapped model either fails (inside `summon_full_params` the mixed precision dtypes clash) or gathers
+every layer for every token. So the parameters are gathered once, unit by unit, into a model of the original class that
+knows nothing of FSDP or PEFT. The trainer's model is only read. This module knows nothing of verl.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.tensor import DTensor
+
+from verl_valgen.collectives import agree, world_size
+from verl_valgen.weights.plain_copy import PlainCopy, clean_name, empty_like, tensor_attributes, tuner_layers, unwrap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+Parameters = Iterator[tuple[str, Tensor]]
+"""(name, whole tensor) one after the other. The tensor may be the trainer's own memory, valid until the next one is
+asked for: copy it, do not write to it."""
+
+
+def gather(
+    wrapped: nn.Module,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep: bool,
+) -> PreTrainedModel | None:
+    """A plain copy of a sharded model. Collective: all ranks must call.
+
+    LoRA and other PEFT adapters are folded in with PEFT's own `merge`, in float32, before the cast.
+
+    Args:
+        wrapped: A model under FSDP1, FSDP2 or neither, with or without PEFT.
+        dtype: Of the copy's floating-point parameters.
+        device: Of the copy. With NCCL it must be the rank's own device.
+        keep: Whether this rank wants the copy. The others take part and keep nothing.
+
+    Returns:
+        The copy in eval mode, None where `keep` is false or where another rank could not prepare for it. Peak memory
+        above the level before: the copy plus one FSDP unit (one parameter under FSDP2) where `keep` is true, the unit
+        elsewhere.
+
+    Raises:
+        Exception: Whatever prevented the copy, on the rank concerned and only after the last collective. (What fails
+            inside a collective is raised at once: there the ranks are lost to each other anyway.)
+    """
+    source = unwrap(wrapped)
+    return collect(
+        lambda: full_parameters(wrapped, dtype=dtype, device=device, uncast=set(tuner_layers(source))),
+        lambda: PlainCopy(empty_like(source), dtype, device, source=source),
+        device=device,
+        keep=keep,
+    )
+
+
+@torch.no_grad()
+def collect(
+    parameters: Callable[[], Parameters],
+    new_copy: Callable[[], PlainCopy],
+    *,
+    device: torch.device,
+    keep: bool,
+) -> PreTrainedModel | None:
+    """A copy that is filled from parameters, wherever they come from. Collective: all ranks must call.
+
+    Args:
+        parameters: Called on all ranks, once all have prepared; each exhausts what it gives.
+        new_copy: Called where `keep` is true.
+
+    The rest, and what is returned and raised, is as for `gather`.
+    """
+    start = time.perf_counter()
+    plain: PlainCopy | None = None
+    error: Exception | None = None
+    try:
+        plain = new_copy() if keep else None
+    except Exception as e:
+        error = e
+    if not agree(error is None, device):
+        if error is not None:
+            raise error
+        return None
+
+    num_bytes = 0
+    for name, parameter in parameters():
+        num_bytes += parameter.numel() * parameter.element_size()
+        if plain is not None and error is None:
+            try:
+                plain.receive(name, parameter)
+            except Exception as e:  # the other ranks are on their way to the next gather: so is this one
+                traceback.clear_frames(e.__traceback__)  # they hold the copy, and memory may be what is missing
+                error, plain = e, None
+    if error is not None:
+        raise error
+    if plain is None:
+        return None
+    model = plain.finish()
+    logger.debug(
+        "gathered %.1f MB on %d rank(s) into a %s copy of %s on %s in %.3f s",
+        num_bytes / 1e6, world_size(), plain.dtype, type(model).__name__, device, time.perf_counter() - start,
+    )  # fmt: skip
+    return model
+
+
+def largest_unit_bytes(wrapped: nn.Module) -> int:
+    """What is whole at any one time besides the copy, at most: an FSDP1 unit in float32, or a parameter twice."""
+    sizes = [0]
+    for parameter in wrapped.parameters():
+        if (flat_size := _flat_size(parameter)) is not None:
+            sizes.append(flat_size * torch.float32.itemsize)
+        else:
+            sizes.append(2 * parameter.numel() * parameter.element_size())
+    return max(sizes)
+
+
+def num_parameters(wrapped: nn.Module) -> int:
+    """Of the whole model, adapters included, however it is sharded."""
+    sizes = ((_flat_size(parameter), parameter.numel()) for parameter in wrapped.parameters())
+    return sum(own if flat is None else flat for flat, own in sizes)
+
+
+def _flat_size(parameter: nn.Parameter) -> int | None:
+    """Numbers in an FSDP1 unit, which is one flat parameter that holds a share or, between some passes, the whole; None
+    for others. (A DTensor tells its full size.)"""
+    size: torch.Size | None = getattr(parameter, "_unpadded_unsharded_size", None)
+    return None if size is None else size.numel()
+
+
+def full_parameters(wrapped: nn.Module, *, dtype: torch.dtype, device: torch.device, uncast: set[str]) -> Parameters:
+    """Every parameter of a sharded model, whole, one after the other. Collective: all ranks must exhaust it.
+
+    Args:
+        uncast: Names of parameters that must come in their own dtype; where it saves traffic the others are cast first.
+
+    Yields:
+        (name without wrappers, tensor), as `Parameters` says.
+    """
+    if isinstance(wrapped, FSDP):
+        yield from _full_parameters_fsdp1(wrapped)
+        return
+    # After a forward pass the root stays unsharded, with parameters in the compute dtype; its sharded ones are the
+    # originals. The next forward unshards it again.
+    for module in wrapped.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for name, parameter in wrapped.named_parameters():
+        name = clean_name(name)
+        target = dtype if parameter.is_floating_point() and name not in uncast else parameter.dtype
+        if isinstance(parameter, DTensor):
+            # Cast before the all-gather: half the traffic. The shard may be offloaded to host memory.
+            shard = parameter.to_local().to(device=device, dtype=target)
+            yield name, DTensor.from_local(
+                shard, parameter.device_mesh, parameter.placements, run_check=False,
+                shape=parameter.shape, stride=parameter.stride(),
+            ).full_tensor()  # fmt: skip
+        else:
+            yield name, parameter.to(device=device, dtype=target)
+
+
+def _full_parameters_fsdp1(root: FSDP) -> Parameters:
+    # `named_modules` is in pre-order, and the order matters: summoned before the root's first forward, a child would
+    # be initialised as a root and break training ("Non-root FSDP instance's `_is_root` should not have been set yet").
+    units = [(name, module) for name, module in root.named_modules() if isinstance(module, FSDP)]
+    all_units: set[nn.Module] = {unit for _, unit in units}
+    for unit_name, unit in units:
+        modules = list(unit.named_modules(memo=all_units - {unit}, prefix=unit_name))
+        # Between forward passes the modules hold views left over from the last one. They are not to be computed with,
+        # but PEFT's DoRA takes a dtype from one, and summoning would leave others behind.
+        views = [(module, tensor_attributes(module)) for _, module in modules]
+        try:
+            with FSDP.summon_full_params(unit, recurse=False, writeback=False):
+                for module_name, module in modules:
+                    for name, parameter in module._parameters.items():
+                        if parameter is not None and name != "_flat_param":
+                            yield clean_name(f"{module_name}.{name}".removeprefix(".")), parameter
+        finally:
+            for module, attributes in views:
+                vars(module).update(attributes)
