@@ -14,8 +14,8 @@ from gpu.near_ties import MAX_ULP, ulp_below_the_best
 from gpu.test_trainers import needs_compiler
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from verl_valgen.backends import cuda_graph
 from verl_valgen.backends.base import Limits
+from verl_valgen.backends.fast import cuda_graph
 from verl_valgen.backends.fast.backend import FastBackend
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.records import Completion, Request
