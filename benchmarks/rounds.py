@@ -40,8 +40,8 @@ from verl_valgen.backends.base import Limits
 from verl_valgen.backends.hf import left_pad
 from verl_valgen.collectives import gather_values, rank, world_size
 from verl_valgen.hosts.base import Host
-from verl_valgen.records import Request, Sample
-from verl_valgen.rounds.generation import Answering
+from verl_valgen.records import Request, Round, RoundNumbers, Sample
+from verl_valgen.rounds.generation import Answerer
 from verl_valgen.rounds.restore import preserved_blas_workspaces
 from verl_valgen.settings.load import GenerationSettings
 from verl_valgen.trackers import open_trackers
@@ -284,13 +284,13 @@ def requests(number: int, params: Mapping[str, Any]) -> list[Request]:
 
 
 def answer(host: BenchmarkHost, num_prompts: int, settings: GenerationSettings) -> None:
-    completions = Answering(host, settings)(requests(num_prompts, settings.parameters))
+    completions = Answerer(host, settings)(requests(num_prompts, settings.parameters))
     if completions is not None:
         assert [len(completion.output_ids) for completion in completions] == [settings.max_new_tokens] * num_prompts
 
 
 def dtype(host: BenchmarkHost) -> torch.dtype:
-    return Answering(host, GenerationSettings(enabled=True)).dtype
+    return Answerer(host, GenerationSettings(enabled=True)).dtype
 
 
 def dropped(value: object) -> None:
@@ -305,11 +305,12 @@ def log_seconds(host: BenchmarkHost) -> float:
     ]
     if rank() != 0:
         return 0.0
+    finished = Round(1, samples, RoundNumbers(len(samples), 1.0, 1.0))
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         trackers = open_trackers(["console"], directory=Path(folder), max_log_chars=500, max_tracker_chars=4000)
         stdout, sys.stdout = sys.stdout, nowhere
         try:
-            return statistics.median(timed(lambda: trackers.log_samples(samples, 1), host.device) for _ in range(3))
+            return statistics.median(timed(lambda: trackers.log(finished), host.device) for _ in range(3))
         finally:
             sys.stdout = stdout
 

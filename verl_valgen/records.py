@@ -1,49 +1,42 @@
-"""The records that travel: a `Request` to a backend, a `Completion` back, a `Sample` on to the trackers.
+"""The records that travel: prompts and queries in, requests and completions through a backend, samples and rounds out.
 
-This module owns their fields and their order in a JSONL line. It knows neither models nor trackers.
+This module owns their fields, and the order of the fields in a JSONL line. It knows neither models nor trackers.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["eos", "stop", "length", "time", "error"]
-"""The last is never recorded: a request that failed gives no sample."""
+"""Why an answer ended. "error" is never recorded: a request that failed gives no sample."""
 
 DEFAULT_STRATEGY = "default"
-"""The name of the only one where none is configured."""
-
-ALWAYS = ("num_new_tokens", "cut_off", "empty", "distinct_2", "repeated_ngram")
-"""The numbers of a round that are told of any samples: see `aggregates.py`."""
-
-DERIVED = re.compile(r"(.*)_(?:best|worst|majority|pass_at_[0-9]+)")
-"""Numbers that are made of several completions' scores, with the score's own name as a group."""
+"""The strategy's name where none is configured."""
 
 
 @dataclass(frozen=True)
 class RowData:
-    """The columns that are looked at, as plain Python."""
+    """The columns of a data row that are looked at, as plain Python."""
 
     data_source: str | None = None
     ground_truth: Any = None
-    """What verl's reward functions compare with: `reward_model.ground_truth`, or the column of that name."""
+    """The truth that verl's reward functions compare with: `reward_model.ground_truth`, or the column of that name."""
     extra_info: Any = None
     params: Any = None
-    """Of `generation.params_key`, as it stands there."""
+    """The cell of `generation.params_key`, not parsed yet."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of the validation data, ready to be answered."""
+    """A prompt that is ready to be answered."""
 
     row: int | None
     """Row of the data set; None where the prompt does not come from one."""
     input_ids: list[int]
-    """What the model is given, up to and including the generation prompt; no padding."""
+    """The model's input, up to and including the generation prompt; no padding."""
     text: str
     """What a person reads: the last user message, or the prompt without special tokens."""
     reference: str | None
@@ -54,8 +47,28 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Query:
+    """One prompt under one strategy."""
+
+    index: int
+    """0-based position of the prompt in the round."""
+    prompt: Prompt
+    strategy: str
+    params: Mapping[str, Any]
+    """The `transformers.GenerationConfig` fields in force."""
+    num_completions: int
+    best_of: int
+    """Number of candidates from which each completion is chosen."""
+
+    @property
+    def where(self) -> str:
+        """Where the prompt comes from, for warnings."""
+        return f"row {self.prompt.row}" if self.prompt.row is not None else f"prompt {self.index + 1}"
+
+
+@dataclass(frozen=True)
 class Request:
-    """What a backend is asked to complete."""
+    """One sequence that a backend is asked to complete."""
 
     input_ids: list[int]
     key: tuple[int, int]
@@ -63,22 +76,44 @@ class Request:
     params: Mapping[str, Any]
     """`transformers.GenerationConfig` fields, checked. The model's own defaults do not leak in."""
     wants_logprob: bool = False
-    """Whether the completion is to say how likely it is."""
+    """Whether the completion must report its mean log-probability."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a backend answers to one `Request`."""
+    """A backend's answer to one `Request`."""
 
     output_ids: list[int]
     """New tokens, the end-of-sequence token included."""
     finish_reason: FinishReason
     mean_logprob: float | None = None
-    """Of the new tokens, as the model has it before any logits processor, in nats; where it was asked for."""
+    """Mean log-probability of the new tokens, in nats, before any logits processor; None unless it was asked for."""
     error: str = ""
     """Why there is no answer, where the reason is "error"."""
     had_nan: bool = False
-    """Whether there was NaN among the scores that a token was chosen by, which so says nothing."""
+    """Whether a token was chosen by scores with NaN among them: then the answer is meaningless."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion with the query that it answers: paired once, where completions come back, and carried to the end."""
+
+    query: Query
+    number: int
+    """0-based number among the query's completions."""
+    completion: Completion
+
+
+class Verdict(NamedTuple):
+    """One metric's judgement of one sample."""
+
+    scores: dict[str, float]
+    is_correctness: bool | None
+    """See `Metric.is_correctness`."""
+    vote: str
+    """See `Metric.vote`."""
+    texts: dict[str, str] = {}  # noqa: RUF012  (never written to)
+    """What a function returned beside numbers, by name: the answer that it extracted, say."""
 
 
 @dataclass(frozen=True)
@@ -87,55 +122,126 @@ class Sample:
 
     step: int
     index: int
-    """0-based place in the round."""
+    """0-based position of the prompt in the round."""
     row: int | None
     strategy: str
     completion: int
     """0-based number among the completions of the same prompt."""
     prompt: str
-    """Decoded with special tokens: exactly what the model was given."""
+    """The prompt decoded with special tokens: exactly what the model was given."""
     prompt_text: str
     generation: str
-    """Decoded without special tokens."""
+    """The answer decoded without special tokens."""
     reference: str | None
     finish_reason: FinishReason
     num_prompt_tokens: int
     num_new_tokens: int
-    """The end-of-sequence token is counted."""
+    """Number of new tokens, the end-of-sequence token included."""
     seed: int
     params: dict[str, Any] = field(default_factory=dict)
     """The generation parameters that were in force, `dtype` included."""
     scores: dict[str, float | None] = field(default_factory=dict)
     data_source: str | None = None
-
-    # Not recorded: for metrics.
-    output_ids: Sequence[int] = ()
     ground_truth: Any = None
+    """The row's ground truth, which reward functions compare with; None if there is none."""
+    score_texts: dict[str, str] = field(default_factory=dict)
+    """The texts that metrics returned beside their scores, such as the answer that a reward function extracted."""
+
+    # Not recorded: for metrics, and for the numbers of the round.
+    output_ids: Sequence[int] = ()
     extra_info: Any = None
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
+    """Each metric's judgement, by the metric's name."""
 
     def to_dict(self) -> dict[str, Any]:
         """The record, in the order of the fields."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_RECORDED}
 
 
-_NOT_RECORDED = ("output_ids", "ground_truth", "extra_info")
+_NOT_RECORDED = ("output_ids", "extra_info", "verdicts")
+
+
+@dataclass(frozen=True)
+class GroupNumbers:
+    """The numbers of one group of samples: all of a round, those of a strategy, those of a data source. All finite."""
+
+    always: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that need no metric; see `scores.aggregates`."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Mean of each score."""
+    derived: Mapping[str, float] = field(default_factory=dict)
+    """Numbers made of several completions' scores: `<score>_best`, `<score>_pass_at_4`, ..."""
+
+    def flat(self, prefix: str = "") -> dict[str, float]:
+        numbers = {**self.always, **self.scores, **self.derived}
+        return {f"{prefix}{name}": value for name, value in numbers.items()}
+
+
+class BestValue(NamedTuple):
+    """A value of the metric that is watched, and the step of its round."""
+
+    value: float
+    step: int
+
+
+@dataclass(frozen=True)
+class RoundNumbers:
+    """The numbers of a round."""
+
+    num_samples: int
+    seconds: float
+    """How long the answers took."""
+    tokens_per_s: float
+    overall: GroupNumbers = field(default_factory=GroupNumbers)
+    by_strategy: Mapping[str, GroupNumbers] = field(default_factory=dict)
+    """Empty where no strategies are configured."""
+    by_source: Mapping[str, GroupNumbers] = field(default_factory=dict)
+    """By the rows' `data_source`, as part of a key that every tracker takes."""
+    best: BestValue | None = None
+    """The best value so far of `generation.best_metric`."""
+
+    def flat(self) -> dict[str, float]:
+        """All numbers under the trackers' keys, without `val/gen/`."""
+        numbers = {
+            "num_samples": float(self.num_samples),
+            "seconds": self.seconds,
+            "tokens_per_s": self.tokens_per_s,
+            **self.overall.flat(),
+        }
+        for name, group in self.by_strategy.items():
+            numbers |= group.flat(f"{name}/")
+        for name, group in self.by_source.items():
+            numbers |= group.flat(f"by_source/{name}/")
+        if self.best is not None:
+            numbers |= {"best": self.best.value, "best_step": float(self.best.step)}
+        return numbers
+
+
+@dataclass(frozen=True)
+class Round:
+    """A finished round, as a tracker gets it."""
+
+    step: int
+    samples: Sequence[Sample]
+    """With their scores, prompt by prompt."""
+    numbers: RoundNumbers
 
 
 def pack(requests: Sequence[Request]) -> dict[str, Any]:
-    """Requests for JSON; parameters, which many share, once."""
+    """Requests for JSON; parameters, which many share, are written once."""
     kinds: dict[str, int] = {}
-    of_requests = [kinds.setdefault(json.dumps(request.params, sort_keys=True), len(kinds)) for request in requests]
+    kind_by_request = [kinds.setdefault(json.dumps(request.params, sort_keys=True), len(kinds)) for request in requests]
     return {
         "params": list(kinds),
         "requests": [
             [request.input_ids, request.key, kind, request.wants_logprob]
-            for request, kind in zip(requests, of_requests, strict=True)
+            for request, kind in zip(requests, kind_by_request, strict=True)
         ],
     }
 
 
 def unpack(packed: dict[str, Any]) -> list[Request]:
-    """What `pack` made, after a way through JSON."""
+    """The requests that `pack` was given, after a way through JSON."""
     params = [json.loads(text) for text in packed["params"]]
     return [
         Request(input_ids, (row, completion), params[kind], wants_logprob)

@@ -1,11 +1,12 @@
-"""Text that nobody has vouched for: what a model says, what a data set holds, what an exception quotes.
+"""Text that nobody vouches for: what a model says, what a data set holds, what an exception quotes.
 
-This module owns cutting, showing and storing such text. None of it knows where the text goes; all functions are pure,
-but that what describes an error looks for secrets in the environment.
+This module owns how such text is cut, shown, stored and logged; it does not know where the text comes from. The
+functions are pure, except that those which describe an error look for secrets in the environment.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import traceback
@@ -25,6 +26,36 @@ _CREDENTIALS = re.compile(r"(?<=://)[^\s/?#'\"]+@")
 
 _SECRET_VARIABLES = ("_KEY", "_TOKEN", "_PASSWORD", "_SECRET", "_CONNECTION_STRING")
 _MIN_SECRET_CHARS = 8  # a shorter value may well be an ordinary word
+
+
+# How much memory there was, and where an object lay, differs from one occurrence to the next.
+_INCIDENTAL = re.compile(r"0x[0-9a-fA-F]+|[\d.]+(?= ?(?:[KMGT]i?B|bytes)\b)")
+
+
+class OnceLogger:
+    """Warns of each cause once; when it recurs, the message goes to DEBUG.
+
+    Causes that differ only in amounts of memory or in addresses are the same.
+    """
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self.logger = logger
+        self._causes: set[object] = set()
+
+    def warn(self, message: str, cause: object = None) -> None:
+        """Logs a message that is printable already. Without `cause` the message itself is the cause."""
+        cause = message if cause is None else cause
+        if isinstance(cause, str):
+            cause = _INCIDENTAL.sub("#", cause)
+        self.logger.log(logging.DEBUG if cause in self._causes else logging.WARNING, "%s", message)
+        self._causes.add(cause)
+
+    def warn_of_error(self, problem: str, error: BaseException, *remarks: str) -> None:
+        """Logs `problem: error; remark; ...`, whose cause is the error; and always the traceback, at DEBUG."""
+        cause = describe(error)
+        self.warn("; ".join([f"{problem}: {cause}", *remarks]), cause)
+        if self.logger.isEnabledFor(logging.DEBUG):
+            self.logger.debug("%s\n%s", problem, describe_at_length(error))
 
 
 def truncate(text: str, max_chars: int) -> str:

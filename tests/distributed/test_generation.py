@@ -22,7 +22,7 @@ from verl_valgen.backends.sampling import GumbelNoise
 from verl_valgen.collectives import agree, broadcast, gather_values, largest, smallest
 from verl_valgen.records import Request
 from verl_valgen.rounds import generation as answering_module
-from verl_valgen.rounds.generation import Answering
+from verl_valgen.rounds.generation import Answerer
 from verl_valgen.settings.load import GenerationSettings
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def answer(host: SmallHost, requests: list[Request] = REQUESTS, **settings: Any)
     defaults = {"enabled": True, "max_new_tokens": 12, "top_p": 0.95}
     made = GenerationSettings(**(defaults | settings))
     with_parameters = [replace(request, params=made.parameters) for request in requests]
-    completions = Answering(host, made)(with_parameters if host.is_logging_rank else None)
+    completions = Answerer(host, made)(with_parameters if host.is_logging_rank else None)
     return completions and [(completion.output_ids, completion.finish_reason) for completion in completions]
 
 
@@ -120,7 +120,7 @@ def of_many_kinds(directory: Path) -> dict[str, Any]:
     results = {}
     for name, settings in (("copy", {}), ("spread", {"ranks": 2, "batch_size": 2}), ("sharded", {"gather": "sharded"})):
         made = GenerationSettings(enabled=True, **settings)
-        completions = Answering(host, made)(asked if host.is_logging_rank else None)
+        completions = Answerer(host, made)(asked if host.is_logging_rank else None)
         results[name] = completions and [(one.output_ids, one.mean_logprob) for one in completions]
         results[f"{name}: errors"] = completions and {i: one.error for i, one in enumerate(completions) if one.error}
     return results
@@ -170,7 +170,7 @@ def faults(directory: Path) -> dict[str, Any]:
         results[f"{name}: met"] = agree(True, CPU)
     unspeakable = [replace(REQUESTS[0], params={"max_new_tokens": 2, "do_sample": False, "suppress_tokens": b"x"})]
     try:
-        results["pack"] = Answering(host, GenerationSettings(enabled=True))(
+        results["pack"] = Answerer(host, GenerationSettings(enabled=True))(
             unspeakable if host.is_logging_rank else None
         )
     except TypeError as e:
@@ -182,7 +182,7 @@ def faults(directory: Path) -> dict[str, Any]:
 def test_what_fails_on_another_rank_is_told_on_the_logging_rank(directory, tmp_path):
     first, second = run_distributed(faults, 2, tmp_path, directory)
     for name in ("prepare", "decode", "sharded", "panic"):
-        error = "RuntimeError: test_answering.Panic" if name == "panic" else "torch.OutOfMemoryError"
+        error = "RuntimeError: test_generation.Panic" if name == "panic" else "torch.OutOfMemoryError"
         assert first[name] == f"OtherRankError: rank 1: {error}: planted"
         assert second[name] is None
         assert first[f"{name}: met"]
@@ -202,7 +202,7 @@ def with_little_memory(directory: Path) -> dict[str, Any]:
     host.model = wrap(AutoModelForCausalLM.from_pretrained(directory / "model"), "fsdp2", param_dtype=torch.float32)
     needs = host.num_parameters * 4
     settings = GenerationSettings(enabled=True, max_new_tokens=4, max_val_samples=3)
-    answering = Answering(host, settings)
+    answering = Answerer(host, settings)
     asked = [replace(one, params=settings.parameters) for one in REQUESTS[:3]]
     requests = asked if dist.get_rank() == 0 else None
     results: dict[str, Any] = {}

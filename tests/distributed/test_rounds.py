@@ -22,7 +22,7 @@ from verl_valgen.backends.hf import HFBackend
 from verl_valgen.collectives import agree
 from verl_valgen.hosts.base import Host
 from verl_valgen.hosts.schedule import Schedule
-from verl_valgen.rounds import rounds as rounds_module
+from verl_valgen.rounds import recorder as recorder_module
 from verl_valgen.rounds.rounds import ValidationRounds
 from verl_valgen.settings.load import GenerationSettings
 from verl_valgen.trackers.jsonl import JsonlTracker
@@ -85,8 +85,8 @@ def fail(kind: str, patch: pytest.MonkeyPatch) -> None:
         "oom": (PlainCopy, "receive"),
         "finish": (PlainCopy, "finish"),
         "decode": (HFBackend, "generate"),
-        "trackers": (rounds_module, "open_trackers"),
-        "jsonl": (JsonlTracker, "log_samples"),
+        "trackers": (recorder_module, "open_trackers"),
+        "jsonl": (JsonlTracker, "log"),
     }
     if kind in targets:
         patch.setattr(*targets[kind], planted)
@@ -113,7 +113,7 @@ def three_rounds(model_directory: Path, directory: Path, kind: str) -> dict[str,
         "warnings": records,
         "met": agree(True, CPU),
         "random": torch.equal(state, torch.get_rng_state()),
-        "files": sorted(path.name for path in (directory / "generations").glob("*")),
+        "files": sorted(path.name for path in (directory / "generations").glob("step_*")),
     }
 
 

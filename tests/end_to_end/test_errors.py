@@ -97,7 +97,7 @@ def test_the_line_at_start_says_when_or_why_not(server, tmp_path, assets, overri
     result = server.run(tmp_path, [*assets.overrides(), *overrides], environment=GREEDY)
     assert result.returncode == 0, result.output[-5000:]
     assert line in result.output
-    assert len(list(result.generations.glob("*"))) == num_files
+    assert len(list(result.generations.glob("*.jsonl"))) == num_files
 
 
 def few_rows(assets: Assets, directory: Path, num_rows: int) -> str:

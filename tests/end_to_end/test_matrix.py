@@ -148,7 +148,7 @@ def expected_prompts(case: Case, assets: Assets) -> list[dict[str, Any]]:
 
 def test_samples_come_at_every_validation_and_hold_the_right_prompts(finished):
     case, result, assets = finished
-    assert sorted(path.name for path in result.generations.iterdir()) == [f"step_{s:08d}.jsonl" for s in STEPS]
+    assert sorted(path.name for path in result.generations.glob("*.jsonl")) == [f"step_{s:08d}.jsonl" for s in STEPS]
     expected = expected_prompts(case, assets)
     for step in STEPS:
         samples = result.samples(step)

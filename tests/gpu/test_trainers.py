@@ -231,7 +231,9 @@ def test_the_copy_is_the_trained_model(finished, trained):
 
 def test_greedy_is_that_of_the_plain_model(finished, assets, trained, untrained):
     _, result = finished
-    assert sorted(path.name for path in result.generations.iterdir()) == [f"step_{step:08d}.jsonl" for step in STEPS]
+    assert sorted(path.name for path in result.generations.glob("*.jsonl")) == [
+        f"step_{step:08d}.jsonl" for step in STEPS
+    ]
     worst = answers_ulp_below_the_best(result, assets, trained)
     assert max(worst) <= MAX_ULP, worst
     assert max(answers_ulp_below_the_best(result, assets, untrained)) > MAX_ULP, "any weights would have passed"
@@ -286,7 +288,7 @@ def test_rounds_between_the_steps_change_no_loss(finished, assets, tmp_path):
         pytest.skip("two runs of it differ anyway, or are made for their samples alone")
     once = train(tmp_path, case, assets, test_freq=-1, save="extra")
     assert once.returncode == 0, once.output[-5000:]
-    assert [path.name for path in once.generations.iterdir()] == ["step_00000003.jsonl"]
+    assert [path.name for path in once.generations.glob("*.jsonl")] == ["step_00000003.jsonl"]
     assert len(often.logged("train/loss")) == len(STEPS)
     assert often.logged("train/loss") == once.logged("train/loss")
     assert often.logged("val/loss")[-1:] == once.logged("val/loss")
@@ -312,7 +314,10 @@ def test_verls_own_command(tmp_path, assets, fsdp, lora, num_ranks, how):
     result = run(tmp_path, overrides, environment=GREEDY, num_ranks=None if num_ranks == 1 else num_ranks)
     assert result.returncode == 0, result.output[-5000:]
     assert "verl runs on CPU" not in result.output
-    assert sorted(path.name for path in result.generations.iterdir()) == ["step_00000002.jsonl", "step_00000003.jsonl"]
+    assert sorted(path.name for path in result.generations.glob("*.jsonl")) == [
+        "step_00000002.jsonl",
+        "step_00000003.jsonl",
+    ]
     worst = answers_ulp_below_the_best(result, assets, trained_model(result, assets, lora=lora))
     assert max(worst) <= MAX_ULP, worst
     shutil.rmtree(result.checkpoints / "global_step_3")

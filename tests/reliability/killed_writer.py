@@ -11,9 +11,11 @@ from pathlib import Path
 
 from killing import die_in_folder
 
-from verl_valgen.records import Sample
+from verl_valgen.records import GroupNumbers, Round, RoundNumbers, Sample
+from verl_valgen.rounds.recorder import BestFile
 from verl_valgen.scores.best import Best
-from verl_valgen.trackers import composite, open_trackers, set_aside
+from verl_valgen.trackers import composite, open_trackers
+from verl_valgen.trackers.jsonl import set_aside
 
 NUM_SAMPLES = 3
 METRIC = "exact_match"
@@ -50,11 +52,18 @@ def main(directory: Path, attempt: int, start_step: int, end_step: int, moment: 
     die_in_folder(directory, moment)
     set_aside(directory, start_step)
     best = Best(directory, METRIC, "max", start_step)
-    trackers = open_trackers([], directory=directory, max_log_chars=100, max_tracker_chars=100, best=best)
+    trackers = open_trackers(
+        [],
+        directory=directory,
+        max_log_chars=100,
+        max_tracker_chars=100,
+        run={"attempt": attempt},
+        others={"best.json": BestFile(best)},
+    )
     for step in range(start_step + 1, end_step + 1):
-        trackers.log_samples([_sample(attempt, step, index) for index in range(NUM_SAMPLES)], step)
-        scalars = {METRIC: value_of(attempt, step)}
-        trackers.log_scalars(scalars | best.update(scalars, step), step)
+        samples = [_sample(attempt, step, index) for index in range(NUM_SAMPLES)]
+        numbers = RoundNumbers(NUM_SAMPLES, 1.0, 1.0, GroupNumbers(scores={METRIC: value_of(attempt, step)}))
+        trackers.log(Round(step, samples, best.update(numbers, step)))
         print(step, file=report, flush=True)
 
 

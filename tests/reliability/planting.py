@@ -180,12 +180,12 @@ def plant() -> None:
 
         return call
 
-    def logging_samples(stage: str, original: Any) -> Any:
-        def log_samples(self: Any, samples: Any, step: int) -> None:
-            faults.strike(stage, step)  # in a thread that may be late
-            original(self, samples, step)
+    def logging_rounds(stage: str, original: Any) -> Any:
+        def log(self: Any, round: Any) -> None:
+            faults.strike(stage, round.step)  # in a thread that may be late
+            original(self, round)
 
-        return log_samples
+        return log
 
     patched: Any
     for patched, name, replacement in (
@@ -196,8 +196,8 @@ def plant() -> None:
         (exchange, "json", Json),
         (Scoring, "__init__", note_scoring),
         (Scoring, "score", score),
-        (JsonlTracker, "log_samples", logging_samples("jsonl", JsonlTracker.log_samples)),
-        (ConsoleTracker, "log_samples", logging_samples("console", ConsoleTracker.log_samples)),
+        (JsonlTracker, "log", logging_rounds("jsonl", JsonlTracker.log)),
+        (ConsoleTracker, "log", logging_rounds("console", ConsoleTracker.log)),
     ):
         setattr(patched, name, replacement)
 

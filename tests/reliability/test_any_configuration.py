@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from verl_valgen.records import Prompt, Request, RowData, pack, unpack
-from verl_valgen.rounds.queries import make_questions
+from verl_valgen.rounds.queries import make_queries
 from verl_valgen.settings import generation_config
 from verl_valgen.settings.checks import ConfigError
 from verl_valgen.settings.load import SETTINGS, GenerationSettings, load_settings
@@ -166,8 +166,8 @@ def assert_usable(loaded: GenerationSettings) -> None:
     """Values keep their bounds, and the parameters reach another rank, which is by JSON, as they are."""
     assert_bounded({name: value for name, value in vars(loaded).items() if name != "extra"})
     assert_bounded(loaded.extra)
-    for question in make_questions([Prompt(0, [1], "", None)], loaded):
-        assert_travels(question.params)
+    for query in make_queries([Prompt(0, [1], "", None)], loaded):
+        assert_travels(query.params)
 
 
 def assert_travels(params: Mapping[str, Any]) -> None:
@@ -295,12 +295,12 @@ JSON_TEXTS = st.dictionaries(NAMES, SCALARS, max_size=3).map(
 @example(own={"\x1b[31m": 1})
 def test_any_parameters_of_a_row_are_used_or_warned_of(own, caplog):
     caplog.clear()
-    (question,) = make_questions([Prompt(7, [1], "", None, RowData(params=real(own)))], GLOBAL)
-    assert_bounded(question.params)
-    assert_travels(question.params)
+    (query,) = make_queries([Prompt(7, [1], "", None, RowData(params=real(own)))], GLOBAL)
+    assert_bounded(query.params)
+    assert_travels(query.params)
     if caplog.messages:
         (message,) = caplog.messages
         assert message.startswith("row 7: ")
         assert message.isprintable()
         assert len(message) < 700
-        assert question.params == GLOBAL.parameters
+        assert query.params == GLOBAL.parameters

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from readback import read_jsonl
-from trackers.destinations import Destination, Mlflow, Swanlab, Wandb, make_sample
+from trackers.destinations import Destination, Mlflow, Swanlab, Wandb, make_round, make_sample
 
-from verl_valgen.records import Sample
+from verl_valgen.records import BestValue, GroupNumbers, Round, RoundNumbers, Sample
 from verl_valgen.scores.aggregates import source_key
 from verl_valgen.scores.scoring import Scoring
 from verl_valgen.text import storable, truncate
@@ -56,6 +56,7 @@ SAMPLES = st.lists(
     max_size=4,
 )
 LENGTHS = st.integers(16, 200)
+SCALARS = st.dictionaries(TEXTS, st.floats(allow_nan=False), max_size=4)
 
 
 def is_harmless(line: str) -> bool:
@@ -66,22 +67,20 @@ def is_harmless(line: str) -> bool:
 # The console
 
 
-def shown(tracker: ConsoleTracker, samples: list[Sample], scalars: dict[str, float]) -> list[str]:
+def shown(tracker: ConsoleTracker, samples: list[Sample], numbers: RoundNumbers) -> list[str]:
     with contextlib.redirect_stdout(io.StringIO()) as stdout:
-        tracker.log_samples(samples, 7)
-        tracker.log_scalars(scalars, 7)
+        tracker.log(Round(7, samples, numbers))
     text = stdout.getvalue()
     assert text.endswith("\n")
     return text[:-1].split("\n")
 
 
 @PROFILE
-@given(samples=SAMPLES, scalars=st.dictionaries(TEXTS, st.floats(allow_nan=False), max_size=4), max_chars=LENGTHS)
-@example([], {"best": 0.0, "num_samples": 1.0}, 16)
-def test_the_console_shows_harmless_lines_of_bounded_length(samples, scalars, max_chars):
-    *lines, summary = shown(
-        ConsoleTracker(max_chars), samples, {f"val/gen/{key}": value for key, value in scalars.items()}
-    )
+@given(samples=SAMPLES, scores=SCALARS, by_strategy=st.dictionaries(TEXTS, SCALARS, max_size=2), max_chars=LENGTHS)
+def test_the_console_shows_harmless_lines_of_bounded_length(samples, scores, by_strategy, max_chars):
+    groups = {name: GroupNumbers(scores=own) for name, own in by_strategy.items()}
+    numbers = RoundNumbers(len(samples), 0.0, 1e9, GroupNumbers(scores=scores), groups, best=BestValue(0.5, 10**9))
+    *lines, summary = shown(ConsoleTracker(max_chars), samples, numbers)
     assert all(map(is_harmless, [*lines, summary]))
     prompts = {sample.index for sample in samples}
     assert len(lines) == 1 + 2 * len(prompts) + len(samples)  # title; prompt and rule of each; answers
@@ -105,7 +104,7 @@ def joined(value: Any) -> Any:
 @PROFILE
 @given(samples=SAMPLES)
 def test_json_lines_give_back_every_record(tmp_path, samples):
-    JsonlTracker(tmp_path).log_samples(samples, 3)
+    JsonlTracker(tmp_path).log(make_round(samples, 3))
     content = (tmp_path / "step_00000003.jsonl").read_bytes()
     assert content.count(b"\n") == len(samples)
     assert read_jsonl(tmp_path)[3] == [joined(sample.to_dict()) for sample in samples]
@@ -185,8 +184,8 @@ def test_a_run_holds_every_row_and_number_of_nasty_samples(destination, caplog):
     samples = nasty_samples()
     tracker = CompositeTracker({"run": destination.tracker})
     keys = [f"val/gen/by_source/{source_key(text)}/exact" for text in NASTY]
-    tracker.log_samples(samples, 1)
-    tracker.log_scalars({key: float(number) for number, key in enumerate(keys)}, 1)
+    by_source = {source_key(text): {"exact": float(number)} for number, text in enumerate(NASTY)}
+    tracker.log(make_round(samples, 1, by_source=by_source))
     tracker.close()
     found = destination.read()[1]
 
@@ -216,11 +215,8 @@ class Failing(Tracker):
     def __init__(self, words: str) -> None:
         self._words = words
 
-    def log_samples(self, samples: Any, step: int) -> None:
-        raise RuntimeError(self._words)
-
-    def log_scalars(self, scalars: Any, step: int) -> None:
-        raise StrangeError(self._words)
+    def log(self, round: Round) -> None:
+        raise (StrangeError if round.step % 2 else RuntimeError)(self._words)
 
 
 def assert_readable(messages: list[str]) -> None:
@@ -235,8 +231,7 @@ def test_warnings_quote_what_a_tracker_says_in_one_harmless_line(caplog, words):
     caplog.clear()
     tracker = CompositeTracker({"failing": Failing(words)})
     for step in range(3):
-        tracker.log_samples([make_sample()], step)
-        tracker.log_scalars({}, step)
+        tracker.log(make_round([make_sample()], step))
     assert len(caplog.messages) == 3  # two kinds of errors, and that it was given up
     assert_readable(caplog.messages)
 
@@ -259,10 +254,10 @@ def test_nasty_samples_are_scored_and_what_a_metric_says_of_them_is_harmless(tmp
     scoring = Scoring([f"{path}:raises", f"{path}:length"])
     samples = nasty_samples()
     try:
-        verdicts = scoring.score(samples, math.inf)
+        judged = scoring.score(samples, math.inf)
     finally:
         scoring.close()
-    lengths = [verdict["length"].scores["length"] for verdict in verdicts]
+    lengths = [sample.scores["length"] for sample in judged]
     assert lengths == [float(len(joined(sample.generation))) for sample in samples]
     (message,) = caplog.messages  # once for a metric
     assert message.startswith("metric raises: ")

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from end_to_end.trainer import Run, run, write_program
 from killed_writer import METRIC, NUM_SAMPLES, value_of
 from readback import history_row, wandb_records
 from reliability.conftest import IS_WHOLE
-from trackers.destinations import make_sample
+from trackers.destinations import make_round, make_sample
 
+from verl_valgen.rounds.recorder import BestFile
 from verl_valgen.scores.best import Best
 from verl_valgen.trackers.composite import CompositeTracker
 from verl_valgen.trackers.jsonl import JsonlTracker
@@ -123,7 +125,7 @@ exec(os.environ.get("DEATH", ""))
 DEATHS = [
     ("swanlab", "killing.die_in_call('verl_valgen.weights.gather:gather', 2)"),
     ("wandb", "killing.die_in_write('step_00000003.jsonl')"),
-    ("mlflow", "killing.die_in_call('verl_valgen.trackers.composite:CompositeTracker.log_scalars', 1)"),
+    ("mlflow", "killing.die_in_call('verl_valgen.trackers.background:BackgroundQueue.wait', 2)"),
 ]
 
 
@@ -209,7 +211,7 @@ def test_a_trainer_that_is_killed_in_a_round_makes_it_again_when_it_resumes(tmp_
 
 
 def step_files(result: Run) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in result.generations.rglob("*.jsonl")}
+    return {path: path.read_bytes() for path in result.generations.rglob("step_*.jsonl")}
 
 
 def assert_is_whole(result: Run, steps: list[int]) -> None:
@@ -247,12 +249,12 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 def assert_a_failing_disk_costs_its_rounds_alone(directory: Path, failing: Any, told: list[str], caplog: Any) -> None:
     best = Best(directory, METRIC, "max", 0)
-    trackers = CompositeTracker({"jsonl": JsonlTracker(directory), "best.json": best})
+    trackers = CompositeTracker({"jsonl": JsonlTracker(directory), "best.json": BestFile(best)})
     text = "So it goes. " * 1000
 
     def write(step: int) -> None:
-        trackers.log_samples([make_sample(step, generation=text)], step)
-        trackers.log_scalars(best.update({METRIC: step / 10}, step), step)
+        round = make_round([make_sample(step, generation=text)], step, scores={METRIC: step / 10})
+        trackers.log(replace(round, numbers=best.update(round.numbers, step)))
 
     write(1)
     before = {path.name: path.read_bytes() for path in directory.iterdir()}

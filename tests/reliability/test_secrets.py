@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from end_to_end.trainer import Assets, Run, run, write_program
-from trackers.destinations import make_sample
+from trackers.destinations import make_round, make_sample
 
 from verl_valgen.trackers.base import Tracker
 from verl_valgen.trackers.composite import CompositeTracker
@@ -62,12 +62,12 @@ def open_elsewhere(self, max_chars, opened=MlflowTracker.__init__):
     import mlflow
     self._client = mlflow.MlflowClient(os.environ["ELSEWHERE"])
 
-def refuse(self, scalars, step):
+def refuse(self, round):
     raise PermissionError("401: refused " + os.environ["SWANLAB_API_KEY"])
 
 swanlab.login = lambda *args, **kwargs: None
 MlflowTracker.__init__ = open_elsewhere
-SwanlabTracker.log_scalars = refuse
+SwanlabTracker.log = refuse
 """
 
 JUDGE = """
@@ -181,13 +181,10 @@ def test_a_failing_tracker_does_not_tell_its_key(monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", KEYS["WANDB_API_KEY"])
 
     class Refused(Tracker):
-        def log_samples(self, samples, step):
+        def log(self, round):
             raise PermissionError(f"wandb login --host=https://api:{PASSWORD}@host {KEYS['WANDB_API_KEY']}")
 
-        def log_scalars(self, scalars, step):
-            pass
-
     with caplog.at_level(logging.DEBUG):
-        CompositeTracker({"wandb": Refused()}).log_samples([make_sample()], 1)
+        CompositeTracker({"wandb": Refused()}).log(make_round([make_sample()], 1))
     (record,) = caplog.records
     assert record.getMessage().endswith("PermissionError: wandb login --host=https://***@host ***")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from readback import read_jsonl, read_mlflow, read_swanlab, read_wandb
 
-from verl_valgen.records import Sample
+from verl_valgen.records import GroupNumbers, Round, RoundNumbers, Sample
 from verl_valgen.text import printable, storable
 from verl_valgen.trackers.base import Tracker
 from verl_valgen.trackers.console import ConsoleTracker
@@ -42,8 +42,21 @@ def make_sample(step: int = 1, index: int = 0, **fields: Any) -> Sample:
     return Sample(**values)
 
 
+def make_round(
+    samples: Sequence[Sample] = (),
+    step: int = 1,
+    *,
+    scores: Mapping[str, float] | None = None,
+    by_source: Mapping[str, Mapping[str, float]] | None = None,
+) -> Round:
+    """A finished round with these scores among its numbers, overall and by data source."""
+    groups = {source: GroupNumbers(scores=numbers) for source, numbers in (by_source or {}).items()}
+    numbers = RoundNumbers(len(samples), 1.0, 1.0, GroupNumbers(scores=scores or {}), by_source=groups)
+    return Round(step, samples, numbers)
+
+
 @dataclass
-class Round:
+class Recorded:
     """What a destination holds of one step."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -67,7 +80,7 @@ class Destination:
         """The form in which a table cell comes back."""
         return value
 
-    def read(self) -> dict[int, Round]:
+    def read(self) -> dict[int, Recorded]:
         """Ends the run and reads it."""
         raise NotImplementedError
 
@@ -83,13 +96,13 @@ class Console(Destination):
         self.tracker = ConsoleTracker(MAX_CHARS)
         self._capsys = capsys
 
-    def read(self) -> dict[int, Round]:
-        rounds: dict[int, Round] = {}
+    def read(self) -> dict[int, Recorded]:
+        rounds: dict[int, Recorded] = {}
         for block in self._capsys.readouterr().out.split("=== Validation Samples (Step ")[1:]:
             header, *lines = block.rstrip("\n").split("\n")
             lines = [line for line in lines if not line.startswith("Step ")]  # the round in numbers
             pairs = zip(lines[0::3], lines[1::3], strict=True) if lines else ()
-            rounds[int(header.split(")")[0])] = Round(
+            rounds[int(header.split(")")[0])] = Recorded(
                 [{"prompt_text": p.partition(": ")[2], "generation": g.partition(": ")[2]} for p, g in pairs]
             )
         return rounds
@@ -106,9 +119,9 @@ class Jsonl(Destination):
         self.tracker = JsonlTracker(directory)
         self._directory = directory
 
-    def read(self) -> dict[int, Round]:
+    def read(self) -> dict[int, Recorded]:
         rounds = read_jsonl(self._directory)
-        return {step: Round([{**record, **record["scores"]} for record in rounds[step]]) for step in rounds}
+        return {step: Recorded([{**record, **record["scores"]} for record in rounds[step]]) for step in rounds}
 
 
 class Wandb(Destination):
@@ -119,7 +132,7 @@ class Wandb(Destination):
         self.run = wandb.init(project="test", dir=directory, mode="offline", settings=settings)
         self.tracker = WandbTracker(MAX_CHARS)
 
-    def read(self) -> dict[int, Round]:
+    def read(self) -> dict[int, Recorded]:
         self.run.finish()
         return {step: _round(values) for step, values in read_wandb(self.run.settings.sync_dir).items()}
 
@@ -135,7 +148,7 @@ class Swanlab(Destination):
         self._directory = directory
         self.tracker = SwanlabTracker(MAX_CHARS)
 
-    def read(self) -> dict[int, Round]:
+    def read(self) -> dict[int, Recorded]:
         self.discard()
         (run_dir,) = self._directory.glob("run-*")
         return {step: _round(values) for step, values in read_swanlab(run_dir).items()}
@@ -161,16 +174,16 @@ class Mlflow(Destination):
     def cell(self, value: Any) -> str:
         return "" if value is None else str(value)
 
-    def read(self) -> dict[int, Round]:
+    def read(self) -> dict[int, Recorded]:
         self.tracker.close()
         run = read_mlflow(self.uri, self.run_id)
-        rounds = {step: Round(_rows(table)) for step, table in run["tables"].items()}
+        rounds = {step: Recorded(_rows(table)) for step, table in run["tables"].items()}
         if rounds:  # tags hold the latest round only
             tags = {key: value for key, value in run["tags"].items() if key.startswith("val/")}
             rounds[max(rounds)].values.update(tags)
         for key, history in run["metrics"].items():
             for step, value in history.items():
-                rounds.setdefault(step, Round()).values[key] = value
+                rounds.setdefault(step, Recorded()).values[key] = value
         return rounds
 
     def discard(self) -> None:
@@ -184,6 +197,8 @@ def _rows(table: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
 
 
-def _round(values: dict[str, Any]) -> Round:
+def _round(values: dict[str, Any]) -> Recorded:
     table = values.get("val/samples")
-    return Round(_rows(table) if table else [], {key: value for key, value in values.items() if key != "val/samples"})
+    return Recorded(
+        _rows(table) if table else [], {key: value for key, value in values.items() if key != "val/samples"}
+    )

@@ -6,7 +6,7 @@ import logging
 import threading
 
 import pytest
-from destinations import make_sample
+from destinations import make_round, make_sample
 
 from verl_valgen.trackers import composite as composite_module
 from verl_valgen.trackers.background import BackgroundQueue
@@ -17,7 +17,7 @@ from verl_valgen.trackers.composite import CompositeTracker
 class Recorder(Tracker):
     """Remembers its calls, and raises `error` in those named in `failing`."""
 
-    def __init__(self, error: BaseException | None = None, failing: tuple[str, ...] = ("log_samples",)) -> None:
+    def __init__(self, error: BaseException | None = None, failing: tuple[str, ...] = ("log",)) -> None:
         self.error, self.failing, self.calls = error, failing, []
 
     def _called(self, method, step=None):
@@ -25,11 +25,8 @@ class Recorder(Tracker):
         if self.error is not None and method in self.failing:
             raise self.error
 
-    def log_samples(self, samples, step):
-        self._called("log_samples", step)
-
-    def log_scalars(self, scalars, step):
-        self._called("log_scalars", step)
+    def log(self, round):
+        self._called("log", round.step)
 
     def close(self):
         self._called("close")
@@ -37,8 +34,7 @@ class Recorder(Tracker):
 
 def _log(composite, *steps):
     for step in steps:
-        composite.log_samples([make_sample(step)], step)
-        composite.log_scalars({"val/gen/exact": 1.0}, step)
+        composite.log(make_round([make_sample(step)], step, scores={"exact": 1.0}))
 
 
 @pytest.fixture
@@ -52,7 +48,7 @@ def test_every_call_reaches_every_tracker_in_order(warnings):
     composite = CompositeTracker(trackers)
     _log(composite, 1, 2)
     composite.close()
-    expected = [("log_samples", 1), ("log_scalars", 1), ("log_samples", 2), ("log_scalars", 2), ("close", None)]
+    expected = [("log", 1), ("log", 2), ("close", None)]
     assert [tracker.calls for tracker in trackers.values()] == [expected, expected]
     assert list(composite.trackers) == ["jsonl", "console"]
     assert warnings() == []
@@ -63,8 +59,8 @@ def test_failing_tracker_warns_once_and_is_given_up_after_three(warnings):
     composite = CompositeTracker({"wandb": bad, "mlflow": good})
     _log(composite, 1, 2, 3, 4, 5)
     composite.close()
-    assert [step for method, step in bad.calls if method == "log_samples"] == [1, 2, 3]
-    assert [step for method, step in good.calls if method == "log_samples"] == [1, 2, 3, 4, 5]
+    assert [step for method, step in bad.calls if method == "log"] == [1, 2, 3]
+    assert [step for method, step in good.calls if method == "log"] == [1, 2, 3, 4, 5]
     assert list(composite.trackers) == ["mlflow"]
     first, second = warnings()
     assert first == "wandb: a round was not recorded: ConnectionError: down"
@@ -95,12 +91,12 @@ def test_one_that_is_to_be_kept_is_never_given_up(warnings):
     tracker.is_kept = True
     composite = CompositeTracker({"jsonl": tracker})
     _log(composite, 1, 2, 3, 4, 5)
-    assert [step for method, step in tracker.calls if method == "log_samples"] == [1, 2, 3, 4, 5]
+    assert [step for method, step in tracker.calls if method == "log"] == [1, 2, 3, 4, 5]
     assert len(warnings()) == 1
 
 
-def test_failing_scalars_and_close_are_caught_too(warnings):
-    tracker = Recorder(TimeoutError("slow"), failing=("log_scalars", "close"))
+def test_a_failing_close_is_caught_too(warnings):
+    tracker = Recorder(TimeoutError("slow"), failing=("close",))
     composite = CompositeTracker({"mlflow": tracker})
     _log(composite, 1)
     composite.close()
@@ -125,14 +121,14 @@ def test_message_that_cannot_be_made_is_survived(warnings):
 
 
 class Hanging(Recorder):
-    """Until it is released, in every call or in those of one method."""
+    """Hangs in every call, until it is released."""
 
-    def __init__(self, only: str | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.only, self.released = only, threading.Event()
+        self.released = threading.Event()
 
     def _called(self, method, step=None):
-        assert self.only not in (None, method) or self.released.wait(60)
+        assert self.released.wait(60)
         super()._called(method, step)
 
 
@@ -141,7 +137,7 @@ def test_one_that_hangs_is_left_behind_and_comes_late(warnings, monkeypatch):
     trackers = {"jsonl": Hanging(), "console": Recorder()}
     composite = CompositeTracker(trackers)
     _log(composite, 1, 2)
-    expected = [("log_samples", 1), ("log_scalars", 1), ("log_samples", 2), ("log_scalars", 2)]
+    expected = [("log", 1), ("log", 2)]
     assert [tracker.calls for tracker in trackers.values()] == [[], expected]
     trackers["jsonl"].released.set()
     composite.close()
@@ -149,26 +145,22 @@ def test_one_that_hangs_is_left_behind_and_comes_late(warnings, monkeypatch):
     assert warnings() == ["jsonl: a round takes longer than 0.05 s to record; training does not wait"]
 
 
-def test_what_one_call_of_a_round_waits_the_other_does_not(warnings, monkeypatch):
-    """Of two that hang, each in a call of its own, both together are waited for as long as one."""
+def test_two_that_hang_are_waited_for_as_long_as_one(warnings, monkeypatch):
     waited: list[float] = []
     wait = BackgroundQueue.wait
     monkeypatch.setattr(BackgroundQueue, "wait", lambda self, seconds: (waited.append(seconds), wait(self, seconds))[1])
     monkeypatch.setattr(composite_module, "_MAX_WAIT_S", 0.5)
-    monkeypatch.setattr(composite_module, "_MIN_WAIT_S", 0.25)
-    first, second = Hanging(), Hanging("log_scalars")
+    first, second = Hanging(), Hanging()
     _log(CompositeTracker({"jsonl": first, "best": second}), 1)
     first.released.set()
     second.released.set()
-    in_first, in_second = waited[:2], waited[2:]
-    assert max(in_first) <= 0.5
-    assert max(in_second) <= 0.25  # nothing was left of the round's time
+    assert waited[0] <= 0.5
+    assert waited[1] <= 0.05  # hardly anything was left of the round's time
     assert len(warnings()) == 2
 
 
 def test_one_that_hangs_for_good_holds_up_neither_a_round_nor_the_end(warnings, monkeypatch):
     monkeypatch.setattr(composite_module, "_MAX_WAIT_S", 0.01)
-    monkeypatch.setattr(composite_module, "_MIN_WAIT_S", 0.01)
     monkeypatch.setattr(composite_module, "_MAX_CLOSE_S", 0.01)
     monkeypatch.setattr(composite_module, "_MAX_PENDING_CALLS", 4)
     hanging = Hanging()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from destinations import Destination, make_sample
+from destinations import Destination, make_round, make_sample
 
 from verl_valgen.text import truncate
 
@@ -34,7 +34,7 @@ def test_text_comes_back_whole(destination: Destination):
         make_sample(index=i, prompt=text, prompt_text=text, generation=text, reference=text)
         for i, text in enumerate(HOSTILE_TEXTS)
     ]
-    destination.tracker.log_samples(samples, 1)
+    destination.tracker.log(make_round(samples, 1))
     found = destination.read()[1]
 
     expected = [destination.shown(text) for text in HOSTILE_TEXTS]
@@ -50,7 +50,7 @@ def test_text_comes_back_whole(destination: Destination):
 
 def test_number_of_samples_may_change(destination: Destination):
     for step, num_samples in [(1, 2), (2, 5), (3, 1), (4, 0)]:
-        destination.tracker.log_samples([make_sample(step, i) for i in range(num_samples)], step)
+        destination.tracker.log(make_round([make_sample(step, i) for i in range(num_samples)], step))
     rounds = destination.read()
     for step, num_samples in [(1, 2), (2, 5), (3, 1)]:
         assert [row["generation"] for row in rounds[step].rows] == [f"answer {i} at {step}" for i in range(num_samples)]
@@ -58,15 +58,13 @@ def test_number_of_samples_may_change(destination: Destination):
 
 def test_fields_and_scores_stand_in_the_table(destination: Destination):
     """Columns may change from step to step, and a score or a reference may be missing."""
-    destination.tracker.log_samples([make_sample(1, 0, reference=None)], 1)
-    destination.tracker.log_samples(
-        [
-            make_sample(2, 0, scores={"exact": 1.0, "overlap": None}, reference=None),
-            make_sample(2, 1, scores={"exact": 0.25, "bleu": 0.5}, finish_reason="length", strategy="greedy"),
-        ],
-        2,
-    )
-    destination.tracker.log_samples([make_sample(3, 0, scores={"exact": math.nan, "other": 2.5})], 3)
+    destination.tracker.log(make_round([make_sample(1, 0, reference=None)], 1))
+    second_round = [
+        make_sample(2, 0, scores={"exact": 1.0, "overlap": None}, reference=None),
+        make_sample(2, 1, scores={"exact": 0.25, "bleu": 0.5}, finish_reason="length", strategy="greedy"),
+    ]
+    destination.tracker.log(make_round(second_round, 2))
+    destination.tracker.log(make_round([make_sample(3, 0, scores={"exact": math.nan, "other": 2.5})], 3))
     rounds = destination.read()
     if not destination.has_table:
         assert [len(rounds[step].rows) for step in (1, 2, 3)] == [1, 2, 1]
@@ -85,10 +83,10 @@ def test_fields_and_scores_stand_in_the_table(destination: Destination):
 
 
 def test_scalars_are_recorded_under_their_keys(destination: Destination):
+    scores, by_source = {"exact": 0.5, "num_new_tokens": 17.0}, {"openai/gsm8k": {"exact": 1.0}}
     scalars = {"val/gen/exact": 0.5, "val/gen/by_source/openai/gsm8k/exact": 1.0, "val/gen/num_new_tokens": 17}
     for step in (1, 2):
-        destination.tracker.log_samples([make_sample(step)], step)
-        destination.tracker.log_scalars(scalars, step)
+        destination.tracker.log(make_round([make_sample(step)], step, scores=scores, by_source=by_source))
     rounds = destination.read()
     for step in (1, 2):
         assert len(rounds[step].rows) == 1
@@ -98,9 +96,8 @@ def test_scalars_are_recorded_under_their_keys(destination: Destination):
 
 def test_late_round_is_recorded(destination: Destination):
     """A round may end when the trainer is steps ahead; where it is filed is the destination's affair."""
-    destination.tracker.log_samples([make_sample(3)], 3)
-    destination.tracker.log_samples([make_sample(1, generation="late")], 1)
-    destination.tracker.log_scalars({"val/gen/exact": 0.5}, 1)
+    destination.tracker.log(make_round([make_sample(3)], 3))
+    destination.tracker.log(make_round([make_sample(1, generation="late")], 1, scores={"exact": 0.5}))
     rounds = destination.read()
     assert "late" in [row["generation"] for found in rounds.values() for row in found.rows]
 
@@ -111,7 +108,7 @@ def test_keys_per_sample_hold_the_first_answer_of_each_prompt(destination: Desti
         make_sample(index=index, completion=completion, strategy=strategy, generation=f"{strategy} {completion}")
         for index, (strategy, completion) in enumerate([("a", 0), ("a", 1), ("a", 0), ("b", 0)])
     ]
-    destination.tracker.log_samples(samples[::order], 1)
+    destination.tracker.log(make_round(samples[::order], 1))
     found = destination.read()[1]
     assert len(found.rows) == 4
     if destination.has_texts:

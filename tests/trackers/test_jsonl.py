@@ -7,7 +7,7 @@ import math
 import os
 
 import pytest
-from destinations import make_sample
+from destinations import make_round, make_sample
 from readback import read_jsonl
 
 from verl_valgen.records import Sample
@@ -16,29 +16,29 @@ from verl_valgen.trackers.jsonl import JsonlTracker, set_aside
 
 def test_record_has_every_field_in_order(tmp_path):
     sample = make_sample(12, params={"temperature": 1.0, "dtype": "bfloat16"}, scores={"exact": 1.0})
-    JsonlTracker(tmp_path / "not" / "yet" / "there").log_samples([sample], 12)
+    JsonlTracker(tmp_path / "not" / "yet" / "there").log(make_round([sample], 12))
     (line,) = (tmp_path / "not/yet/there/step_00000012.jsonl").read_text(encoding="utf-8").splitlines()
     assert list(json.loads(line).items()) == list(sample.to_dict().items())
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
     sample = make_sample(params={"stop": [math.inf, 1.0], "nested": {"x": -math.inf}}, scores={"exact": math.nan})
-    JsonlTracker(tmp_path).log_samples([sample], 1)
+    JsonlTracker(tmp_path).log(make_round([sample], 1))
     record = read_jsonl(tmp_path)[1][0]
     assert record["params"] == {"stop": [None, 1.0], "nested": {"x": None}}
     assert record["scores"] == {"exact": None}
 
 
 def test_file_is_readable_utf8(tmp_path):
-    JsonlTracker(tmp_path).log_samples([make_sample(generation="日本 \ud83d")], 1)
+    JsonlTracker(tmp_path).log(make_round([make_sample(generation="日本 \ud83d")], 1))
     content = (tmp_path / "step_00000001.jsonl").read_bytes().decode("utf-8")
     assert "日本 \\ud83d" in content
 
 
 def test_repeated_step_replaces_its_file(tmp_path):
     tracker = JsonlTracker(tmp_path)
-    tracker.log_samples([make_sample(generation="first"), make_sample(index=1)], 1)
-    tracker.log_samples([make_sample(generation="second")], 1)
+    tracker.log(make_round([make_sample(generation="first"), make_sample(index=1)], 1))
+    tracker.log(make_round([make_sample(generation="second")], 1))
     assert [record["generation"] for record in read_jsonl(tmp_path)[1]] == ["second"]
     assert os.listdir(tmp_path) == ["step_00000001.jsonl"]
 
@@ -52,20 +52,20 @@ def _no_space(*args):
 def test_failing_write_leaves_what_was_there(tmp_path, monkeypatch, call, has_old_file):
     tracker = JsonlTracker(tmp_path)
     if has_old_file:
-        tracker.log_samples([make_sample(generation="old")], 1)
+        tracker.log(make_round([make_sample(generation="old")], 1))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(os, call, _no_space)
     with pytest.raises(OSError, match="No space"):
-        tracker.log_samples([make_sample(generation="new")], 1)
+        tracker.log(make_round([make_sample(generation="new")], 1))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert len(before) == has_old_file
 
 
 def test_record_that_is_not_json_leaves_what_was_there(tmp_path):
     tracker = JsonlTracker(tmp_path)
-    tracker.log_samples([make_sample(generation="old")], 1)
+    tracker.log(make_round([make_sample(generation="old")], 1))
     with pytest.raises(TypeError, match="JSON serializable"):
-        tracker.log_samples([make_sample(generation="new"), make_sample(params={"x": object()})], 1)
+        tracker.log(make_round([make_sample(generation="new"), make_sample(params={"x": object()})], 1))
     assert [record["generation"] for record in read_jsonl(tmp_path)[1]] == ["old"]
     assert os.listdir(tmp_path) == ["step_00000001.jsonl"]
 
@@ -73,7 +73,7 @@ def test_record_that_is_not_json_leaves_what_was_there(tmp_path):
 def test_place_that_cannot_be_written_raises(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="file"):
-        JsonlTracker(tmp_path / "file").log_samples([make_sample()], 1)
+        JsonlTracker(tmp_path / "file").log(make_round([make_sample()], 1))
 
 
 def test_file_system_that_cannot_sync_directories_is_good_enough(tmp_path, monkeypatch):
@@ -85,7 +85,7 @@ def test_file_system_that_cannot_sync_directories_is_good_enough(tmp_path, monke
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync_of_files)
-    JsonlTracker(tmp_path).log_samples([make_sample()], 1)
+    JsonlTracker(tmp_path).log(make_round([make_sample()], 1))
     assert len(read_jsonl(tmp_path)[1]) == 1
 
 
@@ -127,7 +127,7 @@ def test_set_aside_removes_what_a_killed_writer_left(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", killed)
     monkeypatch.setattr("pathlib.Path.unlink", _no_space)
     with pytest.raises(KeyboardInterrupt):
-        JsonlTracker(tmp_path).log_samples([make_sample()], 1)
+        JsonlTracker(tmp_path).log(make_round([make_sample()], 1))
     monkeypatch.undo()
     assert os.listdir(tmp_path) != []
     assert set_aside(tmp_path, 0) is None
@@ -136,5 +136,29 @@ def test_set_aside_removes_what_a_killed_writer_left(tmp_path, monkeypatch):
 
 def test_a_line_becomes_a_sample_again(tmp_path):
     sample = make_sample(generation="line\nline \u2028 \ud83d", params={"top_k": 50}, reference=None)
-    JsonlTracker(tmp_path).log_samples([sample], 1)
+    JsonlTracker(tmp_path).log(make_round([sample], 1))
     assert Sample(**read_jsonl(tmp_path)[1][0]) == sample
+
+
+def test_a_new_run_takes_nothing_of_an_earlier_one_over(tmp_path):
+    _touch(tmp_path, "step_00000010.jsonl", "runs.json", "best.json")
+    assert set_aside(tmp_path, 0) == tmp_path / "old-1"
+    assert sorted(os.listdir(tmp_path / "old-1")) == ["best.json", "runs.json", "step_00000010.jsonl"]
+    assert os.listdir(tmp_path) == ["old-1"]
+
+
+def test_a_resumed_run_continues_what_belongs_to_both(tmp_path):
+    _touch(tmp_path, "step_00000010.jsonl", "step_00000020.jsonl", "runs.json", "best.json")
+    assert set_aside(tmp_path, 10) == tmp_path / "old-1"
+    assert sorted(os.listdir(tmp_path / "old-1")) == ["best.json", "runs.json", "step_00000020.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["best.json", "old-1", "runs.json", "step_00000010.jsonl"]
+
+
+def test_each_run_is_described(tmp_path):
+    for start_step, name in ((0, "first \x1b[31m"), (2, "second")):
+        tracker = JsonlTracker(tmp_path, {"experiment": name, "start_step": start_step})
+        assert not (tmp_path / "runs.json").exists() or start_step > 0  # a run without a round has none
+        for step in (start_step + 1, start_step + 2):
+            tracker.log(make_round([make_sample(step)], step))
+    runs = json.loads((tmp_path / "runs.json").read_text())
+    assert [run["experiment"] for run in runs] == ["first \x1b[31m", "second"]

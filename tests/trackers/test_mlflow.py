@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from destinations import make_sample
+from destinations import make_round, make_sample
 from readback import read_mlflow
 
 from verl_valgen.trackers import composite as composite_module
@@ -36,7 +36,7 @@ def _read(mlflow_run):
 def test_latest_round_is_offered_as_a_table(mlflow_run):
     for step in (1, 2):
         samples = [make_sample(step, generation="007", reference=None, scores={"exact": 1.0, "bleu": None})]
-        mlflow_run.tracker.log_samples(samples, step)
+        mlflow_run.tracker.log(make_round(samples, step))
     run = _read(mlflow_run)
     columns, rows = build_table(samples, 100)
     assert run["latest"] == {"columns": columns, "data": rows}
@@ -48,8 +48,7 @@ def test_in_a_run_that_is_continued_no_step_stands_twice(mlflow_run):
     """verl continues the run that `MLFLOW_RUN_ID` names, also from a step before its last."""
     for tracker, steps in ((mlflow_run.tracker, (1, 2, 3)), (MlflowTracker(100), (2, 3, 4))):
         for step in steps:
-            tracker.log_samples([make_sample(step)], step)
-            tracker.log_scalars({"val/gen/num_samples": 1.0, "val/gen/right": float(step)}, step)
+            tracker.log(make_round([make_sample(step)], step, scores={"right": float(step)}))
     run = _read(mlflow_run)
     assert sorted(run["tables"]) == [1, 2, 3, 4]
     assert run["metrics"]["val/gen/right"] == {step: float(step) for step in (1, 2, 3, 4)}
@@ -61,7 +60,7 @@ def test_tables_that_others_logged_stay_registered(mlflow_run):
     other = {"path": "other.json", "type": "table"}
     MlflowClient().set_tag(mlflow_run.run_id, "mlflow.loggedArtifacts", json.dumps([other]))
     for step in (1, 2):
-        mlflow_run.tracker.log_samples([make_sample(step)], step)
+        mlflow_run.tracker.log(make_round([make_sample(step)], step))
     assert json.loads(_read(mlflow_run)["tags"]["mlflow.loggedArtifacts"]) == [other, LATEST]
 
 
@@ -94,7 +93,7 @@ def test_metric_names_are_made_acceptable(key, name):
 def test_close_leaves_the_run_open(mlflow_run):
     from mlflow import MlflowClient
 
-    mlflow_run.tracker.log_samples([make_sample()], 1)
+    mlflow_run.tracker.log(make_round([make_sample()], 1))
     mlflow_run.tracker.close()
     assert MlflowTracker.is_live()
     assert MlflowClient().get_run(mlflow_run.run_id).info.status == "RUNNING"
@@ -117,8 +116,7 @@ def test_run_of_another_thread_is_not_ours(mlflow_run):
 
 def _log_rounds(tracker, num_rounds):
     for step in range(num_rounds):
-        tracker.log_samples([make_sample(step)], step)
-        tracker.log_scalars({"val/gen/exact": 1.0}, step)
+        tracker.log(make_round([make_sample(step)], step, scores={"exact": 1.0}))
 
 
 def test_server_that_never_answers_holds_nobody_up(mlflow_run, monkeypatch, caplog):
@@ -132,7 +130,7 @@ def test_server_that_never_answers_holds_nobody_up(mlflow_run, monkeypatch, capl
         mlflow.set_tracking_uri(f"http://127.0.0.1:{server.getsockname()[1]}")
         trackers = CompositeTracker({"mlflow": MlflowTracker(100)})
         start = time.monotonic()
-        _log_rounds(trackers, composite_module._MAX_PENDING_CALLS // 2 - 1)  # with `close`, none too many
+        _log_rounds(trackers, composite_module._MAX_PENDING_CALLS - 1)  # with `close`, none too many
         trackers.close()
         assert time.monotonic() - start < 10
     (message,) = caplog.messages
@@ -147,7 +145,7 @@ def test_error_comes_back_with_a_later_call(mlflow_run, monkeypatch, caplog):
         port = server.getsockname()[1]
     mlflow.set_tracking_uri(f"http://127.0.0.1:{port}")  # nobody listens there any more
     trackers = CompositeTracker({"mlflow": MlflowTracker(100)})
-    trackers.log_samples([make_sample()], 1)
+    trackers.log(make_round([make_sample()], 1))
     trackers.close()
     (message,) = caplog.messages
     assert message.startswith("mlflow: a round was not recorded: mlflow.exceptions.MlflowException: ")
@@ -160,7 +158,7 @@ def test_process_ends_while_a_call_hangs(mlflow_uri):
         import socket, sys, time
         import mlflow
         sys.path.insert(0, {str(mlflow_module.__file__.rsplit("/", 3)[0])!r})
-        from verl_valgen.records import Sample
+        from verl_valgen.records import Round, RoundNumbers, Sample
         from verl_valgen.trackers.composite import CompositeTracker
         from verl_valgen.trackers.mlflow import MlflowTracker
 
@@ -171,7 +169,7 @@ def test_process_ends_while_a_call_hangs(mlflow_uri):
         mlflow.set_tracking_uri(f"http://127.0.0.1:{{server.getsockname()[1]}}")
         trackers = CompositeTracker({{"mlflow": MlflowTracker(100)}})
         sample = Sample(1, 0, 0, "default", 0, "p", "p", "g", None, "eos", 1, 1, 0)
-        trackers.log_samples([sample], 1)
+        trackers.log(Round(1, [sample], RoundNumbers(1, 1.0, 1.0)))
         server.accept()
         mlflow.set_tracking_uri({mlflow_uri!r})  # MLflow itself ends the run at exit
         print("end of main", flush=True)

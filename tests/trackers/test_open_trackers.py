@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from destinations import make_sample
+from destinations import make_round, make_sample
 from readback import read_jsonl
 
 import verl_valgen
@@ -37,7 +37,7 @@ def test_files_and_console_are_always_there(open_here, tmp_path, capsys):
     composite, lines = open_here(["console", "file"])
     assert list(composite.trackers) == ["jsonl", "console"]
     assert lines == []
-    composite.log_samples([make_sample(generation="g" * 60)], 3)
+    composite.log(make_round([make_sample(generation="g" * 60)], 3))
     assert [record["generation"] for record in read_jsonl(tmp_path / "generations")[3]] == ["g" * 60]
     assert "Generation 1: " + "g" * 47 + "...\n" in capsys.readouterr().out
 
@@ -47,8 +47,7 @@ def test_live_runs_get_their_trackers(open_here, open_destination):
     composite, lines = open_here(["mlflow", "tracking", "console", "swanlab", "wandb"])
     assert list(composite.trackers) == ["jsonl", "console", "mlflow", "wandb", "swanlab"]
     assert lines == []
-    composite.log_samples([make_sample(generation="g" * 60)], 1)
-    composite.log_scalars({"val/gen/exact": 0.5}, 1)
+    composite.log(make_round([make_sample(generation="g" * 60)], 1, scores={"exact": 0.5}))
     composite.close()
     for destination in destinations.values():
         found = destination.read()[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from destinations import make_sample
+from destinations import make_round, make_sample
 
 from verl_valgen.trackers.swanlab import SwanlabTracker
 
@@ -15,7 +15,7 @@ def swanlab_run(open_destination):
 
 def test_template_mark_in_a_text_does_not_break_the_table(swanlab_run):
     mark = "--x_x--0_0--"
-    swanlab_run.tracker.log_samples([make_sample(generation=mark), make_sample(index=1)], 1)
+    swanlab_run.tracker.log(make_round([make_sample(generation=mark), make_sample(index=1)], 1))
     found = swanlab_run.read()[1]
     assert [row["generation"] for row in found.rows] == ["--x_x-- 0_0--", "answer 1 at 1"]
     assert found.values["val/sample_1_generation"] == mark

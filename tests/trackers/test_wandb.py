@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from destinations import make_sample
+from destinations import make_round, make_sample
 
 from verl_valgen.trackers.wandb import WandbTracker
 
@@ -16,8 +16,7 @@ def wandb_run(open_destination):
 def test_what_the_trainer_logs_afterwards_is_kept(wandb_run):
     for step in (5, 6):
         wandb_run.run.log({"train/loss": 1.0}, step=step)
-        wandb_run.tracker.log_samples([make_sample(step)], step)
-        wandb_run.tracker.log_scalars({"val/gen/exact": 0.5}, step)
+        wandb_run.tracker.log(make_round([make_sample(step)], step, scores={"exact": 0.5}))
         wandb_run.run.log({"val/loss": 2.0}, step=step)
     rounds = wandb_run.read()
     for step in (5, 6):
@@ -28,8 +27,7 @@ def test_what_the_trainer_logs_afterwards_is_kept(wandb_run):
 
 def test_late_round_joins_the_open_row_and_leaves_it_open(wandb_run):
     wandb_run.run.log({"train/loss": 1.0}, step=7)
-    wandb_run.tracker.log_samples([make_sample(6)], 6)
-    wandb_run.tracker.log_scalars({"val/gen/exact": 0.5}, 6)
+    wandb_run.tracker.log(make_round([make_sample(6)], 6, scores={"exact": 0.5}))
     wandb_run.run.log({"val/loss": 2.0}, step=7)
     found = wandb_run.read()[7]
     assert found.rows[0]["step"] == 6

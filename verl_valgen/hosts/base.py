@@ -48,6 +48,12 @@ class Host(ABC):
         self.trainer = trainer
 
     @property
+    def loggers(self) -> list[str]:
+        """verl's names of the trackers that the run asks for."""
+        loggers = self.config.trainer.logger
+        return [loggers] if isinstance(loggers, str) else list(loggers)
+
+    @property
     def model_class(self) -> type:
         """The class that a plain copy of the model has."""
         from verl_valgen.weights.plain_copy import base_model, original_class, unwrap

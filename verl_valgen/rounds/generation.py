@@ -1,6 +1,7 @@
-"""From requests on the logging rank to completions there, with whatever ranks, memory and time it takes.
+"""From requests on the logging rank to completions there, with the ranks, the memory and the time that there are.
 
-This module knows how ranks share the work. It knows neither data sets nor trackers.
+This module knows how ranks share the work; it knows neither data sets nor trackers. Answering has two halves: `begin`
+gathers the weights, `finish` generates with them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import astuple
-from typing import Any
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
@@ -26,7 +27,10 @@ from verl_valgen.rounds.plan import Needs, Plan, free_bytes, largest_sequence_by
 from verl_valgen.rounds.restore import preserved_blas_workspaces
 from verl_valgen.settings.generation_config import special_tokens
 from verl_valgen.settings.load import GenerationSettings
-from verl_valgen.text import as_exception, describe, describe_at_length
+from verl_valgen.text import OnceLogger, as_exception, describe, describe_at_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -35,31 +39,54 @@ class OtherRankError(RuntimeError):
     """Another rank failed; the message says how."""
 
 
-class Answering:
-    """Answers requests with the weights as they are now."""
+@dataclass
+class Begun:
+    """Requests for which the weights are gathered, and which are still to be answered."""
+
+    plan: Plan
+    share: list[Request]
+    """The requests of this rank."""
+    logging_rank: int
+    deadline: float
+    """`time.time()` after which no answer is begun."""
+    dtype: torch.dtype
+    """The dtype of the computation; through the sharded model it is the trainer's own."""
+    held: ExitStack
+    """What must be put back when the answers are there."""
+    model: PreTrainedModel | None = None
+    """The gathered copy, on a rank that answers with one."""
+    error: Exception | None = None
+    """Why this rank has no copy."""
+
+
+class Answerer:
+    """Answers requests with the trainer's weights of the moment in which it begins."""
 
     def __init__(self, host: Host, settings: GenerationSettings) -> None:
         self.host, self.settings = host, settings
-        self.has_warned = False
-        self.computed_in = self.dtype
-        """The dtype of the last answers; through the sharded model it is the trainer's own."""
+        self.log = OnceLogger(logger)
 
     @property
     def dtype(self) -> torch.dtype:
-        """That is computed in, by the plain copy."""
+        """The dtype that the plain copy computes in: `generation.dtype`, else float32 on CPU and verl's compute dtype
+        elsewhere."""
         if self.settings.dtype != "auto":
             return getattr(torch, self.settings.dtype)
         return torch.float32 if self.host.device.type == "cpu" else self.host.compute_dtype
 
     def __call__(self, requests: Sequence[Request] | None) -> list[Completion] | None:
-        """Collective: all ranks must call.
+        """`begin` and `finish`. Collective: all ranks must call."""
+        return self.finish(self.begin(requests))
+
+    def begin(self, requests: Sequence[Request] | None) -> Begun | None:
+        """Shares the requests out and gathers the weights. Collective: all ranks must call.
 
         Args:
             requests: On the logging rank; None there if there are none to be had, which ends the call on all ranks.
                 What the other ranks pass is not looked at.
 
         Returns:
-            One completion per request, in their order, on the logging rank; None elsewhere.
+            What `finish` wants; None where there is nothing to answer, and where another rank failed.
 
         Raises:
             Exception: On the logging rank alone, after the last collective: what failed there, or `OtherRankError` for
@@ -71,15 +98,17 @@ class Answering:
         packed, error = None, None
         try:
             packed = None if requests is None else pack(requests)
-        except Exception as e:  # the others wait for a word
+        except Exception as e:  # the other ranks wait for a word
             error = e
         logging_rank, received = broadcast([rank(), packed], host.is_logging_rank, host.device) or (rank(), None)
         if error is not None:
             raise error
         all_requests = [] if received is None else unpack(received)
         if not all_requests:
-            return [] if host.is_logging_rank else None
-        with preserved_blas_workspaces(host.device), ExitStack() as moved:
+            return None
+        with ExitStack() as stack:
+            stack.enter_context(preserved_blas_workspaces(host.device))
+            moved = stack.enter_context(ExitStack())
             free = self._on_all_ranks(lambda: self._prepare(moved))
             if free is None:
                 return None
@@ -89,47 +118,54 @@ class Answering:
                 if host.is_logging_rank:
                     raise
                 return None
-            self.computed_in = host.compute_dtype if plan.is_sharded else self.dtype
             # The logging rank is the first to be given a share.
-            place = (rank() - logging_rank) % world_size()
-            of_ranks = shares(len(all_requests), plan.num_ranks)
-            share = [all_requests[i] for i in of_ranks[place]] if place < plan.num_ranks else []
-            answer = self._through_the_sharded_model if plan.is_sharded else self._with_a_copy
-            found = self._on_all_ranks(
-                lambda: answer(share, plan, deadline, moved), only_logging_rank=plan.num_ranks == 1
-            )
-        if found is None or not host.is_logging_rank:
+            position = (rank() - logging_rank) % world_size()
+            indices = shares(len(all_requests), plan.num_ranks)[position] if position < plan.num_ranks else range(0)
+            share = [all_requests[i] for i in indices]
+            dtype = host.compute_dtype if plan.is_sharded else self.dtype
+            model, error = (None, None) if plan.is_sharded else _attempt(lambda: self._gather(share, moved))
+            return Begun(plan, share, logging_rank, deadline, dtype, stack.pop_all(), model, error)
+
+    def finish(self, begun: Begun | None) -> list[Completion] | None:
+        """Generates. Collective: all ranks must call.
+
+        Returns:
+            One completion per request, in their order, on the logging rank; None elsewhere. [] on the logging rank
+            where there was nothing to answer.
+
+        Raises:
+            Exception: As for `begin`.
+        """
+        if begun is None:
+            return [] if self.host.is_logging_rank else None
+        plan = begun.plan
+        with begun.held:
+            results = self._on_all_ranks(lambda: self._generate(begun), only_logging_rank=plan.num_ranks == 1)
+        if results is None or not self.host.is_logging_rank:
             return None
-        in_order = [found[(logging_rank + place) % len(found)] for place in range(plan.num_ranks)]
+        in_order = [results[(begun.logging_rank + position) % len(results)] for position in range(plan.num_ranks)]
         return [Completion(*fields) for completions in in_order for fields in completions]
 
     def _on_all_ranks(self, function: Callable[[], Any], *, only_logging_rank: bool = False) -> list[Any] | None:
-        """What a function gives on each rank, as JSON makes it. Collective: all ranks must call.
+        """Runs `function` on every rank and gathers the results, as JSON makes them, in rank order. Collective: all
+        ranks must call.
 
         Args:
-            only_logging_rank: Only there does it give something, so that the ranks need not hear of each other.
+            only_logging_rank: Whether only that rank has a result, so that the ranks need not hear of each other.
 
         Returns:
-            None where it failed on any rank, but on the logging rank.
+            None on the other ranks if any rank failed; the logging rank raises instead.
 
         Raises:
-            Exception: See `__call__`.
+            Exception: On the logging rank; see `begin`.
         """
-        error: Exception | None = None
-        value = None
-        try:
-            value = function()
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as e:  # a panic of what is written in Rust is no Exception
-            error = as_exception(e)
-            traceback.clear_frames(e.__traceback__)  # they hold the copy, which is to be free when the ranks meet
+        value, error = _attempt(function)
         report = [value, None if error is None else describe(error)]
         try:
-            found = [report] if only_logging_rank else gather_values(report, self.host.device)
+            reports = [report] if only_logging_rank else gather_values(report, self.host.device)
         except Exception as e:  # this rank's value cannot be sent
-            found, error = [[None, describe(e)]], e
-        reports = [report or [None, "what it found could not be sent"] for report in found]
+            reports, error = [[None, describe(e)]], e
+        reports = [report or [None, "its result could not be sent"] for report in reports]
         failed = {rank: text for rank, (_, text) in enumerate(reports) if text is not None}
         if not failed:
             return [value for value, _ in reports]
@@ -140,7 +176,7 @@ class Answering:
         raise error or OtherRankError("; ".join(f"rank {rank}: {text}" for rank, text in failed.items()))
 
     def _prepare(self, moved: ExitStack) -> float:
-        """Moves the parameters to where they can be gathered from; the bytes that are free then."""
+        """Moves the parameters to where they can be gathered from. Returns the number of bytes that are free then."""
         moved.enter_context(self.host.on_device())
         return free_bytes(self.host.device)
 
@@ -163,9 +199,8 @@ class Answering:
             why_not_sharded=host.why_not_sharded() or _why_not_in_step(requests),
         )
         logger.debug("%s for %d prompts; %.1f GiB are free", plan, len(requests), free / 2**30)
-        if plan.is_sharded and settings.gather == "auto" and not self.has_warned and host.is_logging_rank:
-            self.has_warned = True
-            logger.warning(
+        if plan.is_sharded and settings.gather == "auto" and host.is_logging_rank:
+            self.log.warn(
                 "no device has room for a copy of the model: the answers come through the sharded model, which gathers "
                 "every layer for every token"
             )
@@ -177,35 +212,41 @@ class Answering:
     def _logprobs_bytes(self, requests: Sequence[Request]) -> int:
         return logprobs_bytes(requests, self.host.model_config.get_text_config(), self.dtype)
 
-    def _with_a_copy(
-        self, requests: Sequence[Request], plan: Plan, deadline: float, moved: ExitStack
-    ) -> list[list[Any]]:
-        """Collective: all ranks must call."""
-        model = self.host.gather(self.dtype, keep=bool(requests))
+    def _gather(self, share: Sequence[Request], moved: ExitStack) -> PreTrainedModel | None:
+        """The copy, on a rank that answers. Collective: all ranks must call."""
+        model = self.host.gather(self.dtype, keep=bool(share))
         moved.close()
-        if not requests:
-            return []
-        if model is None:
+        if model is None and share:
             raise OtherRankError("another rank could not prepare for the gather")
-        model.generation_config = self._special_tokens()
-        backend = backend_class(self.settings.backend, self.host.device.type)(
-            model, self.host.tokenizer, self.settings.seed, Limits(plan.batch_size, deadline, self.settings.compile)
-        )
-        return self._timed(backend, requests)
+        return model
 
-    def _through_the_sharded_model(
-        self, requests: Sequence[Request], plan: Plan, deadline: float, moved: ExitStack
-    ) -> list[list[Any]]:
+    def _generate(self, begun: Begun) -> list[list[Any]]:
+        """This rank's completions, as lists of their fields. Collective with the sharded model: all ranks must call."""
+        if begun.error is not None:
+            raise begun.error
+        if begun.plan.is_sharded:
+            return self._generate_through_the_sharded_model(begun)
+        model, begun.model = begun.model, None  # to be free when the answers are exchanged
+        if model is None:
+            return []
+        model.generation_config = self._special_tokens()
+        limits = Limits(begun.plan.batch_size, begun.deadline, self.settings.compile)
+        backend = backend_class(self.settings.backend, self.host.device.type)(
+            model, self.host.tokenizer, self.settings.seed, limits
+        )
+        return self._timed(backend, begun.share)
+
+    def _generate_through_the_sharded_model(self, begun: Begun) -> list[list[Any]]:
         """Collective: all ranks must call."""
         from verl_valgen.backends.lockstep import LockstepBackend
         from verl_valgen.weights.sharded import generating_through
 
         with generating_through(self.host.model, self._special_tokens(), self.host.device) as model:
             backend = LockstepBackend(
-                model, self.host.tokenizer, self.settings.seed, Limits(plan.batch_size, deadline),
-                sequence_bytes=self._sequence_bytes(requests), logprobs_bytes=self._logprobs_bytes(requests),
+                model, self.host.tokenizer, self.settings.seed, Limits(begun.plan.batch_size, begun.deadline),
+                sequence_bytes=self._sequence_bytes(begun.share), logprobs_bytes=self._logprobs_bytes(begun.share),
             )  # fmt: skip
-            return self._timed(backend, requests)
+            return self._timed(backend, begun.share)
 
     def _timed(self, backend: Backend, requests: Sequence[Request]) -> list[list[Any]]:
         start = time.perf_counter()
@@ -218,6 +259,19 @@ class Answering:
 
     def _special_tokens(self) -> GenerationConfig:
         return special_tokens(self.host.generation_config, self.host.tokenizer)
+
+
+def _attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What `function` returns, or the exception that it raised, whose frames are cleared: they may hold a copy of the
+    model, which is to be free when the ranks meet."""
+    try:
+        return function(), None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # a panic of what is written in Rust is no Exception
+        error = as_exception(e)
+        traceback.clear_frames(e.__traceback__)
+        return None, error
 
 
 def _why_not_in_step(requests: Sequence[Request]) -> str | None:

@@ -1,61 +1,75 @@
-"""Which requests the prompts of a round become, and what becomes of the completions.
+"""From prompts to requests, and from completions to answers and samples.
 
-A prompt is asked under each strategy, `n` times where it is sampled. This module knows settings and records; it knows
-neither models nor ranks.
+A prompt is asked under each strategy, `n` times where it is sampled. Completions are paired with their queries here and
+nowhere else. This module knows settings and records; it knows neither models nor ranks.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from verl_valgen.prompts.columns import parameters
 from verl_valgen.prompts.datasets import decode
-from verl_valgen.records import DEFAULT_STRATEGY, Completion, Prompt, Request, Sample
+from verl_valgen.records import DEFAULT_STRATEGY, Answer, Completion, Prompt, Query, Request, Sample
 from verl_valgen.settings import generation_config
 from verl_valgen.settings.checks import ConfigError, plain
-from verl_valgen.settings.load import GenerationSettings
+from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import printable
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Question:
-    """One prompt under one strategy."""
+def make_queries(prompts: Sequence[Prompt], settings: GenerationSettings, vocab_size: int | None = None) -> list[Query]:
+    """Queries strategy by strategy, within each in the order of the prompts.
 
-    index: int
-    """Place of the prompt in the round."""
-    prompt: Prompt
-    strategy: str
-    params: Mapping[str, Any]
-    """`transformers.GenerationConfig` fields that are in force."""
-    num_completions: int
-    best_of: int
-    """Candidates of which each completion is chosen."""
+    Precedence: a strategy's parameters > the row's > the global ones. Where a row's cannot be used, a warning says so,
+    with the row, and the global ones stand.
 
-    @property
-    def in_force(self) -> dict[str, Any]:
-        """The parameters as they are recorded."""
-        return {**self.params, **({"best_of": self.best_of} if self.best_of > 1 else {})}
+    Raises:
+        ConfigError: The global parameters, or those of a strategy, name tokens beyond the vocabulary.
+    """
+    shared = _by_strategy(settings, "generation", vocab_size)
+    by_prompt = [
+        _with_row_parameters(index, prompt, settings, vocab_size) or shared for index, prompt in enumerate(prompts)
+    ]
+    return [
+        _query(index, prompt, name, by_strategy[name])
+        for name in settings.strategies or (DEFAULT_STRATEGY,)
+        for index, (prompt, by_strategy) in enumerate(zip(prompts, by_prompt, strict=True))
+    ]
 
-    def requests(self) -> list[Request]:
-        """num_completions * best_of, the candidates of a completion next to each other."""
-        stream = self.prompt.row if self.prompt.row is not None else self.prompt.stream
-        return [
-            Request(self.prompt.input_ids, (stream, number), self.params, wants_logprob=self.best_of > 1)
-            for number in range(self.num_completions * self.best_of)
+
+def make_requests(queries: Sequence[Query]) -> list[Request]:
+    """The requests of all queries, in order: num_completions * best_of each, a completion's candidates side by side."""
+    requests = []
+    for query in queries:
+        stream = query.prompt.row if query.prompt.row is not None else query.prompt.stream
+        requests += [
+            Request(query.prompt.input_ids, (stream, number), query.params, wants_logprob=query.best_of > 1)
+            for number in range(query.num_completions * query.best_of)
         ]
+    return requests
 
-    def chosen(self, candidates: Sequence[Completion]) -> list[Completion]:
-        """Of the answers to `requests`, num_completions: of equally likely ones the first."""
-        return [
-            max(candidates[start : start + self.best_of], key=_likelihood)
-            for start in range(0, len(candidates), self.best_of)
-        ]
+
+def pair(queries: Sequence[Query], completions: Sequence[Completion]) -> list[Answer]:
+    """The answers prompt by prompt, within each in the order of the strategies.
+
+    Args:
+        completions: The answers to `make_requests(queries)`, in order. Of the candidates of a completion the likeliest
+            is kept, of equally likely ones the first.
+    """
+    answers = []
+    remaining = iter(completions)
+    for query in queries:
+        for number in range(query.num_completions):
+            candidates = [next(remaining) for _ in range(query.best_of)]
+            answers.append(Answer(query, number, max(candidates, key=_likelihood)))
+    assert next(remaining, None) is None, "there is one completion per request"
+    return sorted(answers, key=lambda answer: answer.query.index)  # stable
 
 
 def _likelihood(completion: Completion) -> float:
@@ -63,118 +77,75 @@ def _likelihood(completion: Completion) -> float:
     return -math.inf if logprob is None or math.isnan(logprob) else logprob  # NaN would stay the largest
 
 
-def make_questions(
-    prompts: Sequence[Prompt], settings: GenerationSettings, vocab_size: int | None = None
-) -> list[Question]:
-    """Strategy by strategy, within each in the order of the prompts.
-
-    A prompt's own parameters go before the global ones, those of a strategy before both. Where they cannot be used, a
-    warning says so, with the row, and the global ones stand.
-
-    Raises:
-        ConfigError: The global parameters, or those of a strategy, name tokens beyond the vocabulary.
-    """
-    of_all = _of_strategies(settings, "generation", vocab_size)
-    of_prompts = [
-        _with_own_parameters(index, prompt, settings, vocab_size) or of_all for index, prompt in enumerate(prompts)
-    ]
-    return [
-        _question(index, prompt, name, of_strategies[name])
-        for name in settings.strategies or (DEFAULT_STRATEGY,)
-        for index, (prompt, of_strategies) in enumerate(zip(prompts, of_prompts, strict=True))
-    ]
-
-
-def answered(
-    questions: Sequence[Question], completions: Sequence[Completion]
-) -> Iterator[tuple[Question, int, Completion]]:
-    """Each question with the number of a completion and the completion, of the answers to all requests in order.
-
-    Prompt by prompt, within each in the order of the strategies.
-    """
-    start, found = 0, []
-    for question in questions:
-        end = start + question.num_completions * question.best_of
-        found += [(question, number, one) for number, one in enumerate(question.chosen(completions[start:end]))]
-        start = end
-    yield from sorted(found, key=lambda item: item[0].index)  # stable
-
-
-def _question(index: int, prompt: Prompt, strategy: str, settings: GenerationSettings) -> Question:
-    # Without sampling the others would be the same.
+def _query(index: int, prompt: Prompt, strategy: str, settings: GenerationSettings) -> Query:
+    # Without sampling all completions would be the same.
     num_completions, best_of = (settings.n, settings.best_of) if settings.do_sample else (1, 1)
-    return Question(index, prompt, strategy, settings.parameters, num_completions, best_of)
+    return Query(index, prompt, strategy, settings.parameters, num_completions, best_of)
 
 
-def with_global_parameters(question: Question, settings: GenerationSettings) -> Question:
-    """The question without parameters of its prompt's own."""
-    of_strategy = _of_strategies(settings, "generation")[question.strategy]
-    return _question(question.index, question.prompt, question.strategy, of_strategy)
+def with_global_parameters(query: Query, settings: GenerationSettings) -> Query:
+    """The query without the parameters of its row."""
+    return _query(query.index, query.prompt, query.strategy, _by_strategy(settings, "generation")[query.strategy])
 
 
-def _with_own_parameters(
+def _with_row_parameters(
     index: int, prompt: Prompt, settings: GenerationSettings, vocab_size: int | None
 ) -> dict[str, GenerationSettings] | None:
-    """The settings of one prompt under each strategy; None where it has none of its own that can be used."""
+    """The settings of one prompt by strategy; None where its row has no parameters that can be used."""
     source = plain(settings.params_key)
     try:
-        own = parameters(prompt.data.params)
-        return _of_strategies(settings.overridden(own, source), source, vocab_size) if own else None
+        row_parameters = parameters(prompt.data.params)
+        if not row_parameters:
+            return None
+        return _by_strategy(settings.overridden(row_parameters, source), source, vocab_size)
     except ConfigError as e:
         reason = str(e)
     except ValueError as e:
         reason = f"{source}: {e}"
-    where = place(index, prompt)
+    where = f"row {prompt.row}" if prompt.row is not None else f"prompt {index + 1}"
     logger.warning("%s: %s; it is answered with the global parameters", where, printable(reason, 400))
     return None
 
 
-def place(index: int, prompt: Prompt) -> str:
-    """Where a prompt comes from, for warnings."""
-    return f"row {prompt.row}" if prompt.row is not None else f"prompt {index + 1}"
-
-
-def _of_strategies(
+def _by_strategy(
     settings: GenerationSettings, source: str, vocab_size: int | None = None
 ) -> dict[str, GenerationSettings]:
-    found = {}
+    by_strategy = {}
     for name, params in (settings.strategies or {DEFAULT_STRATEGY: {}}).items():
-        of_strategy = f"{source}, under generation.strategies.{name}" if settings.strategies else source
-        found[name] = settings.overridden(params, of_strategy)
-        generation_config.check_token_ids(found[name].parameters, vocab_size, of_strategy)
-    return found
+        full_source = f"{source}, under generation.strategies.{name}" if settings.strategies else source
+        by_strategy[name] = settings.overridden(params, full_source)
+        generation_config.check_token_ids(by_strategy[name].parameters, vocab_size, full_source)
+    return by_strategy
 
 
-def make_samples(
-    questions: Sequence[Question], completions: Sequence[Completion], step: int, seed: int, dtype: str, tokenizer: Any
-) -> list[Sample]:
-    """The records of a round, without scores but those that the model gives, in the order of `answered`.
+def make_samples(answers: Sequence[Answer], step: int, seed: int, dtype: str, tokenizer: Any) -> list[Sample]:
+    """The records of a round, in the order of the answers, with no scores but the model's own; none for failures."""
+    return [_sample(answer, step, seed, dtype, tokenizer) for answer in answers if not answer.completion.error]
 
-    What failed gives none.
-    """
-    return [
-        Sample(
-            step=step,
-            index=question.index,
-            row=prompt.row,
-            strategy=question.strategy,
-            completion=number,
-            prompt=decode(tokenizer, prompt.input_ids, skip_special_tokens=False),
-            prompt_text=prompt.text,
-            generation=decode(tokenizer, completion.output_ids, skip_special_tokens=True),
-            reference=prompt.reference,
-            finish_reason=completion.finish_reason,
-            num_prompt_tokens=len(prompt.input_ids),
-            num_new_tokens=len(completion.output_ids),
-            seed=seed,
-            params={**question.in_force, "dtype": dtype},
-            scores={} if completion.mean_logprob is None else {"mean_logprob": completion.mean_logprob},
-            data_source=prompt.data.data_source,
-            output_ids=completion.output_ids,
-            ground_truth=prompt.data.ground_truth,
-            extra_info=prompt.data.extra_info,
-        )
-        for question, number, completion in answered(questions, completions)
-        if not completion.error
-        for prompt in [question.prompt]
-    ]
+
+def _sample(answer: Answer, step: int, seed: int, dtype: str, tokenizer: Any) -> Sample:
+    query, completion = answer.query, answer.completion
+    prompt = query.prompt
+    best_of = {"best_of": query.best_of} if query.best_of > 1 else {}
+    return Sample(
+        step=step,
+        index=query.index,
+        row=prompt.row,
+        strategy=query.strategy,
+        completion=answer.number,
+        prompt=decode(tokenizer, prompt.input_ids, skip_special_tokens=False),
+        prompt_text=prompt.text,
+        generation=decode(tokenizer, completion.output_ids, skip_special_tokens=True),
+        reference=prompt.reference,
+        finish_reason=completion.finish_reason,
+        num_prompt_tokens=len(prompt.input_ids),
+        num_new_tokens=len(completion.output_ids),
+        seed=seed,
+        params={**query.params, **best_of, "dtype": dtype},
+        scores={} if completion.mean_logprob is None else {"mean_logprob": completion.mean_logprob},
+        data_source=prompt.data.data_source,
+        # A data set may hold anything; JSON cannot.
+        ground_truth=json.loads(json.dumps(prompt.data.ground_truth, default=str, skipkeys=True)),
+        output_ids=completion.output_ids,
+        extra_info=prompt.data.extra_info,
+    )

@@ -1,18 +1,16 @@
-"""Rounds of generation: when, and what becomes of the answers (`answering.py` makes them).
+"""Rounds of generation: when they take place, and how one goes from the gather to the record.
 
-All ranks take part in a round; it ends with samples in the trackers on the logging rank. Whatever fails costs a
-warning: `run` catches what answering raises, the trackers see to themselves.
+All ranks take part in a round; it ends with samples in the trackers on the logging rank (`recorder.py`). Whatever fails
+costs a warning: `run` catches what answering raises.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import re
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +18,30 @@ import torch
 
 from verl_valgen.collectives import broadcast
 from verl_valgen.hosts.base import Host
+from verl_valgen.hosts.schedule import Schedule
 from verl_valgen.prompts.datasets import decode, mask_is_shifted, prompts_from_batch
 from verl_valgen.prompts.sources import read_prompts
-from verl_valgen.records import Completion, Prompt
-from verl_valgen.rounds.generation import Answering
-from verl_valgen.rounds.queries import Question, answered, make_questions, make_samples, place, with_global_parameters
+from verl_valgen.records import Prompt, Query
+from verl_valgen.rounds.generation import Answerer, Begun
+from verl_valgen.rounds.queries import make_queries, make_requests, pair
+from verl_valgen.rounds.recorder import GOES_ON, Recorder
 from verl_valgen.rounds.restore import preserved_random_state
-from verl_valgen.scores.aggregates import round_scalars
-from verl_valgen.scores.best import Best
-from verl_valgen.scores.scoring import Scoring, Verdict, with_scores
-from verl_valgen.settings.load import GenerationSettings
-from verl_valgen.text import describe, describe_at_length, printable
-from verl_valgen.trackers import open_trackers
-from verl_valgen.trackers.composite import CompositeTracker
+from verl_valgen.rounds.run_description import describe_run
+from verl_valgen.settings.settings import GenerationSettings
+from verl_valgen.text import OnceLogger, printable
 from verl_valgen.trackers.jsonl import set_aside
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """A round between its beginning, when the weights are gathered, and its end, when the answers are recorded."""
+
+    step: int
+    started_at: float
+    """`time.time()`"""
+    begun: Begun | None
 
 
 class ValidationRounds:
@@ -43,15 +49,12 @@ class ValidationRounds:
 
     def __init__(self, host: Host, settings: GenerationSettings) -> None:
         self.host, self.settings = host, settings
-        self.answer = Answering(host, settings)
-        self.scoring = Scoring(settings.metrics)
-        self.questions: list[Question] = []
-        """Asked at every round; on the logging rank alone, as are trackers, scores and the best value."""
+        self.answerer = Answerer(host, settings)
+        self.recorder: Recorder | None = None
+        """The logging rank's alone, while `fit()` runs."""
         self.steps: list[int] = []
-        """Of the rounds, as they are foretold; on all ranks."""
-        self.best: Best | None = None
-        self.trackers: CompositeTracker | None = None
-        self.warned: set[str] = set()
+        """The steps of the rounds, as far as they are known in advance; on all ranks."""
+        self.log = OnceLogger(logger)
         self.stack = ExitStack()
 
     @property
@@ -65,10 +68,9 @@ class ValidationRounds:
 
     def __exit__(self, *exc_info: object) -> None:
         self.stack.close()
-        self.scoring.close()
-        if self.trackers is not None:
-            self.trackers.close()
-            self.trackers = None  # another `fit()` has runs of its own
+        if self.recorder is not None:
+            self.recorder.close()
+            self.recorder = None  # another `fit()` has runs of its own
 
     def _prepare(self) -> bool:
         """Says on the logging rank when samples will come, or why none will. Collective: all ranks must call.
@@ -85,31 +87,52 @@ class ValidationRounds:
             try:
                 steps = self._prepare_on_logging_rank()
             except Exception as e:
-                self._warn("the prompts could not be prepared, so there will be no samples", e)
-        found = broadcast(steps, self.host.is_logging_rank, self.host.device)
-        self.steps = found or []
-        return found is not None
+                self.log.warn_of_error("the prompts could not be prepared, so there will be no samples", e, GOES_ON)
+        received = broadcast(steps, self.host.is_logging_rank, self.host.device)
+        self.steps = received or []
+        return received is not None
 
     def _prepare_on_logging_rank(self) -> list[int] | None:
         """The steps of the rounds; None where there is nothing to ask."""
-        settings = self.settings
-        self.questions = make_questions(read_prompts(self.host, settings), settings, self._vocab_size)
-        if not self.questions:
+        host, settings = self.host, self.settings
+        queries = make_queries(read_prompts(host, settings), settings, self._vocab_size)
+        if not queries:
             return None
-        schedule = replace(self.host.schedule(), every=settings.every, before_train=settings.before_train)
-        num_samples = sum(question.num_completions for question in self.questions)
-        logger.info("%d samples %s, in %s", num_samples, schedule, self.directory)
+        schedule = replace(host.schedule(), every=settings.every, before_train=settings.before_train)
+        self._announce(queries, schedule)
         self._set_earlier_samples_aside(schedule.start_step)
-        if settings.best_metric:
-            self.best = Best(self.directory, settings.best_metric, settings.best_mode, schedule.start_step)
-        self.scoring.start()
+        self.recorder = Recorder(
+            queries,
+            settings,
+            tokenizer=host.tokenizer,
+            directory=self.directory,
+            loggers=host.loggers,
+            start_step=schedule.start_step,
+            run=describe_run(host, settings, schedule.start_step),
+        )
         return schedule.round_steps()
+
+    def _announce(self, queries: list[Query], schedule: Schedule) -> None:
+        """Logs how many samples come when, and which strategies, metrics and prompts are in use."""
+        num_samples = sum(query.num_completions for query in queries)
+        num_prompts = len({query.index for query in queries})
+        shape = f" ({num_prompts} prompts x {num_samples / num_prompts:g})" if num_samples > num_prompts else ""
+        logger.info("%d samples%s %s, in %s", num_samples, shape, schedule, self.directory)
+        settings = self.settings
+        in_use = {
+            "strategies": list(settings.strategies),
+            "metrics": settings.metrics,
+            f"prompts ({settings.prompts_mode})": [settings.prompts] if settings.prompts else [],
+        }
+        texts = [f"{name}: {printable(', '.join(values), 300)}" for name, values in in_use.items() if values]
+        if texts:
+            logger.info("%s", "; ".join(texts))
 
     def _set_earlier_samples_aside(self, start_step: int) -> None:
         try:
             folder = set_aside(self.directory, start_step)
         except OSError as e:
-            self._warn(f"samples of an earlier run stay in {self.directory}", e)
+            self.log.warn_of_error(f"samples of an earlier run stay in {self.directory}", e, GOES_ON)
         else:
             if folder is not None:
                 logger.info("samples of an earlier run beyond step %d were moved to %s", start_step, folder)
@@ -118,134 +141,76 @@ class ValidationRounds:
         """One round, if it is time for one; never raises. Collective: all ranks must call."""
         if self.settings.every > 1 and step not in self.steps:
             return
-        start, limit = time.time(), self.settings.max_round_time_s
         try:
             with preserved_random_state(self.host.device):
-                completions = self.answer([request for question in self.questions for request in question.requests()])
-                if completions is not None:
-                    self._record(completions, step, time.time() - start, start + limit if limit else math.inf)
+                self.end(self.begin(step))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as e:  # a panic of what is written in Rust is no Exception
             out_of_memory = isinstance(e, torch.OutOfMemoryError | MemoryError)
-            advice = "lower generation.max_new_tokens, or set generation.gather=sharded" if out_of_memory else ""
-            self._warn("no samples at this validation", e, advice)
+            advice = ["lower generation.max_new_tokens, or set generation.gather=sharded"] if out_of_memory else []
+            self.log.warn_of_error("no samples at this validation", e, *advice, GOES_ON)
 
-    def _record(self, completions: Sequence[Completion], step: int, seconds: float, deadline: float) -> None:
-        """Scores and logs the answers, on the logging rank, while the others go on."""
-        questions = self.questions  # as they were asked
-        self._take_back_what_failed(completions)
-        self._warn_of_nan([completion for _, _, completion in answered(questions, completions)], step)
-        dtype = str(self.answer.computed_in).removeprefix("torch.")
-        samples = make_samples(questions, completions, step, self.settings.seed, dtype, self.host.tokenizer)
-        verdicts: list[dict[str, Verdict]] = [{} for _ in samples]
-        try:
-            verdicts = self.scoring.score(samples, deadline)
-        except Exception as e:  # answers without scores are better than none
-            self._warn("no scores at this validation", e)
-        samples = list(map(with_scores, samples, verdicts))
-        trackers = self._open_trackers()
-        trackers.log_samples(samples, step)
-        num_tokens = sum(len(completion.output_ids) for completion in completions)
-        scalars = round_scalars(list(zip(samples, verdicts, strict=True)), seconds, num_tokens)
-        if self.best is not None:
-            scalars |= self.best.update(scalars, step)
-        trackers.log_scalars({f"val/gen/{key}": value for key, value in scalars.items()}, step)
-
-    def _take_back_what_failed(self, completions: Sequence[Completion]) -> None:
-        """Warns of requests that failed, once per cause. A row's own parameters are used no longer if they did.
+    def begin(self, step: int) -> OpenRound:
+        """Gathers the weights of this moment for a round. Collective: all ranks must call.
 
         Raises:
-            RuntimeError: All failed.
+            Exception: On the logging rank alone, after the last collective.
         """
-        if all(completion.error for completion in completions):
-            raise RuntimeError(completions[0].error)
-        failed: dict[str, list[Question]] = {}
-        for question, _, completion in answered(self.questions, completions):
-            if completion.error:
-                failed.setdefault(completion.error, []).append(question)
-        for error, questions in failed.items():
-            places = ", ".join(dict.fromkeys(place(question.index, question.prompt) for question in questions))
-            self._warn_once(f"no answer to {printable(places, 200)}: {error}; training goes on", error)
-        of_failed = {id(question) for questions in failed.values() for question in questions}
-        self.questions = [
-            with_global_parameters(question, self.settings) if id(question) in of_failed else question
-            for question in self.questions
-        ]
+        started_at = time.time()
+        requests = None if self.recorder is None else make_requests(self.recorder.queries)
+        return OpenRound(step, started_at, self.answerer.begin(requests))
 
-    def _warn_of_nan(self, answers: Sequence[Completion], step: int) -> None:
-        if num_nan := sum(answer.had_nan for answer in answers):
-            self._warn_once(
-                f"{num_nan} of {len(answers)} answers at step {step} say nothing: the model's scores for the next "
-                "token were NaN; training goes on",
-                cause="NaN",
-            )
+    def end(self, round: OpenRound) -> None:
+        """Answers with the gathered weights and records. Collective: all ranks must call.
+
+        Raises:
+            Exception: On the logging rank alone, after the last collective.
+        """
+        completions = self.answerer.finish(round.begun)
+        if self.recorder is not None and round.begun is not None and completions is not None:
+            limit = self.settings.max_round_time_s
+            deadline = round.started_at + limit if limit else math.inf
+            dtype = str(round.begun.dtype).removeprefix("torch.")
+            self.recorder.record(completions, round.step, time.time() - round.started_at, deadline, dtype)
 
     @property
     def _vocab_size(self) -> int:
         return self.host.model_config.get_text_config().vocab_size
 
-    def _open_trackers(self) -> CompositeTracker:
-        if self.trackers is None:  # verl opens its runs inside `fit()`
-            loggers = self.host.config.trainer.logger
-            self.trackers = open_trackers(
-                [loggers] if isinstance(loggers, str) else list(loggers),
-                directory=self.directory,
-                max_log_chars=self.settings.max_log_chars,
-                max_tracker_chars=self.settings.max_tracker_chars,
-                best=self.best,
-            )
-        return self.trackers
-
     def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
         """See `ValidationGenerationMixin.generate_samples`. Collective: all ranks must call."""
         tokenizer = self.host.tokenizer
         prompts: list[Prompt] = []
-        questions: list[Question] = []
+        queries: list[Query] = []
         error: Exception | None = None
         with preserved_random_state(self.host.device):
             if self.host.is_logging_rank:
                 try:
-                    prompts = self._prompts_of(batch)
-                    settings = replace(self.settings, n=1, strategies={})
-                    questions = make_questions(prompts, settings, self._vocab_size)
-                except Exception as e:  # the others have to hear of it
+                    prompts = self._prompts_in(batch)
+                    queries = make_queries(prompts, replace(self.settings, n=1, strategies={}), self._vocab_size)
+                except Exception as e:  # the other ranks wait for a word
                     error = e
-            requests = [request for question in questions for request in question.requests()]
-            completions = self.answer(None if error else requests)
+            completions = self.answerer(None if error else make_requests(queries))
         if error is not None:
             raise error
         if completions is None:
             return [], []
-        answers = [completion for _, _, completion in answered(questions, completions)]
+        answers = [answer.completion for answer in pair(queries, completions)]
         for answer in answers:
             if answer.error:
                 raise RuntimeError(answer.error)
         return (
             [decode(tokenizer, prompt.input_ids, skip_special_tokens=False) for prompt in prompts],
-            [decode(tokenizer, completion.output_ids, skip_special_tokens=True) for completion in answers],
+            [decode(tokenizer, answer.output_ids, skip_special_tokens=True) for answer in answers],
         )
 
-    def _prompts_of(self, batch: Any) -> list[Prompt]:
+    def _prompts_in(self, batch: Any) -> list[Prompt]:
         in_batch = prompts_from_batch(batch, self.host.tokenizer, shifted=mask_is_shifted(self.host.val_dataset))
         prompts = [replace(prompt, stream=i) for i, prompt in enumerate(p for p in in_batch if p is not None)]
         if len(prompts) < len(in_batch):
-            self._warn_once(
+            self.log.warn(
                 f"{len(in_batch) - len(prompts)} of the batch's {len(in_batch)} samples have images or videos, and "
                 "only text is generated from: left out"
             )
         return prompts
-
-    def _warn_once(self, message: str, cause: str = "") -> None:
-        # How much memory there was, and where an object lay, differs from round to round.
-        cause = re.sub(r"0x[0-9a-fA-F]+|[\d.]+(?= ?(?:[KMGT]i?B|bytes)\b)", "#", cause or message)
-        if cause not in self.warned:
-            self.warned.add(cause)
-            logger.warning("%s", message)
-
-    def _warn(self, what: str, error: BaseException, advice: str = "") -> None:
-        """Warns once per cause; the traceback and repetitions are for DEBUG."""
-        cause = describe(error)
-        self._warn_once(f"{what}: {cause}{f'; {advice}' if advice else ''}; training goes on", cause)
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%s\n%s", what, describe_at_length(error))

@@ -1,4 +1,4 @@
-"""The numbers of a round, of the samples' own. Pure functions; keys are those of the trackers, without `val/gen/`."""
+"""The numbers of a round. Pure functions on samples; keys are those of the trackers, without `val/gen/`."""
 
 from __future__ import annotations
 
@@ -9,47 +9,39 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import isfinite, nan, prod
 
-import numpy as np
-
-from verl_valgen.records import DEFAULT_STRATEGY, Sample
-from verl_valgen.scores.scoring import Verdict
-
-Scored = tuple[Sample, Mapping[str, Verdict]]
+from verl_valgen.records import DEFAULT_STRATEGY, GroupNumbers, RoundNumbers, Sample, Verdict
 
 _MAX_SOURCE_CHARS = 64
 
 _MAX_SOURCES = 32
-"""Of which there are numbers of their own: a data set with a source for every row would fill a tracker."""
+"""Data sources with numbers of their own, at most: a data set with a source for every row would fill a tracker."""
 
 
-def round_scalars(scored: Sequence[Scored], seconds: float, num_tokens: int) -> dict[str, float]:
-    """All numbers of a round: of all samples, of each strategy where there are several or one with a name, and of each
-    source of data.
+def summarize_round(samples: Sequence[Sample], seconds: float, num_tokens: int) -> RoundNumbers:
+    """The numbers of a round: of all samples, by strategy where strategies are named, and by data source.
 
     Args:
-        scored: The samples of one round, at least one. Answers that were not begun when time was up are counted, and
-            that is all.
-        seconds: That the answers took.
-        num_tokens: That were generated, those of candidates that were not chosen included.
+        samples: The samples of one round. Answers that were not begun when time was up count in `num_samples` alone.
+        seconds: How long the answers took.
+        num_tokens: Number of generated tokens, including those of candidates that were not chosen.
     """
-    begun = [item for item in scored if item[0].finish_reason != "time" or item[0].num_new_tokens > 0]
-    scalars = {
-        "num_samples": float(len(scored)),
-        "seconds": seconds,
-        "tokens_per_s": num_tokens / seconds if seconds > 0 else 0.0,
-        **(_of(begun) if begun else {}),
-    }
-    by_strategy, by_source = defaultdict(list), defaultdict(list)
-    for item in begun:
-        by_strategy[item[0].strategy].append(item)
-        if item[0].data_source is not None:
-            by_source[source_key(item[0].data_source)].append(item)
-    if list(by_strategy) != [DEFAULT_STRATEGY]:
-        for name, items in by_strategy.items():
-            scalars |= {f"{name}/{key}": value for key, value in _of(items).items()}
-    for name, items in list(by_source.items())[:_MAX_SOURCES]:
-        scalars |= {f"by_source/{name}/{key}": value for key, value in _of(items).items()}
-    return {key: value for key, value in scalars.items() if isfinite(value)}
+    begun = [sample for sample in samples if sample.finish_reason != "time" or sample.num_new_tokens > 0]
+    by_strategy: dict[str, list[Sample]] = defaultdict(list)
+    by_source: dict[str, list[Sample]] = defaultdict(list)
+    for sample in begun:
+        by_strategy[sample.strategy].append(sample)
+        if sample.data_source is not None:
+            by_source[source_key(sample.data_source)].append(sample)
+    if list(by_strategy) == [DEFAULT_STRATEGY]:
+        by_strategy.clear()
+    return RoundNumbers(
+        num_samples=len(samples),
+        seconds=seconds,
+        tokens_per_s=num_tokens / seconds if seconds > 0 else 0.0,
+        overall=summarize(begun) if begun else GroupNumbers(),
+        by_strategy={name: summarize(group) for name, group in by_strategy.items()},
+        by_source={name: summarize(group) for name, group in list(by_source.items())[:_MAX_SOURCES]},
+    )
 
 
 def source_key(data_source: str) -> str:
@@ -62,53 +54,69 @@ def source_key(data_source: str) -> str:
     return f"{(key or '_')[: _MAX_SOURCE_CHARS - 9].rstrip('/')}_{digest}"
 
 
-def _of(scored: Sequence[Scored]) -> dict[str, float]:
-    samples = [sample for sample, _ in scored]
-    values = {
+def summarize(samples: Sequence[Sample]) -> GroupNumbers:
+    """The numbers of a group of samples, at least one."""
+    always = {
         "num_new_tokens": _mean(sample.num_new_tokens for sample in samples),
         "cut_off": _mean(sample.finish_reason == "length" for sample in samples),
         "empty": _mean(not sample.generation.strip() for sample in samples),
         "distinct_2": distinct_2([sample.output_ids for sample in samples]),
-        "repeated_ngram": _mean(repeated_ngram(sample.output_ids) for sample in samples),
+        "seq_rep_4": _mean(seq_rep_4(sample.output_ids) for sample in samples),
     }
-    metrics = dict.fromkeys(name for _, verdicts in scored for name in verdicts)
-    for metric in metrics:
-        values |= _of_metric(metric, scored)
+    scores: dict[str, float] = {}
+    derived: dict[str, float] = {}
+    for metric in dict.fromkeys(name for sample in samples for name in sample.verdicts):
+        means, from_several = summarize_metric(metric, samples)
+        scores |= means
+        derived |= from_several
     logprobs = [score for sample in samples if (score := sample.scores.get("mean_logprob")) is not None]
-    return values | ({"mean_logprob": _mean(logprobs)} if logprobs else {})
+    if logprobs:
+        scores["mean_logprob"] = _mean(logprobs)
+    return GroupNumbers(always, _finite(scores), _finite(derived))
 
 
-def _of_metric(metric: str, scored: Sequence[Scored]) -> dict[str, float]:
-    """The mean of each score, and where prompts have several completions: best, worst, pass@k, majority."""
-    of_prompts: dict[tuple[int, str], list[Verdict]] = defaultdict(list)
-    for sample, verdicts in scored:
-        if metric in verdicts and verdicts[metric].scores:
-            of_prompts[sample.index, sample.strategy].append(verdicts[metric])
-    values = {}
-    names = dict.fromkeys(name for verdicts in of_prompts.values() for v in verdicts for name in v.scores)
+def summarize_metric(metric: str, samples: Sequence[Sample]) -> tuple[dict[str, float], dict[str, float]]:
+    """The mean of each of a metric's scores, and what several answers to a prompt add: best, worst, pass@k and more."""
+    by_prompt: dict[tuple[int, str], list[Verdict]] = defaultdict(list)
+    for sample in samples:
+        if metric in sample.verdicts and sample.verdicts[metric].scores:
+            by_prompt[sample.index, sample.strategy].append(sample.verdicts[metric])
+    names = dict.fromkeys(name for verdicts in by_prompt.values() for v in verdicts for name in v.scores)
+    means: dict[str, float] = {}
+    derived: dict[str, float] = {}
     for name in names:
-        groups = [[v for v in verdicts if isfinite(v.scores.get(name, nan))] for verdicts in of_prompts.values()]
-        scores = [[v.scores[name] for v in group] for group in groups if group]
-        if not scores:
-            continue
-        values[name] = _mean(score for group in scores for score in group)
-        most = max(map(len, scores))
-        if most == 1:
-            continue
-        derived = {f"{name}_best": _mean(map(max, scores)), f"{name}_worst": _mean(map(min, scores))}
-        judged = next(v.is_correctness for group in groups for v in group)
-        is_correctness = all(score in (0, 1) for group in scores for score in group) if judged is None else judged
-        if is_correctness:
-            for k in _powers_of_two_and(most):  # of the prompts that have as many
-                enough = [group for group in scores if len(group) >= k]
-                derived[f"{name}_pass_at_{k}"] = _mean(pass_at_k(len(group), group.count(1), k) for group in enough)
-            derived[f"{name}_majority"] = _mean(majority(group, name) for group in groups if group)
-        values |= {key: value for key, value in derived.items() if key not in names}
-    return values
+        groups = [[v for v in verdicts if isfinite(v.scores.get(name, nan))] for verdicts in by_prompt.values()]
+        groups = [group for group in groups if group]
+        if groups:
+            means[name] = _mean(v.scores[name] for group in groups for v in group)
+            derived |= {key: value for key, value in _derive(name, groups).items() if key not in names}
+    return means, derived
+
+
+def _derive(name: str, groups: Sequence[Sequence[Verdict]]) -> dict[str, float]:
+    """The numbers that several completions of a prompt give; {} where every prompt has one.
+
+    Args:
+        groups: The verdicts that have this score, all finite, by prompt; at least one each.
+    """
+    scores = [[v.scores[name] for v in group] for group in groups]
+    max_completions = max(map(len, scores))
+    if max_completions == 1:
+        return {}
+    derived = {f"{name}_best": _mean(map(max, scores)), f"{name}_worst": _mean(map(min, scores))}
+    declared = groups[0][0].is_correctness
+    is_correctness = all(score in (0, 1) for group in scores for score in group) if declared is None else declared
+    if is_correctness:
+        for k in _powers_of_two_and(max_completions):
+            with_at_least_k = [group for group in scores if len(group) >= k]
+            chances = (pass_at_k(len(group), group.count(1), k) for group in with_at_least_k)
+            derived[f"{name}_pass_at_{k}"] = _mean(chances)
+        derived[f"{name}_majority"] = _mean(majority(group, name) for group in groups)
+    return derived
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that of k completions, drawn from n of which c are right, one is right at least; unbiased.
+    """The chance that at least one of k completions is right, drawn from n of which c are right; unbiased.
 
     Source: M. Chen et al., "Evaluating Large Language Models Trained on Code", 2021, equation 1 (as in figure 3).
     """
@@ -134,42 +142,22 @@ def distinct_2(answers: Sequence[Sequence[int]]) -> float:
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
-def repeated_ngram(ids: Sequence[int]) -> float:
-    """The length of the longest run of tokens that occurs twice (the two may overlap), as a share of all tokens."""
-    num_tokens = len(ids)
-    # By prefix doubling: classes[k][i] is the same for two places from which the same 2**k tokens follow.
-    # (Karp, Miller, Rosenberg, "Rapid identification of repeated patterns in strings, trees and arrays", STOC 1972.)
-    classes = [_classes(np.asarray(ids, dtype=np.int64))]
-    while len(classes[-1]) > 2 ** (len(classes) - 1) and _has_equal(classes[-1]):
-        classes.append(_classes(_of_both(classes[-1], 2 ** (len(classes) - 1), num_tokens)))
+def seq_rep_4(ids: Sequence[int]) -> float:
+    """The share of an answer's 4-grams of tokens that repeat an earlier one; 0.0 where it has fewer than four tokens.
 
-    def occurs_twice(length: int) -> bool:
-        k = length.bit_length() - 1
-        return k < len(classes) and _has_equal(_of_both(classes[k], length - 2**k, num_tokens))
-
-    low, high = 0, max(0, num_tokens - 1)
-    while low < high:  # where a run of some length occurs twice, so do shorter ones
-        length = (low + high + 1) // 2
-        low, high = (length, high) if occurs_twice(length) else (low, length - 1)
-    return low / num_tokens if num_tokens else 0.0
+    Source: S. Welleck et al., "Neural Text Generation with Unlikelihood Training", ICLR 2020, section 6 (seq-rep-n).
+    """
+    ngrams = list(zip(ids, ids[1:], ids[2:], ids[3:], strict=False))
+    return 1.0 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def _classes(values: np.ndarray) -> np.ndarray:
-    return np.unique(values, return_inverse=True)[1]
-
-
-def _of_both(classes: np.ndarray, distance: int, num_tokens: int) -> np.ndarray:
-    """One number for the classes at a place and at a distance behind it; there are num_tokens classes at most."""
-    return classes[: len(classes) - distance] * num_tokens + classes[distance:]
-
-
-def _has_equal(values: np.ndarray) -> bool:
-    return len(np.unique(values)) < len(values)
+def _finite(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in numbers.items() if isfinite(value)}
 
 
 def _mean(values: Iterable[float]) -> float:
-    listed = [float(value) for value in values]
-    return sum(listed) / len(listed)
+    numbers = [float(value) for value in values]
+    return sum(numbers) / len(numbers)
 
 
 def _powers_of_two_and(n: int) -> list[int]:

@@ -1,7 +1,7 @@
 """The best value that a metric had over the rounds, and where: `<directory>/best.json`.
 
-The file holds the values that were the best before, too: a run that is resumed at an earlier step goes on from those.
-The value is known at once, the file is written behind the trainer, as a tracker.
+The file also holds the earlier bests, so that a run that is resumed knows the best up to the step that it starts from.
+The value is known at once; the file is written later, by whoever calls `write`.
 """
 
 from __future__ import annotations
@@ -9,92 +9,77 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-from verl_valgen.records import Sample
-from verl_valgen.text import printable
-from verl_valgen.trackers.base import Tracker
+from verl_valgen.records import BestValue, RoundNumbers
+from verl_valgen.text import OnceLogger, printable
 from verl_valgen.whole_files import replace_file
 
-logger = logging.getLogger(__name__)
+FILE_NAME = "best.json"
 
 
-class Record(NamedTuple):
-    """A value and the step of its round."""
+class Best:
+    """Keeps the best value of one number of the rounds.
 
-    value: float
-    step: int
-
-
-class Best(Tracker):
-    """
     Args:
-        directory: Of the samples.
-        metric: A key of `aggregates.round_scalars`.
+        directory: The folder of the samples.
+        metric: A key of `RoundNumbers.flat`.
         mode: max or min.
-        start_step: What the file says of later steps belongs to an earlier run, as all does for a new one.
+        start_step: The step that the run starts from. What the file says of later steps belongs to an earlier run, and
+            for a new run, which starts at 0, all of it does.
     """
-
-    is_kept = True
 
     def __init__(self, directory: Path, metric: str, mode: str, start_step: int) -> None:
-        self.path = directory / "best.json"
+        self.path = directory / FILE_NAME
         self.metric, self.mode = metric, mode
-        self.records = [record for record in self._read() if 0 < start_step >= record.step]
-        """Each was the best when it came; the last is."""
-        self._written: list[Record] | None = None
-        """What the file says; None is what an earlier run left, of steps that may be no more."""
-        self._is_unknown = False
+        self.values = [best for best in self._read() if start_step > 0 and best.step <= start_step]
+        """Each was the best when it came; the last one is."""
+        self._written: list[BestValue] | None = None
+        """The values in the file; None while it may hold an earlier run's, of steps that no longer exist."""
+        self._log = OnceLogger(logging.getLogger(__name__))
 
-    def update(self, scalars: Mapping[str, float], step: int) -> dict[str, float]:
-        """Takes a round's numbers; the best so far, as numbers of that round: `best` and `best_step`."""
-        value = scalars.get(self.metric)
+    def update(self, numbers: RoundNumbers, step: int) -> RoundNumbers:
+        """Takes a round's numbers in, and returns them with the best value so far."""
+        by_name = numbers.flat()
+        value = by_name.get(self.metric)
         if value is None:
-            if not self._is_unknown:
-                self._is_unknown = True
-                known = printable(", ".join(scalars), 300)
-                logger.warning("generation.best_metric: this round has no %s; there are %s", self.metric, known)
+            known = printable(", ".join(by_name), 300)
+            self._log.warn(f"generation.best_metric: this round has no {self.metric}; there are {known}", cause="")
         elif math.isfinite(value) and self._is_best(value):
-            self.records.append(Record(value, step))
-        if not self.records:
-            return {}
-        best = self.records[-1]
-        return {"best": best.value, "best_step": float(best.step)}
+            self.values.append(BestValue(value, step))
+        return replace(numbers, best=self.values[-1] if self.values else None)
 
     def _is_best(self, value: float) -> bool:
-        if not self.records:
+        if not self.values:
             return True
-        best = self.records[-1].value
+        best = self.values[-1].value
         return value > best if self.mode == "max" else value < best
 
-    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
-        """Nothing: the value is among the numbers, which come after them."""
-
-    def log_scalars(self, scalars: dict[str, float], step: int) -> None:
-        """Writes the file, unless it says all that `update` has been told."""
-        records = list(self.records)  # to which the trainer's thread may add
-        if records == self._written:
+    def write(self) -> None:
+        """Writes the file, unless it is up to date. May be called from another thread than `update`."""
+        values = list(self.values)
+        if values == self._written:
             return
-        if records:
-            self._write(records)
+        if values:
+            self._write(values)
         else:
             self.path.unlink(missing_ok=True)
-        self._written = records
+        self._written = values
 
-    def _write(self, records: Sequence[Record]) -> None:
-        *before, best = [record._asdict() for record in records]
+    def _write(self, values: Sequence[BestValue]) -> None:
+        *before, best = [value._asdict() for value in values]
         content = {"metric": self.metric, "mode": self.mode, **best, "before": before}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.path, (json.dumps(content) + "\n").encode("ascii"))
 
-    def _read(self) -> list[Record]:
-        """What an earlier run of the same metric has left."""
+    def _read(self) -> list[BestValue]:
+        """The values that an earlier run of the same metric left; [] where the file is missing or broken."""
         try:
             content = json.loads(self.path.read_bytes())
             if (content["metric"], content["mode"]) != (self.metric, self.mode):
                 return []
-            return [Record(float(one["value"]), int(one["step"])) for one in (*content["before"], content)]
+            return [BestValue(float(one["value"]), int(one["step"])) for one in (*content["before"], content)]
         except (OSError, ValueError, KeyError, TypeError):
             return []

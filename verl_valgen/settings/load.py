@@ -96,9 +96,9 @@ def _check_what_is_named(settings: GenerationSettings) -> None:
 
 def _check_best_metric(settings: GenerationSettings) -> None:
     """Refuses what no round will have, as far as that is known: functions may give several scores."""
-    from verl_valgen.records import ALWAYS, DERIVED
     from verl_valgen.scores.metrics import METRICS
     from verl_valgen.scores.metrics.functions import metric_name
+    from verl_valgen.scores.names import ALWAYS, DERIVED
 
     scope, _, name = settings.best_metric.rpartition("/")
     metrics = [metric_name(spec) for spec in settings.metrics]

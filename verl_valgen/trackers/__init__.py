@@ -1,4 +1,4 @@
-"""Trackers: where finished samples go.
+"""Trackers: where finished rounds go.
 
 This module owns the list of destinations and which of them a run uses. A new one is a module with a `Tracker` that
 takes `max_chars` and has `is_live()`, and a line in `TRACKERS`. Importing it loads no tracker's package.
@@ -6,19 +6,17 @@ takes `max_chars` and has `is_live()`, and a line in `TRACKERS`. Importing it lo
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pkgutil import resolve_name
 from typing import Any
 
 from verl_valgen.text import describe, printable
 from verl_valgen.trackers.base import Tracker
 from verl_valgen.trackers.composite import CompositeTracker
 from verl_valgen.trackers.console import ConsoleTracker
-from verl_valgen.trackers.jsonl import JsonlTracker, set_aside
-
-__all__ = ["TRACKERS", "CompositeTracker", "Tracker", "open_trackers", "set_aside"]
+from verl_valgen.trackers.jsonl import JsonlTracker
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +25,7 @@ TRACKERS = {
     "swanlab": "verl_valgen.trackers.swanlab:SwanlabTracker",
     "mlflow": "verl_valgen.trackers.mlflow:MlflowTracker",
 }
-"""Class for each of verl's logger names, as `module:class`."""
+"""verl's name for a logger -> "module:class"."""
 
 _RENAMED = {"tracking": "wandb"}
 """Old logger names that verl still takes."""
@@ -42,7 +40,8 @@ def open_trackers(
     directory: str | os.PathLike[str],
     max_log_chars: int,
     max_tracker_chars: int,
-    best: Tracker | None = None,
+    run: Mapping[str, Any] | None = None,
+    others: Mapping[str, Tracker] | None = None,
 ) -> CompositeTracker:
     """JSONL files in `directory`, the console, and each tracker among `loggers` (`trainer.logger`) that has a live run.
 
@@ -50,11 +49,14 @@ def open_trackers(
     opened: that is a warning.
 
     Args:
-        best: The file of the best value, if it is asked for.
+        run: Describes the run, for the folder; see `JsonlTracker`.
+        others: Further destinations, by name.
     """
-    trackers: dict[str, Tracker] = {"jsonl": JsonlTracker(directory), "console": ConsoleTracker(max_log_chars)}
-    if best is not None:
-        trackers["best.json"] = best
+    trackers: dict[str, Tracker] = {
+        "jsonl": JsonlTracker(directory, run),
+        "console": ConsoleTracker(max_log_chars),
+        **(others or {}),
+    }
     names = [loggers] if isinstance(loggers, str) else loggers
     for name in dict.fromkeys(_RENAMED.get(name, name) for name in names):
         if name in _LOCAL:
@@ -75,8 +77,7 @@ def _open_tracker(name: str, max_chars: int) -> Tracker | None:
         shown = printable(name, 80)
         logger.info("no samples in %s: there is no adapter for it; they are in the JSONL files", shown)
         return None
-    module_name, class_name = TRACKERS[name].split(":")
-    tracker_class: Any = getattr(importlib.import_module(module_name), class_name)
+    tracker_class: Any = resolve_name(TRACKERS[name])
     if not tracker_class.is_live():
         logger.info("no samples in %s: it has no live run; they are in the JSONL files", name)
         return None

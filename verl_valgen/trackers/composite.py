@@ -1,11 +1,12 @@
 """All destinations as one, and the error policy of this layer.
 
 A tracker that fails costs a warning, never a training step: this is the one place that catches what an open tracker
-raises. There is one warning per tracker and kind of error. A tracker whose calls fail three times running is given up,
-unless it says otherwise, as what writes files does.
+raises. There is one warning per tracker and kind of error. A tracker that fails three times in a row is given up,
+except those that write files (`Tracker.is_kept`).
 
-Any of them may hang, a folder on a dead disk too. So each has a thread of its own, which is waited for a moment: what
-takes longer goes on behind the trainer, and comes late. An error of such a call comes back with a later one.
+Any tracker may hang, a folder on a dead disk too. So each has a thread of its own, and the trainer waits a moment for
+it; a call that takes longer goes on behind the trainer, and its error is reported with a later call. The threads are
+daemons: the process ends without them.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
-from verl_valgen.records import Sample
-from verl_valgen.text import describe
+from verl_valgen.records import Round
+from verl_valgen.text import OnceLogger, describe
 from verl_valgen.trackers.background import BackgroundQueue
 from verl_valgen.trackers.base import Tracker
 
@@ -27,85 +28,68 @@ logger = logging.getLogger(__name__)
 _MAX_FAILURES = 3
 
 _MAX_PENDING_CALLS = 64
-"""Of one tracker; the oldest is dropped for one more."""
+"""Calls that wait for one tracker, at most; a further one drops the oldest."""
 
 _MAX_WAIT_S = 0.8
-"""Of a round, for all trackers together."""
-_MIN_WAIT_S = 0.15
-"""Of a call, so that who has nothing to do is not late where another was."""
+"""Time that a round waits for all trackers together."""
 _MAX_CLOSE_S = 5.0
-"""For all trackers together. A process takes some seconds more to end."""
+"""Time that `close` waits for all trackers together. The process takes some seconds more to end."""
 
 
 class CompositeTracker(Tracker):
-    """Hands everything on to each tracker. Raises nothing but what ends the program, such as Ctrl-C."""
+    """Hands every round on to each tracker. Raises nothing but what ends the program, such as Ctrl-C."""
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
         self.trackers = dict(trackers)
-        """Those still in use, by name."""
+        """The trackers still in use, by name."""
         self._queues = {name: BackgroundQueue(name, _MAX_PENDING_CALLS) for name in trackers}
-        self._wait_until = 0.0
-        self._late: set[str] = set()
-        self._num_failures: Counter[tuple[str, str]] = Counter()
-        self._warned: set[tuple[str, type[Exception], int | None]] = set()
+        self._num_failures: Counter[str] = Counter()
+        self._log = OnceLogger(logger)
 
-    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
-        """The first call of a round."""
-        self._wait_until = time.monotonic() + _MAX_WAIT_S
-        self._call_each("log_samples", lambda tracker: tracker.log_samples(samples, step))
-
-    def log_scalars(self, scalars: dict[str, float], step: int) -> None:
-        self._call_each("log_scalars", lambda tracker: tracker.log_scalars(scalars, step))
-
-    def close(self) -> None:
-        """Waits for what is still under way, within `_MAX_CLOSE_S` in all."""
-        deadline = time.monotonic() + _MAX_CLOSE_S
-        for name, tracker in self.trackers.items():
-            with self._failures_told(name):
-                self._queues[name].submit(tracker.close)
-        for name in self.trackers:
-            with self._failures_told(name):
-                self._queues[name].drain(max(0.0, deadline - time.monotonic()))
-
-    @contextmanager
-    def _failures_told(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._warn_once(name, error)
-
-    def _call_each(self, method: str, call: Callable[[Tracker], None]) -> None:
+    def log(self, round: Round) -> None:
         failed = {}
         for name, tracker in self.trackers.items():
             try:
-                self._queues[name].submit(partial(call, tracker))
+                self._queues[name].submit(partial(tracker.log, round))
             except Exception as error:
                 failed[name] = error
-        deadline = max(self._wait_until, time.monotonic() + _MIN_WAIT_S)
+        deadline = time.monotonic() + _MAX_WAIT_S
         for name, tracker in list(self.trackers.items()):
             try:
                 if tracker.is_waited_for and not self._queues[name].wait(max(0.0, deadline - time.monotonic())):
                     self._warn_of_delay(name)
             except Exception as error:
                 failed[name] = error
-            # Counted by method: where `log_scalars` has nothing to do, its success says nothing about `log_samples`.
-            count_key = (name, method)
-            self._num_failures[count_key] = self._num_failures[count_key] + 1 if name in failed else 0
+            self._num_failures[name] = self._num_failures[name] + 1 if name in failed else 0
             if name in failed:
-                self._warn_once(name, failed[name])
-                if self._num_failures[count_key] >= _MAX_FAILURES and not tracker.is_kept:
+                self._warn_of_error(name, failed[name])
+                if self._num_failures[name] >= _MAX_FAILURES and not tracker.is_kept:
                     self._give_up(name)
 
-    def _warn_of_delay(self, name: str) -> None:
-        if name not in self._late:
-            self._late.add(name)
-            logger.warning("%s: a round takes longer than %g s to record; training does not wait", name, _MAX_WAIT_S)
+    def close(self) -> None:
+        """Waits for the calls that are under way, at most `_MAX_CLOSE_S` in all."""
+        deadline = time.monotonic() + _MAX_CLOSE_S
+        for name, tracker in self.trackers.items():
+            with self._errors_as_warnings(name):
+                self._queues[name].submit(tracker.close)
+        for name in self.trackers:
+            with self._errors_as_warnings(name):
+                self._queues[name].drain(max(0.0, deadline - time.monotonic()))
 
-    def _warn_once(self, name: str, error: Exception) -> None:
+    @contextmanager
+    def _errors_as_warnings(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._warn_of_error(name, error)
+
+    def _warn_of_delay(self, name: str) -> None:
+        message = f"{name}: a round takes longer than {_MAX_WAIT_S:g} s to record; training does not wait"
+        self._log.warn(message, cause=(name, "late"))
+
+    def _warn_of_error(self, name: str, error: Exception) -> None:
         kind = (name, type(error), getattr(error, "errno", None))  # a full disk is not a broken one
-        level = logging.DEBUG if kind in self._warned else logging.WARNING
-        self._warned.add(kind)
-        logger.log(level, "%s: a round was not recorded: %s", name, describe(error))
+        self._log.warn(f"{name}: a round was not recorded: {describe(error)}", cause=kind)
 
     def _give_up(self, name: str) -> None:
         del self.trackers[name]

@@ -1,6 +1,7 @@
 """Samples as JSON lines, whole: the source of truth, from which every other destination could be filled again.
 
-This module owns the folder of step files: their names, and how those of an earlier run are put out of the way.
+This module owns the folder of step files: their names, the description of the runs that wrote them, and how the files
+of an earlier run are put out of the way.
 """
 
 from __future__ import annotations
@@ -9,41 +10,55 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from verl_valgen.records import Sample
+from verl_valgen.records import Round
 from verl_valgen.trackers.base import Tracker
 from verl_valgen.whole_files import TEMPORARY_SUFFIX, replace_file
 
 _STEP_FILE = re.compile(r"step_(\d{8,})\.jsonl")
 
+_RUNS_FILE = "runs.json"
+"""A list of the runs that have written to the folder, in the order of their starts."""
+
+_FILES_OF_A_RUN = (_RUNS_FILE, "best.json")
+"""What belongs to a run as a whole, beside its step files."""
+
 
 class JsonlTracker(Tracker):
-    """Writes `<directory>/step_<N, 8 digits>.jsonl`, one record per line; a step that is repeated replaces its file."""
+    """Writes `<directory>/step_<N, 8 digits>.jsonl`, one record per line; a step that is repeated replaces its file.
+
+    Args:
+        run: What describes the run (date, name, configuration): one more entry of `runs.json`, behind the first round.
+    """
 
     is_kept = True
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], run: Mapping[str, Any] | None = None) -> None:
         self._directory = Path(directory)
+        self._run = run
 
-    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
-        content = "".join(f"{_to_json(sample)}\n" for sample in samples)
+    def log(self, round: Round) -> None:
+        records = [sample.to_dict() for sample in round.samples]
         self._directory.mkdir(parents=True, exist_ok=True)
-        # Only a lone surrogate cannot be encoded, and its replacement `\ud800` is JSON's own escape for it.
-        replace_file(self._directory / f"step_{step:08d}.jsonl", content.encode("utf-8", errors="backslashreplace"))
-
-    def log_scalars(self, scalars: dict[str, float], step: int) -> None:
-        """Nothing: the scores stand in the records."""
+        content = "".join(f"{_to_json(record)}\n" for record in records)
+        _replace(self._directory / f"step_{round.step:08d}.jsonl", content)
+        if self._run is not None:
+            path = self._directory / _RUNS_FILE
+            _replace(path, _to_json([*_earlier_runs(path), dict(self._run)], indent=2) + "\n")
+            self._run = None
 
 
 def set_aside(directory: str | os.PathLike[str], start_step: int) -> Path | None:
     """Moves the step files beyond `start_step`, which an earlier run left, to `<directory>/old-<k>/`.
 
-    For a new run, which starts at 0, these are all. k is the smallest number from 1 that is free. Temporary files that
-    a crash left are removed. Returns the new folder, or None if nothing had to be moved.
+    For a new run, which starts at 0, these are all, and what describes the earlier run (`runs.json`, `best.json`) goes
+    with them; for a resumed run, which continues these two, copies do. k is the smallest number from 1 that is free.
+    Temporary files that a crash left are removed. Returns the new folder, or None if nothing had to be moved.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -58,11 +73,30 @@ def set_aside(directory: str | os.PathLike[str], start_step: int) -> Path | None
     folder.mkdir()
     for path in stale:
         path.rename(folder / path.name)
+    for path in (directory / name for name in _FILES_OF_A_RUN):
+        if path.exists():
+            if start_step == 0:
+                path.rename(folder / path.name)
+            else:
+                shutil.copyfile(path, folder / path.name)
     return folder
 
 
-def _to_json(sample: Sample) -> str:
-    return json.dumps(_without_non_finite(sample.to_dict()), ensure_ascii=False, allow_nan=False)
+def _earlier_runs(path: Path) -> list[Any]:
+    try:
+        runs = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return []
+    return runs if isinstance(runs, list) else []
+
+
+def _replace(path: Path, content: str) -> None:
+    # Only a lone surrogate cannot be encoded, and its replacement `\ud800` is JSON's own escape for it.
+    replace_file(path, content.encode("utf-8", errors="backslashreplace"))
+
+
+def _to_json(value: Any, *, indent: int | None = None) -> str:
+    return json.dumps(_without_non_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
 def _without_non_finite(value: Any) -> Any:

@@ -14,12 +14,11 @@ import posixpath
 import re
 import sys
 import time
-from collections.abc import Sequence
 
-from verl_valgen.records import Sample
+from verl_valgen.records import Round
 from verl_valgen.text import truncate
 from verl_valgen.trackers.base import Tracker
-from verl_valgen.trackers.table import Cell, build_table, sample_texts
+from verl_valgen.trackers.table import Cell, build_table, sample_texts, scalars
 
 _LATEST = "val_samples/latest.json"
 
@@ -54,7 +53,7 @@ class MlflowTracker(Tracker):
         self._is_registered = False
         self._max_chars = max_chars
         self._logged_steps: set[int] | None = None
-        """Of the numbers; None: nobody has asked yet for those of a run that is continued."""
+        """Steps whose numbers the run has; None until the run is asked, as it may be a continued one."""
 
     @classmethod
     def is_live(cls) -> bool:
@@ -62,11 +61,17 @@ class MlflowTracker(Tracker):
         mlflow = sys.modules.get("mlflow")
         return mlflow is not None and mlflow.active_run() is not None
 
-    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
-        columns, rows = build_table(samples, self._max_chars)
-        texts = sample_texts(samples, min(self._max_chars, _MAX_TAG_CHARS))
+    def log(self, round: Round) -> None:
+        try:
+            self._log_samples(round)
+        finally:  # the numbers do not depend on the table
+            self._log_numbers(round)
+
+    def _log_samples(self, round: Round) -> None:
+        columns, rows = build_table(round.samples, self._max_chars)
+        texts = sample_texts(round.samples, min(self._max_chars, _MAX_TAG_CHARS))
         latest = json.dumps({"columns": columns, "data": rows}, ensure_ascii=False, allow_nan=False)
-        self._client.log_text(self._run_id, _to_csv(columns, rows), f"val_samples/step_{step:08d}.csv")
+        self._client.log_text(self._run_id, _to_csv(columns, rows), f"val_samples/step_{round.step:08d}.csv")
         self._client.log_text(self._run_id, latest, _LATEST)
         # One by one: a batch is refused beyond 100 tags or a megabyte.
         for key, text in texts.items():
@@ -75,15 +80,19 @@ class MlflowTracker(Tracker):
             self._register_latest()
             self._is_registered = True
 
-    def log_scalars(self, scalars: dict[str, float], step: int) -> None:
+    def _log_numbers(self, round: Round) -> None:
         """Leaves a step alone that the run has already: MLflow would keep both values, and takes none back."""
+        step = round.step
         if self._logged_steps is None:
             history = self._client.get_metric_history(self._run_id, _ALWAYS_LOGGED)
             self._logged_steps = {metric.step for metric in history}
         if step in self._logged_steps:
             return
         now_ms = int(time.time() * 1000)
-        metrics = [self._new_metric(_metric_name(key), float(value), now_ms, step) for key, value in scalars.items()]
+        metrics = [
+            self._new_metric(_metric_name(key), float(value), now_ms, step)
+            for key, value in scalars(round.numbers).items()
+        ]
         self._client.log_batch(self._run_id, metrics=metrics)
         self._logged_steps.add(step)
 

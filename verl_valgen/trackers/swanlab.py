@@ -7,11 +7,10 @@ what it takes is handed over: `Text`, an ECharts table, float.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
-from verl_valgen.records import Sample
+from verl_valgen.records import Round
 from verl_valgen.trackers.base import Tracker
-from verl_valgen.trackers.table import TABLE_KEY, Cell, build_table, sample_texts
+from verl_valgen.trackers.table import TABLE_KEY, Cell, build_table, sample_texts, scalars
 
 
 class SwanlabTracker(Tracker):
@@ -39,15 +38,18 @@ class SwanlabTracker(Tracker):
         # `has_run` came after 0.7, where `get_run` answered None; now `get_run` raises without a run.
         return swanlab.has_run() if hasattr(swanlab, "has_run") else swanlab.get_run() is not None
 
-    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
-        columns, rows = build_table(samples, self._max_chars)
-        table = self._new_table().add(columns, [list(map(_chartable, row)) for row in rows])
-        texts = {key: self._new_text(text) for key, text in sample_texts(samples, self._max_chars).items()}
-        # All in one call: a second value for the same key and step is ignored.
-        self._run.log({**texts, TABLE_KEY: table}, step=int(step))
+    def log(self, round: Round) -> None:
+        try:
+            self._log_samples(round)
+        finally:  # the numbers do not depend on the table
+            self._run.log(scalars(round.numbers), step=int(round.step))
 
-    def log_scalars(self, scalars: dict[str, float], step: int) -> None:
-        self._run.log({key: float(value) for key, value in scalars.items()}, step=int(step))
+    def _log_samples(self, round: Round) -> None:
+        columns, rows = build_table(round.samples, self._max_chars)
+        table = self._new_table().add(columns, [list(map(_chartable, row)) for row in rows])
+        texts = {key: self._new_text(text) for key, text in sample_texts(round.samples, self._max_chars).items()}
+        # All in one call: a second value for the same key and step is ignored.
+        self._run.log({**texts, TABLE_KEY: table}, step=int(round.step))
 
 
 # pyecharts removes this mark, and a quotation mark beside it, from the finished JSON, which it then breaks.

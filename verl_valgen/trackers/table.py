@@ -1,7 +1,7 @@
-"""What every tracker shows of a round: the table `val/samples` and the texts `val/sample_<i>_prompt/_generation`.
+"""What trackers show of a round: the table `val/samples`, texts `val/sample_<i>_prompt/_generation`, and numbers.
 
-This module owns the columns, the keys, and which text is cut to which length. It knows no tracker: cells are plain
-str, int, float or None.
+This module owns the columns, the keys, and which text is cut to which length. It knows no tracker: cells are str, int,
+float or None.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from verl_valgen.records import Sample
+from verl_valgen.records import RoundNumbers, Sample
 from verl_valgen.text import storable, truncate
 
 Cell = str | int | float | None
 
 TABLE_KEY = "val/samples"
+
+_SCALAR_PREFIX = "val/gen/"
 
 _COLUMNS = (
     "step",
@@ -27,6 +29,11 @@ _COLUMNS = (
     "finish_reason",
     "num_new_tokens",
 )
+
+
+def scalars(numbers: RoundNumbers) -> dict[str, float]:
+    """The numbers of a round under the trackers' keys."""
+    return {f"{_SCALAR_PREFIX}{name}": value for name, value in numbers.flat().items()}
 
 
 def build_table(samples: Sequence[Sample], max_chars: int) -> tuple[list[str], list[list[Cell]]]:

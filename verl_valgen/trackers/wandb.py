@@ -6,12 +6,11 @@ Logged at the step that verl logs its validation loss at right afterwards.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
-from verl_valgen.records import Sample
+from verl_valgen.records import Round
 from verl_valgen.trackers.base import Tracker
-from verl_valgen.trackers.table import TABLE_KEY, build_table, sample_texts
+from verl_valgen.trackers.table import TABLE_KEY, build_table, sample_texts, scalars
 
 
 class WandbTracker(Tracker):
@@ -35,15 +34,18 @@ class WandbTracker(Tracker):
         wandb = sys.modules.get("wandb")
         return getattr(wandb, "run", None) is not None
 
-    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
-        columns, rows = build_table(samples, self._max_chars)
+    def log(self, round: Round) -> None:
+        try:
+            self._log_samples(round)
+        finally:  # the numbers do not depend on the table
+            self._log(scalars(round.numbers), round.step)
+
+    def _log_samples(self, round: Round) -> None:
+        columns, rows = build_table(round.samples, self._max_chars)
         # A fresh table per step: a table that grows is uploaded whole each time, and one that was logged before stores
         # only the rows it had then.
         table = self._new_table(columns=columns, data=rows)
-        self._log({**sample_texts(samples, self._max_chars), TABLE_KEY: table}, step)
-
-    def log_scalars(self, scalars: dict[str, float], step: int) -> None:
-        self._log({key: float(value) for key, value in scalars.items()}, step)
+        self._log({**sample_texts(round.samples, self._max_chars), TABLE_KEY: table}, round.step)
 
     def _log(self, data: dict[str, Any], step: int) -> None:
         # wandb drops a step that lies behind, so such data joins the row that is open. `commit=False` leaves that row

@@ -10,7 +10,7 @@ import pytest
 
 from verl_valgen.prompts.columns import row_data
 from verl_valgen.records import Completion, Prompt, RowData
-from verl_valgen.rounds.queries import answered, make_questions, with_global_parameters
+from verl_valgen.rounds.queries import make_queries, make_requests, make_samples, pair, with_global_parameters
 from verl_valgen.settings.checks import ConfigError
 from verl_valgen.settings.load import GenerationSettings
 
@@ -25,14 +25,21 @@ def prompts(*params: object) -> list[Prompt]:
     return [Prompt(7 + row, [row], f"question {row}", None, RowData(params=own)) for row, own in enumerate(params)]
 
 
+class Decoder:
+    """A tokenizer, as far as it decodes."""
+
+    def decode(self, token_ids: list[int], **kwargs: object) -> str:
+        return " ".join(map(str, token_ids))
+
+
 def test_without_strategies_each_prompt_is_asked_once():
-    questions = make_questions(prompts(None, None), settings())
-    assert [(q.index, q.strategy, q.params, q.num_completions) for q in questions] == [
+    queries = make_queries(prompts(None, None), settings())
+    assert [(q.index, q.strategy, q.params, q.num_completions) for q in queries] == [
         (0, "default", GLOBAL, 1),
         (1, "default", GLOBAL, 1),
     ]
-    assert [request.key for q in questions for request in q.requests()] == [(7, 0), (8, 0)]
-    assert not any(request.wants_logprob for q in questions for request in q.requests())
+    assert [request.key for request in make_requests(queries)] == [(7, 0), (8, 0)]
+    assert not any(request.wants_logprob for request in make_requests(queries))
 
 
 def test_every_prompt_is_asked_under_each_strategy_and_a_deterministic_one_once():
@@ -41,37 +48,42 @@ def test_every_prompt_is_asked_under_each_strategy_and_a_deterministic_one_once(
         "beam": {"do_sample": False, "num_beams": 4},
         "hot": {"temperature": 2},
     }
-    questions = make_questions(prompts(None, None), settings(n=3, strategies=strategies))
-    assert [(q.strategy, q.index, q.num_completions) for q in questions] == [
+    queries = make_queries(prompts(None, None), settings(n=3, strategies=strategies))
+    assert [(q.strategy, q.index, q.num_completions) for q in queries] == [
         *(("greedy", i, 1) for i in (0, 1)),
         *(("beam", i, 1) for i in (0, 1)),
         *(("hot", i, 3) for i in (0, 1)),
     ]
-    assert questions[0].params == {"do_sample": False, "max_new_tokens": 100}
-    assert questions[2].params == {"do_sample": False, "max_new_tokens": 100, "num_beams": 4}
-    assert questions[4].params == GLOBAL | {"temperature": 2.0}
+    assert queries[0].params == {"do_sample": False, "max_new_tokens": 100}
+    assert queries[2].params == {"do_sample": False, "max_new_tokens": 100, "num_beams": 4}
+    assert queries[4].params == GLOBAL | {"temperature": 2.0}
     # The same (row, completion) under each strategy: what differs is the strategy alone.
-    assert [request.key for request in questions[4].requests()] == [(7, 0), (7, 1), (7, 2)]
+    assert [request.key for request in make_requests(queries[4:5])] == [(7, 0), (7, 1), (7, 2)]
 
 
 def test_of_the_candidates_the_likeliest_is_kept():
-    (question,) = make_questions(prompts(None), settings(n=3, best_of=3))
-    requests = question.requests()
+    (query,) = make_queries(prompts(None), settings(n=3, best_of=3))
+    requests = make_requests([query])
     assert [request.key for request in requests] == [(7, number) for number in range(9)]
     assert all(request.wants_logprob for request in requests)
     logprobs = [-2.0, -1.0, -1.0, None, -5.0, -6.0, math.nan, -3.0, -4.0]  # None: the round had no time for it
     candidates = [Completion([i], "eos", logprob) for i, logprob in enumerate(logprobs)]
-    assert [one.output_ids for one in question.chosen(candidates)] == [[1], [4], [7]]
-    assert question.in_force == GLOBAL | {"best_of": 3}
+    answers = pair([query], candidates)
+    assert [(answer.number, answer.completion.output_ids) for answer in answers] == [(0, [1]), (1, [4]), (2, [7])]
+    (first, *_) = make_samples(answers, 1, 0, "float32", Decoder())
+    assert first.params == GLOBAL | {"best_of": 3, "dtype": "float32"}
 
 
 def test_answers_come_prompt_by_prompt_side_by_side():
     strategies = {"greedy": {"do_sample": False}, "hot": {"best_of": 2}}
-    questions = make_questions(prompts(None, None), settings(n=2, strategies=strategies))
-    num_requests = sum(len(q.requests()) for q in questions)
+    queries = make_queries(prompts(None, None), settings(n=2, strategies=strategies))
+    num_requests = len(make_requests(queries))
     assert num_requests == 2 + 8
     completions = [Completion([i], "eos", float(i)) for i in range(num_requests)]
-    assert [(q.index, q.strategy, number, one.output_ids) for q, number, one in answered(questions, completions)] == [
+    assert [
+        (answer.query.index, answer.query.strategy, answer.number, answer.completion.output_ids)
+        for answer in pair(queries, completions)
+    ] == [
         (0, "greedy", 0, [0]), (0, "hot", 0, [3]), (0, "hot", 1, [5]),
         (1, "greedy", 0, [1]), (1, "hot", 0, [7]), (1, "hot", 1, [9]),
     ]  # fmt: skip
@@ -80,24 +92,24 @@ def test_answers_come_prompt_by_prompt_side_by_side():
 @pytest.mark.parametrize("own", [{"temperature": 0.3, "min_p": None}, '{"temperature": 0.3}'], ids=["mapping", "json"])
 def test_a_rows_own_parameters_go_before_the_global_ones_and_a_strategys_before_both(own):
     strategies = {"plain": {}, "hot": {"temperature": 2.0, "min_p": 0.1}}
-    questions = make_questions(prompts(own, None), settings(strategies=strategies))
-    assert [(q.strategy, q.index, q.params["temperature"]) for q in questions] == [
+    queries = make_queries(prompts(own, None), settings(strategies=strategies))
+    assert [(q.strategy, q.index, q.params["temperature"]) for q in queries] == [
         ("plain", 0, 0.3), ("plain", 1, 1.0), ("hot", 0, 2.0), ("hot", 1, 2.0),
     ]  # fmt: skip
-    assert "min_p" not in questions[0].params
+    assert "min_p" not in queries[0].params
 
 
 def test_a_strategy_can_unset_what_is_set_for_all():
     made = settings(extra={"repetition_penalty": 1.5}, strategies={"a": {}, "b": {"repetition_penalty": None}})
-    first, second = make_questions(prompts(None), made)
+    first, second = make_queries(prompts(None), made)
     assert first.params == GLOBAL | {"repetition_penalty": 1.5}
     assert second.params == GLOBAL
 
 
 @pytest.mark.parametrize("empty", [None, "", {}, {"temperature": None}, "{}"])
 def test_an_empty_cell_changes_nothing(empty, caplog):
-    (question,) = make_questions(prompts(empty), settings())
-    assert question.params == GLOBAL
+    (query,) = make_queries(prompts(empty), settings())
+    assert query.params == GLOBAL
     assert caplog.text == ""
 
 
@@ -126,8 +138,8 @@ def test_an_empty_cell_changes_nothing(empty, caplog):
 )  # fmt: skip
 def test_a_bad_row_is_named_and_runs_on_the_global_parameters(own, reason, caplog):
     with caplog.at_level(logging.WARNING, "verl_valgen"):
-        questions = make_questions(prompts(None, own), settings(), vocab_size=100)
-    assert [q.params for q in questions] == [GLOBAL, GLOBAL]
+        queries = make_queries(prompts(None, own), settings(), vocab_size=100)
+    assert [q.params for q in queries] == [GLOBAL, GLOBAL]
     (record,) = caplog.records
     assert record.getMessage().startswith(f"row 8: {reason}")
     assert record.getMessage().endswith("; it is answered with the global parameters")
@@ -140,7 +152,7 @@ def test_integers_of_a_table_whose_rows_set_different_parameters(tmp_path):
     pd.DataFrame({"generation_params": params}).to_parquet(tmp_path / "rows.parquet")
     column = pd.read_parquet(tmp_path / "rows.parquet")["generation_params"]
     own = [row_data({"generation_params": value}, "generation_params").params for value in column]
-    first, second = make_questions(prompts(*own), settings())
+    first, second = make_queries(prompts(*own), settings())
     assert first.params == GLOBAL | {"max_new_tokens": 3, "suppress_tokens": [4], "repetition_penalty": 2.0}
     assert second.params == GLOBAL | {"temperature": 2.0}
     assert isinstance(first.params["max_new_tokens"], int)
@@ -149,23 +161,23 @@ def test_integers_of_a_table_whose_rows_set_different_parameters(tmp_path):
 
 def test_a_row_that_only_one_strategy_refuses_runs_on_the_global_parameters_under_all(caplog):
     made = settings(strategies={"beam": {"do_sample": False, "num_beams": 2}, "greedy": {"do_sample": False}})
-    questions = make_questions(prompts({"stop_strings": ["x"]}), made)
-    assert not any("stop_strings" in q.params for q in questions)
+    queries = make_queries(prompts({"stop_strings": ["x"]}), made)
+    assert not any("stop_strings" in q.params for q in queries)
     assert "row 7: generation_params, under generation.strategies.beam.stop_strings cannot be combined" in caplog.text
 
 
 def test_prompts_without_a_row_have_random_numbers_of_their_own():
     own = Prompt(None, [1], "own", None, stream=1 << 31)
-    (question,) = make_questions([own], settings())
-    assert question.requests()[0].key == (1 << 31, 0)
+    (query,) = make_queries([own], settings())
+    assert make_requests([query])[0].key == (1 << 31, 0)
 
 
 def test_a_token_that_the_model_has_not_is_refused_for_all():
     with pytest.raises(ConfigError, match=r"generation.bad_words_ids must have ids of tokens, below 100, got 100"):
-        make_questions(prompts(None), settings(extra={"bad_words_ids": [[100]]}), vocab_size=100)
+        make_queries(prompts(None), settings(extra={"bad_words_ids": [[100]]}), vocab_size=100)
 
 
 def test_what_failed_is_asked_with_the_global_parameters():
-    (question,) = make_questions(prompts({"temperature": 0.3}), settings(strategies={"two": {"top_k": 3}}))
-    assert question.params["temperature"] == 0.3
-    assert with_global_parameters(question, settings(strategies={"two": {"top_k": 3}})).params == GLOBAL | {"top_k": 3}
+    (query,) = make_queries(prompts({"temperature": 0.3}), settings(strategies={"two": {"top_k": 3}}))
+    assert query.params["temperature"] == 0.3
+    assert with_global_parameters(query, settings(strategies={"two": {"top_k": 3}})).params == GLOBAL | {"top_k": 3}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -9,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_valgen.records import ALWAYS, Sample
-from verl_valgen.scores.aggregates import distinct_2, majority, pass_at_k, repeated_ngram, round_scalars, source_key
-from verl_valgen.scores.scoring import Verdict
+from verl_valgen.records import Sample, Verdict
+from verl_valgen.scores.aggregates import distinct_2, majority, pass_at_k, seq_rep_4, source_key, summarize_round
+from verl_valgen.scores.names import ALWAYS
 
 
 def sample(index: int = 0, completion: int = 0, strategy: str = "default", **others: Any) -> Sample:
@@ -20,6 +22,13 @@ def sample(index: int = 0, completion: int = 0, strategy: str = "default", **oth
         "finish_reason": "eos", "num_prompt_tokens": 3, "num_new_tokens": 4, "seed": 0, "output_ids": [1, 2, 3, 4],
     }  # fmt: skip
     return Sample(index=index, completion=completion, strategy=strategy, **(defaults | others))
+
+
+def round_scalars(
+    judged: Sequence[tuple[Sample, Mapping[str, Verdict]]], seconds: float, num_tokens: int
+) -> dict[str, float]:
+    """The numbers of a round, by key, of samples and their verdicts."""
+    return summarize_round([replace(one, verdicts=own) for one, own in judged], seconds, num_tokens).flat()
 
 
 def verdict(score: float, vote: str = "", is_correctness: bool | None = None) -> Verdict:
@@ -33,18 +42,11 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one(numbers):
     assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
-@given(st.lists(st.integers(0, 3), max_size=14))
-def test_repeated_ngram_is_the_longest_run_that_occurs_twice(ids):
-    lengths = [
-        length
-        for length in range(1, len(ids))
-        if len({tuple(ids[i : i + length]) for i in range(len(ids) - length + 1)}) < len(ids) - length + 1
-    ]
-    assert repeated_ngram(ids) == (max(lengths, default=0) / len(ids) if ids else 0.0)
-
-
-def test_repeated_ngram_of_token_ids_that_are_surrogates():
-    assert repeated_ngram([0xD800, 0xDC00, 0xD800, 0xDC00]) == 0.5
+@given(st.lists(st.integers(0, 2), max_size=14))
+def test_seq_rep_4_is_the_share_of_runs_of_four_that_occurred_before(ids):
+    runs = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+    num_repeated = sum(run in runs[:i] for i, run in enumerate(runs))
+    assert seq_rep_4(ids) == pytest.approx(num_repeated / len(runs) if runs else 0.0)
 
 
 def test_distinct_2():
@@ -60,13 +62,13 @@ def test_the_majority_wins_and_of_equals_the_first():
 
 def test_what_is_always_told():
     scored = [
-        (sample(0, finish_reason="length", output_ids=[5, 5, 5, 5]), {}),
+        (sample(0, finish_reason="length", output_ids=[5, 5, 5, 5, 5]), {}),
         (sample(1, generation=" \n", num_new_tokens=1, output_ids=[6]), {}),
     ]
     found = round_scalars(scored, seconds=2.0, num_tokens=5)
     assert found == {
         "num_samples": 2, "seconds": 2.0, "tokens_per_s": 2.5,
-        "num_new_tokens": 2.5, "cut_off": 0.5, "empty": 0.5, "distinct_2": 1 / 3, "repeated_ngram": 0.375,
+        "num_new_tokens": 2.5, "cut_off": 0.5, "empty": 0.5, "distinct_2": 1 / 4, "seq_rep_4": 0.25,
     }  # fmt: skip
     assert set(ALWAYS) < found.keys()
 

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 
+from verl_valgen.records import GroupNumbers, RoundNumbers
 from verl_valgen.scores.best import Best
 
 
@@ -14,12 +15,18 @@ def best(directory, mode="max", metric="right", start_step=0):
     return Best(directory, metric, mode, start_step)
 
 
+def update(keeper, values, step):
+    """What a round's numbers say of the best."""
+    numbers = keeper.update(RoundNumbers(1, 1.0, 1.0, GroupNumbers(scores=values)), step).flat()
+    return {name: numbers[name] for name in ("best", "best_step") if name in numbers}
+
+
 def rounds(keeper, *values):
     """What each round's numbers say of the best, for pairs of step and value; each is written."""
     found = []
     for step, value in values:
-        found.append(keeper.update({keeper.metric: value}, step))
-        keeper.log_scalars({}, step)
+        found.append(update(keeper, {keeper.metric: value}, step))
+        keeper.write()
     return found
 
 
@@ -37,7 +44,7 @@ def test_it_is_kept_with_its_step(tmp_path, mode, expected):
 
 def test_of_equal_values_the_first_is_the_best(tmp_path):
     keeper = best(tmp_path)
-    assert [keeper.update({"right": 1.0}, step)["best_step"] for step in (1, 2)] == [1, 1]
+    assert [update(keeper, {"right": 1.0}, step)["best_step"] for step in (1, 2)] == [1, 1]
 
 
 def test_a_resumed_run_goes_on_from_it(tmp_path):
@@ -64,7 +71,7 @@ def test_a_run_resumed_before_all_of_them_has_none(tmp_path):
 @pytest.mark.parametrize("other", [{"start_step": 9}, {"metric": "f1"}, {"mode": "min"}], ids=str)
 def test_another_runs_is_not_taken_over(tmp_path, other):
     rounds(best(tmp_path), (10, 2.0))
-    assert best(tmp_path, **({"start_step": 10} | other)).update({"right": 1.0, "f1": 1.0}, 11) == {
+    assert update(best(tmp_path, **({"start_step": 10} | other)), {"right": 1.0, "f1": 1.0}, 11) == {
         "best": 1.0,
         "best_step": 11,
     }
@@ -75,14 +82,16 @@ def test_another_runs_is_not_taken_over(tmp_path, other):
 )
 def test_a_broken_file_is_as_none(tmp_path, content):
     (tmp_path / "best.json").write_text(content)
-    assert best(tmp_path).update({"right": 1.0}, 1) == {"best": 1.0, "best_step": 1}
+    assert update(best(tmp_path), {"right": 1.0}, 1) == {"best": 1.0, "best_step": 1}
 
 
 def test_a_round_without_it_is_said_once_and_nan_is_never_the_best(tmp_path, caplog):
     keeper = best(tmp_path)
     with caplog.at_level(logging.WARNING, "verl_valgen"):
-        assert [keeper.update({"empty": 0.0}, step) for step in (1, 2)] == [{}, {}]
-    assert caplog.messages == ["generation.best_metric: this round has no right; there are empty"]
+        assert [update(keeper, {"empty": 0.0}, step) for step in (1, 2)] == [{}, {}]
+    (message,) = caplog.messages
+    assert message.startswith("generation.best_metric: this round has no right; there are ")
+    assert message.endswith("num_samples, seconds, tokens_per_s, empty")
     assert rounds(keeper, (3, float("nan"))) == [{}]
     assert not (tmp_path / "best.json").exists()
 

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from unit.scores.test_aggregates import sample
 
-from verl_valgen.scores.scoring import Scoring, Verdict, with_scores
+from verl_valgen.records import Sample, Verdict
+from verl_valgen.scores.scoring import Scoring
 
 SOURCE = """
 import os, time
@@ -85,52 +86,61 @@ SAMPLES = [
 ]
 
 
+def judge(made: Scoring, samples: list[Sample], deadline: float) -> list[Mapping[str, Verdict]]:
+    """Each sample's verdicts by metric."""
+    return [sample.verdicts for sample in made.score(samples, deadline)]
+
+
 def test_every_metric_says_something_of_every_sample(own, caplog):
     with scoring(own, "exact_match", "length", "several") as made:
         for _ in range(2):  # one process serves all rounds
-            verdicts = made.score(SAMPLES, math.inf)
+            judged = made.score(SAMPLES, math.inf)
+    verdicts = [sample.verdicts for sample in judged]
     assert verdicts[0] == {
         "exact_match": Verdict({"exact_match": 1.0}, True, "paris"),
         "length": Verdict({"length": 5.0}, None, "paris"),
-        "several": Verdict({"several": 1.0, "several_chars": 5.0}, None, "vote"),
+        "several": Verdict(
+            {"several": 1.0, "several_chars": 5.0}, None, "vote", {"several_pred": "vote", "several_note": "text"}
+        ),
     }
     assert verdicts[1]["exact_match"].scores == {"exact_match": 0.0}
     assert caplog.text == ""
-    scores = with_scores(SAMPLES[0], verdicts[0]).scores
-    assert scores == {"exact_match": 1.0, "length": 5.0, "several": 1.0, "several_chars": 5.0}
+    assert judged[0].scores == {"exact_match": 1.0, "length": 5.0, "several": 1.0, "several_chars": 5.0}
+    assert judged[0].score_texts == {"several_pred": "vote", "several_note": "text"}
+    assert judged[0].to_dict().keys() >= {"scores", "score_texts", "ground_truth"}
 
 
 def test_without_metrics_there_is_no_process():
     made = Scoring([])
     made.start()
     assert made._process is None
-    assert made.score(SAMPLES, math.inf) == [{}, {}]
+    assert judge(made, SAMPLES, math.inf) == [{}, {}]
 
 
 def test_one_that_raises_costs_that_value_and_one_warning(own, caplog):
     with caplog.at_level(logging.WARNING, "verl_valgen"), scoring(own, "raising", "text", "length") as made:
         for _ in range(2):
-            first, second = made.score(SAMPLES, math.inf)
+            first, second = judge(made, SAMPLES, math.inf)
     assert first.keys() == {"length"}
     assert second["raising"].scores == {"raising": 1.0}
     assert caplog.messages == [
-        "metric raising: a sample has no score: RuntimeError: no \\x1b[31m way",
-        "metric text: a sample has no score: ValueError: could not convert string to float: 'good'",
+        "metric raising: 1 of 2 samples have no score, row 0 first: RuntimeError: no \\x1b[31m way (own.py, line 23)",
+        "metric text: 2 of 2 samples have no score, row 0 first: ValueError: could not convert string to float: 'good'",
     ]
 
 
 def test_a_score_that_is_no_number_arrives_as_it_is(own):
     with scoring(own, "not_a_number") as made:
-        assert math.isnan(made.score(SAMPLES, math.inf)[0]["not_a_number"].scores["not_a_number"])
+        assert math.isnan(judge(made, SAMPLES, math.inf)[0]["not_a_number"].scores["not_a_number"])
 
 
 @pytest.mark.parametrize("name", ["in_python", "in_c"])
 def test_one_that_hangs_is_left_behind_with_what_there_is(own, name, caplog):
     with caplog.at_level(logging.WARNING, "verl_valgen"), scoring(own, "length", name, "exact_match") as made:
-        made.score(SAMPLES, math.inf)  # by then all is loaded
+        judge(made, SAMPLES, math.inf)  # by then all is loaded
         hanging = made._process
         assert hanging is not None
-        first, second = made.score([replace(one, step=2) for one in SAMPLES], time.time() + 5.0)
+        first, second = judge(made, [replace(one, step=2) for one in SAMPLES], time.time() + 5.0)
         assert hanging._process.poll() is not None  # killed, not waited for
     assert first.keys() == second.keys() == {"length"}
     assert caplog.messages == [
@@ -141,7 +151,7 @@ def test_one_that_hangs_is_left_behind_with_what_there_is(own, name, caplog):
 @pytest.mark.parametrize("name", ["dying", "exiting"])
 def test_one_that_ends_the_process_is_given_up_in_the_end(own, name, caplog):
     with caplog.at_level(logging.WARNING, "verl_valgen"), scoring(own, "length", name) as made:
-        found = [made.score(SAMPLES, math.inf)[0].keys() for _ in range(5)]
+        found = [judge(made, SAMPLES, math.inf)[0].keys() for _ in range(5)]
     assert found == [{"length"}] * 5
     assert caplog.messages == [
         f"metric {name} ended the process that it ran in, so that samples lack scores "
@@ -152,16 +162,16 @@ def test_one_that_ends_the_process_is_given_up_in_the_end(own, name, caplog):
 
 def test_one_that_hangs_comes_last_from_then_on(own):
     with scoring(own, "in_python", "exact_match") as made:
-        made.score(SAMPLES, math.inf)  # by then all is loaded
-        made.score([replace(one, step=2) for one in SAMPLES], time.time() + 0.5)
+        judge(made, SAMPLES, math.inf)  # by then all is loaded
+        judge(made, [replace(one, step=2) for one in SAMPLES], time.time() + 0.5)
         assert made.metrics == ["exact_match", f"in_python={own}:in_python"]
-        assert made.score(SAMPLES, math.inf)[0].keys() == {"exact_match", "in_python"}
+        assert judge(made, SAMPLES, math.inf)[0].keys() == {"exact_match", "in_python"}
 
 
 def test_functions_of_one_name_get_names(own):
     made = Scoring([f"first={own}:length", f"second={own}:length"])
     try:
-        assert made.score(SAMPLES, math.inf)[0].keys() == {"first", "second"}
+        assert judge(made, SAMPLES, math.inf)[0].keys() == {"first", "second"}
     finally:
         made.close()
 
@@ -171,10 +181,10 @@ def test_one_that_cannot_be_loaded_costs_its_own_scores(own, caplog):
     broken.write_text("def f(sample): return 1\nraise OSError('on import')\n")
     made = Scoring([f"{broken}:f", f"{own}:length"])
     with caplog.at_level(logging.WARNING, "verl_valgen"):
-        first, _ = made.score(SAMPLES, math.inf)
+        first, _ = judge(made, SAMPLES, math.inf)
     made.close()
     assert first.keys() == {"length"}
-    assert caplog.messages == ["metric f: a sample has no score: OSError: on import"]
+    assert caplog.messages == ["metric f: 2 of 2 samples have no score, row 0 first: OSError: on import"]
 
 
 def test_the_process_sees_no_gpu_and_what_the_program_can_import(own, monkeypatch, tmp_path):
@@ -184,7 +194,7 @@ def test_the_process_sees_no_gpu_and_what_the_program_can_import(own, monkeypatc
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     made = Scoring(["beside_the_program:gpus"])
-    assert made.score(SAMPLES, math.inf)[0]["gpus"].scores == {"gpus": 1.0}
+    assert judge(made, SAMPLES, math.inf)[0]["gpus"].scores == {"gpus": 1.0}
     made.close()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
 
@@ -192,8 +202,8 @@ def test_the_process_sees_no_gpu_and_what_the_program_can_import(own, monkeypatc
 def test_where_no_process_can_be_started_there_are_no_scores(monkeypatch, own, caplog):
     monkeypatch.setattr("sys.executable", "/nowhere/python")
     with caplog.at_level(logging.WARNING, "verl_valgen"), scoring(own, "length") as made:
-        assert made.score(SAMPLES, math.inf) == [{}, {}]
-        assert made.score(SAMPLES, math.inf) == [{}, {}]
+        assert judge(made, SAMPLES, math.inf) == [{}, {}]
+        assert judge(made, SAMPLES, math.inf) == [{}, {}]
     assert [text.partition(":")[0] for text in caplog.messages] == ["no scores"]
 
 
@@ -206,9 +216,9 @@ def test_a_process_that_still_loads_is_waited_for_by_the_next_round(own, caplog,
     )
     made = Scoring([f"{slow}:f"])
     with caplog.at_level(logging.WARNING, "verl_valgen"):
-        assert made.score(SAMPLES, time.time() + 0.1) == [{}, {}]
+        assert judge(made, SAMPLES, time.time() + 0.1) == [{}, {}]
         gate.touch()
-        assert made.score(SAMPLES, math.inf)[1]["f"].scores == {"f": 1.0}
+        assert judge(made, SAMPLES, math.inf)[1]["f"].scores == {"f": 1.0}
     made.close()
     assert caplog.messages == [
         "the metrics were not loaded yet, so that samples lack scores (see generation.max_round_time_s)"
@@ -221,32 +231,32 @@ def test_one_that_never_loads_is_given_up(own, caplog, tmp_path):
     made = Scoring([f"{slow}:f"])
     with caplog.at_level(logging.WARNING, "verl_valgen"):
         for _ in range(4):
-            assert made.score(SAMPLES, time.time() + 0.05) == [{}, {}]
+            assert judge(made, SAMPLES, time.time() + 0.05) == [{}, {}]
     assert made._process is None
     assert [text[:16] for text in caplog.messages] == ["the metrics were", "no more scores: "]
 
 
 def test_a_round_that_has_used_up_its_time_costs_its_scores_and_no_process(own, caplog):
     with caplog.at_level(logging.WARNING, "verl_valgen"), scoring(own, "length") as made:
-        made.score(SAMPLES, math.inf)
+        judge(made, SAMPLES, math.inf)
         for _ in range(4):
-            assert made.score(SAMPLES, time.time() - 1.0) == [{}, {}]
-        assert made.score(SAMPLES, math.inf)[0].keys() == {"length"}
+            assert judge(made, SAMPLES, time.time() - 1.0) == [{}, {}]
+        assert judge(made, SAMPLES, math.inf)[0].keys() == {"length"}
     assert caplog.messages == ["the answers left no time for metrics (see generation.max_round_time_s)"]
 
 
 def test_a_process_that_was_killed_between_two_rounds_is_begun_anew(own):
     with scoring(own, "length") as made:
-        made.score(SAMPLES, math.inf)
+        judge(made, SAMPLES, math.inf)
         assert made._process is not None
         made._process._process.kill()
-        made.score(SAMPLES, math.inf)
-        assert made.score(SAMPLES, math.inf)[0].keys() == {"length"}
+        judge(made, SAMPLES, math.inf)
+        assert judge(made, SAMPLES, math.inf)[0].keys() == {"length"}
 
 
 def test_odd_names_and_values(own):
     with scoring(own, "odd") as made:
-        scores = made.score(SAMPLES, math.inf)[0]["odd"].scores
+        scores = judge(made, SAMPLES, math.inf)[0]["odd"].scores
     assert scores == {"odd": 1.0, "odd_a__2J_b": 2.0, "odd_true": 1.0}
 
 
@@ -264,6 +274,6 @@ def test_what_a_metric_has_started_goes_with_it(own):
 
 def test_a_custom_row_that_json_cannot_hold_keeps_its_scores(own):
     with scoring(own, "length") as made:
-        assert made.score([replace(SAMPLES[0], extra_info={(1, 2): b"x"})], math.inf)[0]["length"].scores == {
+        assert judge(made, [replace(SAMPLES[0], extra_info={(1, 2): b"x"})], math.inf)[0]["length"].scores == {
             "length": 5.0
         }

@@ -1,0 +1,148 @@
+"""The logging rank's part of the rounds: what is asked, and what becomes of the answers.
+
+Only that rank has a `Recorder`; nothing here is collective. Trackers see to their own failures; what else fails costs a
+warning and as little of the round as possible.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from verl_valgen.records import Answer, Completion, Query, Round, RoundNumbers, Sample
+from verl_valgen.rounds.queries import make_samples, pair, with_global_parameters
+from verl_valgen.scores.aggregates import summarize_round
+from verl_valgen.scores.best import FILE_NAME as BEST_FILE_NAME
+from verl_valgen.scores.best import Best
+from verl_valgen.scores.scoring import Scoring
+from verl_valgen.settings.settings import GenerationSettings
+from verl_valgen.text import OnceLogger, printable
+from verl_valgen.trackers import open_trackers
+from verl_valgen.trackers.base import Tracker
+from verl_valgen.trackers.composite import CompositeTracker
+
+GOES_ON = "training goes on"
+
+
+class Recorder:
+    """Judges the answers of each round and hands them to the trackers.
+
+    Args:
+        queries: What every round asks; a query whose row's parameters fail is asked with the global ones from then on.
+        directory: The folder of the samples.
+        loggers: `trainer.logger`.
+        start_step: The step that the run starts from.
+        run: Describes the run, for the folder.
+    """
+
+    def __init__(
+        self,
+        queries: Sequence[Query],
+        settings: GenerationSettings,
+        *,
+        tokenizer: Any,
+        directory: Path,
+        loggers: str | Sequence[str],
+        start_step: int,
+        run: Mapping[str, Any],
+    ) -> None:
+        self.queries, self.settings, self.tokenizer = list(queries), settings, tokenizer
+        self.directory, self.loggers, self.run = directory, loggers, run
+        self.scoring = Scoring(settings.metrics)
+        self.scoring.start()
+        self.best = (
+            Best(directory, settings.best_metric, settings.best_mode, start_step) if settings.best_metric else None
+        )
+        self.trackers: CompositeTracker | None = None
+        self.log = OnceLogger(logging.getLogger(__name__))
+
+    def record(self, completions: Sequence[Completion], step: int, seconds: float, deadline: float, dtype: str) -> None:
+        """Ends a round.
+
+        Args:
+            completions: The answers to `make_requests(queries)`, in order.
+            seconds: How long they took.
+            deadline: `time.time()` at which the metrics must be done; infinity: no limit of the round's own.
+            dtype: The dtype that the answers were computed in.
+
+        Raises:
+            RuntimeError: All requests failed.
+        """
+        answers = pair(self.queries, completions)
+        self._retire_failing_parameters(answers)
+        self._warn_of_nan(answers, step)
+        samples = make_samples(answers, step, self.settings.seed, dtype, self.tokenizer)
+        samples = self._scored(samples, deadline)
+        num_tokens = sum(len(completion.output_ids) for completion in completions)
+        trackers = self._open_trackers()
+        trackers.log(Round(step, samples, self._numbers(samples, step, seconds, num_tokens)))
+
+    def close(self) -> None:
+        self.scoring.close()
+        if self.trackers is not None:
+            self.trackers.close()
+
+    def _scored(self, samples: list[Sample], deadline: float) -> list[Sample]:
+        try:
+            return self.scoring.score(samples, deadline)
+        except Exception as e:  # answers without scores are better than none
+            self.log.warn_of_error("no scores at this validation", e, GOES_ON)
+            return samples
+
+    def _numbers(self, samples: Sequence[Sample], step: int, seconds: float, num_tokens: int) -> RoundNumbers:
+        try:
+            numbers = summarize_round(samples, seconds, num_tokens)
+            return numbers if self.best is None else self.best.update(numbers, step)
+        except Exception as e:  # samples without numbers are better than none
+            self.log.warn_of_error("no numbers at this validation", e, GOES_ON)
+            return RoundNumbers(len(samples), seconds, num_tokens / max(seconds, 1e-9))
+
+    def _retire_failing_parameters(self, answers: Sequence[Answer]) -> None:
+        """Warns of requests that failed, once per cause, and gives up the parameters of the rows concerned."""
+        if all(answer.completion.error for answer in answers):
+            raise RuntimeError(answers[0].completion.error)
+        failed_queries: dict[str, list[Query]] = {}
+        for answer in answers:
+            if answer.completion.error:
+                failed_queries.setdefault(answer.completion.error, []).append(answer.query)
+        for error, queries in failed_queries.items():
+            where = ", ".join(dict.fromkeys(query.where for query in queries))
+            self.log.warn(f"no answer to {printable(where, 200)}: {error}; {GOES_ON}", error)
+        failed_ids = {id(query) for queries in failed_queries.values() for query in queries}
+        self.queries = [
+            with_global_parameters(query, self.settings) if id(query) in failed_ids else query for query in self.queries
+        ]
+
+    def _warn_of_nan(self, answers: Sequence[Answer], step: int) -> None:
+        if num_nan := sum(answer.completion.had_nan for answer in answers):
+            self.log.warn(
+                f"{num_nan} of {len(answers)} answers at step {step} say nothing: the model's scores for the next "
+                f"token were NaN; {GOES_ON}",
+                cause="NaN",
+            )
+
+    def _open_trackers(self) -> CompositeTracker:
+        if self.trackers is None:  # verl opens its runs inside `fit()`
+            self.trackers = open_trackers(
+                self.loggers,
+                directory=self.directory,
+                max_log_chars=self.settings.max_log_chars,
+                max_tracker_chars=self.settings.max_tracker_chars,
+                run=self.run,
+                others={} if self.best is None else {BEST_FILE_NAME: BestFile(self.best)},
+            )
+        return self.trackers
+
+
+class BestFile(Tracker):
+    """Writes `best.json` behind the trainer, as a tracker does."""
+
+    is_kept = True
+
+    def __init__(self, best: Best) -> None:
+        self.best = best
+
+    def log(self, round: Round) -> None:
+        self.best.write()
