@@ -15,8 +15,10 @@ from jinja2 import TemplateError
 from unit.prompts.test_datasets import multi_turn_in_memory
 
 from verl_valgen.prompts import files as own_prompts
-from verl_valgen.prompts.datasets import decode, prompts_from_batch, prompts_from_dataset
+from verl_valgen.prompts.datasets import prompts_from_dataset
 from verl_valgen.prompts.files import read_own_prompts, tokenized
+from verl_valgen.prompts.masks import prompts_from_batch
+from verl_valgen.prompts.tokens import decode
 from verl_valgen.settings.checks import ConfigError
 
 PROFILE = settings.get_profile("reliability")

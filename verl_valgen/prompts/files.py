@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from verl_valgen.prompts.columns import cell, plain, row_data
-from verl_valgen.prompts.conversations import answered_turns, readable
+from verl_valgen.prompts.columns import cell_value, row_data, without_arrays
+from verl_valgen.prompts.conversations import ChatTemplate, NoChatTemplate, answered_turns, prompt_for_turn
 from verl_valgen.records import Prompt, RowData
 from verl_valgen.settings.checks import ConfigError, quoted
 from verl_valgen.settings.checks import plain as shown
@@ -69,7 +69,7 @@ def read_own_prompts(path: str, params_key: str, source: str = "generation.promp
 def tokenized(
     prompts: Sequence[OwnPrompt], tokenizer: Any, template_kwargs: Mapping[str, Any], turn: str
 ) -> list[Prompt]:
-    """What the model is given, with the chat template; where there is none, the text itself.
+    """The prompts of a file as the model is given them: by the chat template, or as they are where there is none.
 
     Args:
         template_kwargs: For the chat template, as verl's data sets pass them; a row's own go before.
@@ -78,43 +78,25 @@ def tokenized(
     Raises:
         ValueError: There are conversations, and the tokenizer has no chat template.
     """
-    found = []
+    template_class = NoChatTemplate if getattr(tokenizer, "chat_template", None) is None else ChatTemplate
+    result: list[Prompt] = []
     for stream, own in enumerate(prompts, start=_FIRST_STREAM):
-        messages = own.messages
-        is_answered = messages[-1]["role"] == "assistant" and len(messages) > 1
-        for place in answered_turns(messages, turn) if is_answered else [len(messages)]:
-            before = messages[:place]
-            answer = readable(messages[place].get("content")).strip() or None if place < len(messages) else None
-            questions = [readable(message.get("content")) for message in before if message["role"] == "user"]
-            found.append(
-                Prompt(
-                    row=None,
-                    input_ids=_input_ids(before, tokenizer, {**template_kwargs, **own.template_kwargs}),
-                    text=questions[-1] if questions else readable(before[-1].get("content")),
-                    reference=answer if own.reference is None else own.reference,
-                    data=own.data,
-                    stream=stream,
-                )
-            )
-    return found
-
-
-def _input_ids(messages: list[dict[str, Any]], tokenizer: Any, template_kwargs: Mapping[str, Any]) -> list[int]:
-    if getattr(tokenizer, "chat_template", None) is None:
-        if [message["role"] for message in messages] != ["user"]:
-            raise ValueError("the tokenizer has no chat template, so that a prompt must be one text")
-        return tokenizer(readable(messages[0].get("content")))["input_ids"]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the chat template has put them in
+        template = template_class(tokenizer, {**template_kwargs, **own.template_kwargs})
+        # Whoever ends a conversation of their own in a question wants that one to be answered.
+        ends_in_answer = own.messages[-1]["role"] == "assistant"
+        for i in answered_turns(own.messages, turn) if ends_in_answer else [len(own.messages)]:
+            prompt = prompt_for_turn(own.messages, i, template, reference=own.reference)
+            result.append(replace(prompt, data=own.data, stream=stream))
+    return result
 
 
 def _own_prompt(row: Any, params_key: str) -> OwnPrompt:
-    row = plain(row)
+    row = without_arrays(row)
     if isinstance(row, str | list):
         row = {"prompt": row}
     if not isinstance(row, Mapping):
         raise ValueError(f"it must be a text, a list of messages or a mapping, got {quoted(row)}")
-    row = {name: cell(value) for name, value in row.items()}
+    row = {name: cell_value(value) for name, value in row.items()}
     prompt = row.get("messages") if row.get("prompt") is None else row["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt.strip() else prompt
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):

@@ -20,8 +20,10 @@ import torch
 
 from verl_valgen.collectives import broadcast
 from verl_valgen.hosts.base import Host
-from verl_valgen.prompts.datasets import decode, mask_is_shifted, prompts_from_batch
+from verl_valgen.prompts.datasets import mask_is_shifted
+from verl_valgen.prompts.masks import prompts_from_batch
 from verl_valgen.prompts.sources import read_prompts
+from verl_valgen.prompts.tokens import decode
 from verl_valgen.records import Completion, Prompt
 from verl_valgen.rounds.generation import Answering
 from verl_valgen.rounds.queries import Question, answered, make_questions, make_samples, place, with_global_parameters

@@ -19,13 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, LlavaProcessor
 from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 
-from verl_valgen.prompts.datasets import (
-    DatasetPrompts,
-    decode,
-    mask_is_shifted,
-    prompts_from_batch,
-    prompts_from_dataset,
-)
+from verl_valgen.prompts.datasets import DatasetPrompts, mask_is_shifted, prompts_from_dataset
+from verl_valgen.prompts.masks import prompts_from_batch
+from verl_valgen.prompts.tokens import decode
 from verl_valgen.records import Prompt, RowData
 
 try:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
+from unit.prompts.test_datasets import multi_turn_in_memory
 
 from verl_valgen.prompts import files as own_prompts
+from verl_valgen.prompts.datasets import prompts_from_dataset
 from verl_valgen.prompts.files import read_own_prompts, tokenized
+from verl_valgen.prompts.tokens import decode
 from verl_valgen.settings.checks import ConfigError
 
 ASKED = [{"role": "user", "content": "2+2?"}]
@@ -98,10 +104,7 @@ def test_template_arguments_and_tools_reach_the_template(tmp_path):
 
         def apply_chat_template(self, messages, **kwargs):
             seen.update(kwargs, roles=[message["role"] for message in messages])
-            return "text"
-
-        def __call__(self, text, **kwargs):
-            return {"input_ids": [1]}
+            return {"input_ids": torch.tensor([[1]])}
 
     row = {
         "messages": [
@@ -115,8 +118,37 @@ def test_template_arguments_and_tools_reach_the_template(tmp_path):
     tokenized(read(tmp_path, [row]), Tokenizer(), {"enable_thinking": True, "x": 1}, "last")
     assert seen == {
         "roles": ["user", "assistant", "tool"], "tools": [{"type": "function"}], "enable_thinking": False, "x": 1,
-        "add_generation_prompt": True, "tokenize": False,
+        "add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [None, "Let me see."])
+def test_a_last_turn_that_calls_a_tool_is_the_reference_as_in_a_data_set(tmp_path, tokenizer, content):
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [*ASKED, {"role": "assistant", "content": content, "tool_calls": [call]}]
+    (own,) = tokenized(read(tmp_path, [messages]), tokenizer, {}, "last")
+    (from_dataset,) = prompts_from_dataset(multi_turn_in_memory(tokenizer, messages), [0], tokenizer).prompts
+    assert own.reference.startswith(content or "<tool_call>")
+    assert '"name": "add"' in own.reference
+    assert (own.input_ids, own.text, own.reference) == (
+        from_dataset.input_ids, from_dataset.text, from_dataset.reference
+    )  # fmt: skip
+
+
+def test_a_reference_of_the_rows_own_is_not_rendered(tmp_path, tokenizer):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}asked"
+    messages = [*ASKED, {"role": "assistant", "content": ""}]
+    (prompt,) = tokenized(read(tmp_path, [{"messages": messages, "reference": "4"}]), tokenizer, {}, "last")
+    assert prompt.reference == "4"
+    with pytest.raises(TemplateError, match="no"):
+        tokenized(read(tmp_path, [messages]), tokenizer, {}, "last")
+
+
+def test_without_a_question_the_text_is_the_whole_prompt(tmp_path, tokenizer):
+    messages = [{"role": "system", "content": "Say something."}]
+    (prompt,) = tokenized(read(tmp_path, [messages]), tokenizer, {}, "last")
+    assert prompt.text == decode(tokenizer, rendered(tokenizer, messages), skip_special_tokens=True)
 
 
 def test_without_a_chat_template_a_text_is_the_prompt(tmp_path, tokenizer):
@@ -128,6 +160,8 @@ def test_without_a_chat_template_a_text_is_the_prompt(tmp_path, tokenizer):
 
     (prompt,) = tokenized(read(tmp_path, ["ab"]), Plain(), {}, "last")
     assert prompt.input_ids == [97, 98]
+    (prompt,) = tokenized(read(tmp_path, [ANSWERED]), Plain(), {}, "last")
+    assert (prompt.text, prompt.reference) == ("2+2?", "4")
     with pytest.raises(ValueError, match="no chat template"):
         tokenized(read(tmp_path, [LONG]), Plain(), {}, "last")
 
