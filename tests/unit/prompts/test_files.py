@@ -174,14 +174,25 @@ def test_without_a_chat_template_a_text_is_the_prompt(tmp_path, tokenizer):
         ("x.csv", b"a", "x.csv must end in .jsonl, .parquet, .txt"),
         ("x.jsonl", b"", "x.jsonl holds no prompts"),
         ("x.txt", b"\n \n", "x.txt holds no prompts"),
-        ("x.jsonl", b"{", "x.jsonl cannot be read: line 1: Expecting property name"),
-        ("x.jsonl", b"[" * 100_000, "x.jsonl cannot be read: "),
+        (
+            "x.jsonl",
+            b"{",
+            "x.jsonl, line 1: it is no JSON (Expecting property name enclosed in double quotes: column 2)",
+        ),
+        ("x.jsonl", b'"a"\n\n["b" "c"]', "x.jsonl, line 3: it is no JSON (Expecting ',' delimiter: column 6)"),
+        ("x.jsonl", b"[" * 100_000, "x.jsonl, line 1: it is no JSON (maximum recursion depth exceeded"),
         ("x.txt", b"\xff\xfe", "x.txt cannot be read: 'utf-8' codec"),
         ("x.parquet", b"PAR1", "x.parquet cannot be read: "),
-        ("x.jsonl", b'"a"\n3', "x.jsonl: prompt 2: it must be a text, a list of messages or a mapping, got 3"),
-        ("x.jsonl", b'""', "prompt 1: `prompt` or `messages` must be a text or a list of messages of text, got ''"),
+        ("x.jsonl", b'"a"\n3', "x.jsonl, line 2: it must be a text, a list of messages or a mapping, got 3"),
+        ("x.jsonl", b'"a"\n\n \n3', "x.jsonl, line 4: it must be a text, a list of messages or a mapping, got 3"),
+        ("x.jsonl", b'""', "line 1: `prompt` or `messages` must be a text or a list of messages of text, got ''"),
         ("x.jsonl", b"[]", "must be a text or a list of messages of text, got []"),
         ("x.jsonl", b'{"text": "a"}', "must be a text or a list of messages of text, got None"),
+        ("x.jsonl", b'{"a": 1, "promt": "b"}', "x.jsonl, line 1: `promt` is unknown (did you mean `prompt`?)"),
+        ("x.jsonl", b'{"prompt_id": 1, "Prompts": "b"}', "line 1: `Prompts` is unknown (did you mean `prompt`?)"),
+        ("x.jsonl", b'{"message": []}', "line 1: `message` is unknown (did you mean `messages`?)"),
+        ("x.jsonl", b'{"pro\\u001bmpt": "a"}', "line 1: `pro\\x1bmpt` is unknown (did you mean `prompt`?)"),
+        ("x.jsonl", b'{"messages": null, "promt": "a"}', "must be a text or a list of messages of text, got None"),
         ("x.jsonl", b'[{"role": "user"}]', "must be a text or a list of messages of text"),
         ("x.jsonl", b'[{"role": "user", "content": [{"type": "image"}]}]', "must be a text or a list of messages of"),
         ("x.jsonl", b'{"prompt": "a", "reference": [4]}', "`reference` must be a text or a number, got [4]"),
@@ -196,6 +207,25 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, reason):
     assert str(caught.value).startswith("generation.prompts: ")
     assert reason in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"prompt": ["a", "b", ""]}, "x.parquet, row 2 (from 0): `prompt` or `messages` must be a text"),
+        ({"promt": ["a"]}, "x.parquet, row 0 (from 0): `promt` is unknown (did you mean `prompt`?)"),
+    ],
+)
+def test_a_row_of_a_table_is_named(tmp_path, columns, reason):
+    pd.DataFrame(columns).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(ConfigError) as caught:
+        read_own_prompts(str(tmp_path / "x.parquet"), "generation_params")
+    assert reason in str(caught.value)
+
+
+def test_other_columns_are_allowed(tmp_path):
+    (own,) = read(tmp_path, [{"prompt": "a", "promt": "b", "answer": "c", "messages_": "d"}])
+    assert own.messages == [{"role": "user", "content": "a"}]
 
 
 def test_too_much_is_refused(tmp_path, monkeypatch):
