@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
-from unit.prompts.test_datasets import multi_turn_in_memory
+from unit.prompts.data import multi_turn_in_memory
 
 from verl_valgen.prompts import files as own_prompts
 from verl_valgen.prompts.datasets import prompts_from_dataset
@@ -43,22 +43,22 @@ def test_jsonl_texts_conversations_and_columns(tmp_path, tokenizer):
         {"messages": ANSWERED, "reward_model": {"ground_truth": "4"}, "extra_info": {"a": 1}},
         {"messages": ANSWERED, "reference": "four"},
     ]
-    found = tokenized(read(tmp_path, rows), tokenizer, {}, "last")
-    assert [prompt.input_ids for prompt in found] == [rendered(tokenizer, ASKED)] * 5
-    assert {(prompt.row, prompt.text) for prompt in found} == {(None, "2+2?")}
-    assert [prompt.reference for prompt in found] == [None, None, "4", "4", "four"]
-    assert (found[2].data.data_source, found[2].data.params) == ("sums", {"top_k": 3})
-    assert (found[3].data.ground_truth, found[3].data.extra_info) == ("4", {"a": 1})
-    assert [prompt.stream for prompt in found] == [(1 << 31) + i for i in range(5)]
+    prompts = tokenized(read(tmp_path, rows), tokenizer, {}, "last")
+    assert [prompt.input_ids for prompt in prompts] == [rendered(tokenizer, ASKED)] * 5
+    assert {(prompt.row, prompt.text) for prompt in prompts} == {(None, "2+2?")}
+    assert [prompt.reference for prompt in prompts] == [None, None, "4", "4", "four"]
+    assert (prompts[2].data.data_source, prompts[2].data.params) == ("sums", {"top_k": 3})
+    assert (prompts[3].data.ground_truth, prompts[3].data.extra_info) == ("4", {"a": 1})
+    assert [prompt.stream for prompt in prompts] == [(1 << 31) + i for i in range(5)]
 
 
 @pytest.mark.parametrize(
     ("turn", "expected"),
     [("last", [(3, "6")]), ("first", [(1, "4")]), ("all", [(1, "4"), (3, "6")])],
 )
-def test_of_a_conversation_the_turns_that_are_asked_for(tmp_path, tokenizer, turn, expected):
-    found = tokenized(read(tmp_path, [LONG]), tokenizer, {}, turn)
-    assert [(prompt.input_ids, prompt.reference) for prompt in found] == [
+def test_the_turns_of_a_conversation_that_are_asked_for(tmp_path, tokenizer, turn, expected):
+    prompts = tokenized(read(tmp_path, [LONG]), tokenizer, {}, turn)
+    assert [(prompt.input_ids, prompt.reference) for prompt in prompts] == [
         (rendered(tokenizer, LONG[:end]), reference) for end, reference in expected
     ]
 
@@ -70,8 +70,8 @@ def test_a_conversation_that_ends_in_a_question_is_answered_there(tmp_path, toke
 
 def test_text_files_have_a_prompt_in_each_line(tmp_path, tokenizer):
     (tmp_path / "own.txt").write_text("one\n\n two \x0c three\n")
-    found = tokenized(read_own_prompts(str(tmp_path / "own.txt"), ""), tokenizer, {}, "last")
-    assert [prompt.text for prompt in found] == ["one", " two \x0c three"]
+    prompts = tokenized(read_own_prompts(str(tmp_path / "own.txt"), ""), tokenizer, {}, "last")
+    assert [prompt.text for prompt in prompts] == ["one", " two \x0c three"]
 
 
 def test_parquet_has_rows_with_columns(tmp_path, tokenizer):
@@ -80,10 +80,10 @@ def test_parquet_has_rows_with_columns(tmp_path, tokenizer):
         {"prompt": None, "messages": ANSWERED, "reference": None, "generation_params": None},
     ]
     pd.DataFrame(rows).to_parquet(tmp_path / "own.parquet")
-    found = tokenized(read_own_prompts(str(tmp_path / "own.parquet"), "generation_params"), tokenizer, {}, "last")
-    assert [prompt.input_ids for prompt in found] == [rendered(tokenizer, ASKED)] * 2
-    assert [prompt.reference for prompt in found] == ["4", "4"]
-    assert found[0].data.params == {"top_k": 3, "top_p": None}
+    prompts = tokenized(read_own_prompts(str(tmp_path / "own.parquet"), "generation_params"), tokenizer, {}, "last")
+    assert [prompt.input_ids for prompt in prompts] == [rendered(tokenizer, ASKED)] * 2
+    assert [prompt.reference for prompt in prompts] == ["4", "4"]
+    assert prompts[0].data.params == {"top_k": 3, "top_p": None}
 
 
 def test_integers_stay_integers_beside_an_empty_cell(tmp_path, tokenizer):
