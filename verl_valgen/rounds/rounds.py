@@ -21,6 +21,7 @@ import torch
 from verl_valgen.collectives import broadcast
 from verl_valgen.hosts.base import Host
 from verl_valgen.prompts.datasets import mask_is_shifted
+from verl_valgen.prompts.files import read_own_prompts
 from verl_valgen.prompts.masks import prompts_from_batch
 from verl_valgen.prompts.sources import read_prompts
 from verl_valgen.prompts.tokens import decode
@@ -95,7 +96,7 @@ class ValidationRounds:
     def _prepare_on_logging_rank(self) -> list[int] | None:
         """The steps of the rounds; None where there is nothing to ask."""
         settings = self.settings
-        self.questions = make_questions(read_prompts(self.host, settings), settings, self._vocab_size)
+        self.questions = make_questions(self._read_prompts(), settings, self._vocab_size)
         if not self.questions:
             return None
         schedule = replace(self.host.schedule(), every=settings.every, before_train=settings.before_train)
@@ -106,6 +107,23 @@ class ValidationRounds:
             self.best = Best(self.directory, settings.best_metric, settings.best_mode, schedule.start_step)
         self.scoring.start()
         return schedule.round_steps()
+
+    def _read_prompts(self) -> list[Prompt]:
+        """The prompts of all rounds; [] after a warning that says why there are none."""
+        host, settings = self.host, self.settings
+        if (reason := host.why_no_validation_batch()) is not None:  # a file's prompts are asked where validation runs
+            logger.warning("no samples: %s", reason)
+            return []
+        model_class: Any = host.model_class
+        if not (hasattr(model_class, "generate") and model_class.can_generate()):
+            logger.warning("no samples: the model class %s has no `generate`", model_class.__name__)
+            return []
+        file_prompts = read_own_prompts(settings.prompts, settings.params_key) if settings.prompts else []
+        with preserved_random_state(host.device):
+            rows = host.validation_rows(settings.max_val_samples)
+            return read_prompts(
+                host.val_dataset, rows, host.tokenizer, settings, host.chat_template_kwargs, file_prompts
+            )
 
     def _set_earlier_samples_aside(self, start_step: int) -> None:
         try:
