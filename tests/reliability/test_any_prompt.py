@@ -12,11 +12,13 @@ from assets import CHAT_TEMPLATE, PRINTABLE
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
-from unit.prompts.test_datasets import multi_turn_in_memory
+from unit.prompts.data import multi_turn_in_memory
 
 from verl_valgen.prompts import files as own_prompts
-from verl_valgen.prompts.datasets import decode, prompts_from_batch, prompts_from_dataset
+from verl_valgen.prompts.datasets import prompts_from_dataset
 from verl_valgen.prompts.files import read_own_prompts, tokenized
+from verl_valgen.prompts.masks import prompts_from_batch
+from verl_valgen.prompts.tokens import decode
 from verl_valgen.settings.checks import ConfigError
 
 PROFILE = settings.get_profile("reliability")
@@ -71,10 +73,10 @@ def expected_split(mask):
 @PROFILE
 @given(some_rows=st.lists(rows(), min_size=1, max_size=4), dtype=DTYPES, num_left=st.integers(0, 9))
 def test_padding_of_any_kind_changes_no_prompt(tokenizer, some_rows, dtype, num_left):
-    found = prompts_from_batch(nested_batch(some_rows, dtype), tokenizer, shifted=False)
+    from_nested = prompts_from_batch(nested_batch(some_rows, dtype), tokenizer, shifted=False)
     batch = padded_batch(some_rows, dtype, tokenizer.pad_token_id, num_left)
-    assert prompts_from_batch(batch, tokenizer, shifted=False) == found
-    for (ids, mask), prompt in zip(some_rows, found, strict=True):
+    assert prompts_from_batch(batch, tokenizer, shifted=False) == from_nested
+    for (ids, mask), prompt in zip(some_rows, from_nested, strict=True):
         start, end = expected_split(mask)
         answer = decode(tokenizer, ids[start:end], skip_special_tokens=True).strip() if end > start else None
         assert (prompt.input_ids, prompt.reference) == (ids[:start], answer)

@@ -1,1 +1,1 @@
-"""Which prompts a run asks: rows of verl's data sets, batches of a loader, files of a user's own."""
+"""The prompts of a run: rows of verl's data sets, batches of a loader, and files of a user's own."""

@@ -1,6 +1,6 @@
-"""What a row of data says beside its prompt: where it comes from, what is right, how it wants to be answered.
+"""Reads the columns of a row beside its messages: data source, ground truth, generation parameters.
 
-This module knows verl's names of columns. All columns are optional, and of any type.
+This module knows verl's names of columns. All columns are optional, and may hold values of any type.
 """
 
 from __future__ import annotations
@@ -15,26 +15,28 @@ from verl_valgen.settings.generation_config import WHOLE_NUMBERS
 
 
 def row_data(columns: Mapping[str, Any], params_key: str) -> RowData:
-    """
+    """The optional columns of a row, None where they are missing or empty.
+
     Args:
         columns: The whole row.
+        params_key: The column that holds the row's own generation parameters.
     """
-    of_reward = cell(columns.get("reward_model"))
-    ground_truth = of_reward.get("ground_truth") if isinstance(of_reward, Mapping) else None
-    data_source = cell(columns.get("data_source"))
+    reward_model = cell_value(columns.get("reward_model"))
+    ground_truth = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
+    data_source = cell_value(columns.get("data_source"))
     return RowData(
         data_source=None if data_source is None else str(data_source),
-        ground_truth=cell(columns.get("ground_truth")) if ground_truth is None else ground_truth,
-        extra_info=cell(columns.get("extra_info")),
-        params=cell(columns.get(params_key)),
+        ground_truth=cell_value(columns.get("ground_truth")) if ground_truth is None else ground_truth,
+        extra_info=cell_value(columns.get("extra_info")),
+        params=cell_value(columns.get(params_key)),
     )
 
 
 def parameters(value: Any) -> dict[str, Any]:
-    """A row's own generation parameters: a mapping or its JSON; {} for an empty cell.
+    """A row's own generation parameters, from a mapping or its JSON; {} for an empty cell.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: `value` is neither.
     """
     if isinstance(value, str) and value.strip():
         try:
@@ -47,26 +49,27 @@ def parameters(value: Any) -> dict[str, Any]:
         raise ValueError(f"it must be a mapping or JSON of one, got a {type(value).__name__}")
     # In a table every row has all columns of a mapping, those that it does not set too; and where some rows do not,
     # pandas makes floating-point numbers of the others' integers.
-    set_here = {str(name): inner for name, inner in value.items() if not _is_empty(inner)}
-    return {name: _whole(inner) if name in WHOLE_NUMBERS else inner for name, inner in set_here.items()}
+    non_empty = {str(name): item for name, item in value.items() if not _is_empty(item)}
+    return {name: _integer_again(item) if name in WHOLE_NUMBERS else item for name, item in non_empty.items()}
 
 
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def cell_value(value: Any) -> Any:
+    """The Python value of a table's cell; None for an empty one (None, NaN, pandas.NA)."""
+    value = without_arrays(value)
+    return None if _is_empty(value) else value
 
 
-def plain(value: Any) -> Any:
-    """Nested arrays, as parquet gives them, as lists: for a template, an array of two is neither true nor false."""
+def without_arrays(value: Any) -> Any:
+    """`value` with lists for the nested arrays that parquet gives: to a template, an array of two is neither true nor
+    false."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list) else value
+        return {key: without_arrays(item) for key, item in value.items()}
+    return [without_arrays(item) for item in value] if isinstance(value, list) else value
 
 
-def cell(value: Any) -> Any:
-    """A column's value as plain Python; an empty cell (None, NaN, pandas.NA) as None."""
-    value = plain(value)
-    return None if _is_empty(value) else value
+def _integer_again(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _is_empty(value: Any) -> bool:

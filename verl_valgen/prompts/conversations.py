@@ -1,13 +1,110 @@
-"""Which assistant turns of a conversation are answered anew, and what a message says. Pure functions on messages."""
+"""Turns a conversation into a prompt, the text that a person reads, and the reference: for data sets and files alike.
+
+This module knows messages and chat templates. It does not know where messages come from. Messages are mappings with a
+`role`; their `content` may be anything.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from verl_valgen.prompts.tokens import decode, encode
+from verl_valgen.records import Prompt
 
-def answered_turns(messages: Sequence[Mapping[str, Any]], turn: str) -> list[int]:
-    """Places of messages that are to be answered anew; without an assistant turn, the one behind the last.
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A model's chat template, with the arguments that every conversation is rendered with."""
+
+    tokenizer: Any
+    kwargs: Mapping[str, Any]
+    """Arguments of `apply_chat_template`: `tools`, `enable_thinking`, whatever the template knows."""
+    processor: Any = None
+    """A vision-language model's processor, which then renders and tokenizes instead of the tokenizer."""
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of `messages`, followed by those of the generation prompt."""
+        batch = self._apply(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+        return batch["input_ids"][0].tolist()
+
+    def reference(self, messages: Sequence[Message], turn: int) -> str:
+        """The text of `messages[turn]`, stripped.
+
+        That is its content. Where it calls tools, or its content is empty, it is what the template renders for it,
+        without special tokens.
+        """
+        text = readable(messages[turn].get("content"))
+        if not text or messages[turn].get("tool_calls"):
+            text = self._rendered(messages, turn)
+        return text.strip()
+
+    def _rendered(self, messages: Sequence[Message], turn: int) -> str:
+        """`messages[turn]` as the template renders it, without special tokens."""
+        prompt = self._apply(messages[:turn], add_generation_prompt=True, tokenize=False)
+        whole = self._apply(messages[: turn + 1], add_generation_prompt=False, tokenize=False)
+        # A template need not continue its own generation prompt (think blocks): the answer begins where they part.
+        answer = whole[len(os.path.commonprefix([prompt, whole])) :]  # noqa: RUF071 (character by character is meant)
+        return decode(self.tokenizer, encode(self.tokenizer, answer), skip_special_tokens=True)
+
+    def _apply(self, messages: Sequence[Message], **kwargs: Any) -> Any:
+        renderer = self.tokenizer if self.processor is None else self.processor
+        return renderer.apply_chat_template(messages, **{**self.kwargs, **kwargs})
+
+
+class NoChatTemplate(ChatTemplate):
+    """Stands in where the tokenizer has no chat template: a single text is the prompt as it is."""
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of the only message, with the special tokens that the tokenizer adds.
+
+        Raises:
+            ValueError: There is more than one message, or it is not the user's.
+        """
+        if [message["role"] for message in messages] != ["user"]:
+            raise ValueError("the tokenizer has no chat template, so that a prompt must be one text")
+        return self.tokenizer(readable(messages[0].get("content")))["input_ids"]
+
+    def reference(self, messages: Sequence[Message], turn: int) -> str:
+        """The content of `messages[turn]`, stripped."""
+        return readable(messages[turn].get("content")).strip()
+
+
+def prompt_for_turn(
+    messages: Sequence[Message],
+    turn: int,
+    template: ChatTemplate,
+    *,
+    row: int | None = None,
+    reference: str | None = None,
+) -> Prompt:
+    """The prompt that asks for `messages[turn]` anew, or for a message after the last if `turn` is `len(messages)`.
+
+    Its text is the last user message, or the whole prompt without special tokens where no user has said anything.
+
+    Args:
+        row: The row of the data set that the conversation is, if it is one.
+        reference: A reference that replaces the text of `messages[turn]`.
+
+    Raises whatever the chat template raises.
+    """
+    before = messages[:turn]
+    input_ids = template.prompt_ids(before)
+    questions = [message.get("content") for message in before if message["role"] == "user"]
+    text = readable(questions[-1]) if questions else decode(template.tokenizer, input_ids, skip_special_tokens=True)
+    if reference is None and turn < len(messages):
+        reference = template.reference(messages, turn)
+    return Prompt(row, input_ids, text, reference)
+
+
+def answered_turns(messages: Sequence[Message], turn: str) -> list[int]:
+    """The indices of the assistant's messages that are to be answered anew; `[len(messages)]` if there is none.
+
+    A conversation that begins with the assistant has nothing to answer there.
 
     Args:
         turn: `generation.turn`: last, first, all.

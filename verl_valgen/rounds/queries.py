@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from verl_valgen.prompts.columns import parameters
-from verl_valgen.prompts.datasets import decode
+from verl_valgen.prompts.tokens import decode
 from verl_valgen.records import DEFAULT_STRATEGY, Answer, Completion, Prompt, Query, Request, Sample
 from verl_valgen.settings import generation_config
 from verl_valgen.settings.checks import ConfigError, plain

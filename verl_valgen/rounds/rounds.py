@@ -19,8 +19,11 @@ import torch
 from verl_valgen.collectives import broadcast
 from verl_valgen.hosts.base import Host
 from verl_valgen.hosts.schedule import Schedule
-from verl_valgen.prompts.datasets import decode, mask_is_shifted, prompts_from_batch
+from verl_valgen.prompts.datasets import mask_is_shifted
+from verl_valgen.prompts.files import read_own_prompts
+from verl_valgen.prompts.masks import prompts_from_batch
 from verl_valgen.prompts.sources import read_prompts
+from verl_valgen.prompts.tokens import decode
 from verl_valgen.records import Prompt, Query
 from verl_valgen.rounds.generation import Answerer, Begun
 from verl_valgen.rounds.queries import make_queries, make_requests, pair
@@ -95,7 +98,7 @@ class ValidationRounds:
     def _prepare_on_logging_rank(self) -> list[int] | None:
         """The steps of the rounds; None where there is nothing to ask."""
         host, settings = self.host, self.settings
-        queries = make_queries(read_prompts(host, settings), settings, self._vocab_size)
+        queries = make_queries(self._read_prompts(), settings, self._vocab_size)
         if not queries:
             return None
         schedule = replace(host.schedule(), every=settings.every, before_train=settings.before_train)
@@ -116,7 +119,9 @@ class ValidationRounds:
         """Logs how many samples come when, and which strategies, metrics and prompts are in use."""
         num_samples = sum(query.num_completions for query in queries)
         num_prompts = len({query.index for query in queries})
-        shape = f" ({num_prompts} prompts x {num_samples / num_prompts:g})" if num_samples > num_prompts else ""
+        each = num_samples // num_prompts
+        is_even = each * num_prompts == num_samples  # unless rows have parameters of their own
+        shape = f" ({num_prompts} prompts{f' x {each} completions' if is_even else ''})" if each > 1 else ""
         logger.info("%d samples%s %s, in %s", num_samples, shape, schedule, self.directory)
         settings = self.settings
         in_use = {
@@ -127,6 +132,23 @@ class ValidationRounds:
         texts = [f"{name}: {printable(', '.join(values), 300)}" for name, values in in_use.items() if values]
         if texts:
             logger.info("%s", "; ".join(texts))
+
+    def _read_prompts(self) -> list[Prompt]:
+        """The prompts of all rounds; [] after a warning that says why there are none."""
+        host, settings = self.host, self.settings
+        if (reason := host.why_no_validation_batch()) is not None:  # a file's prompts are asked where validation runs
+            logger.warning("no samples: %s", reason)
+            return []
+        model_class: Any = host.model_class
+        if not (hasattr(model_class, "generate") and model_class.can_generate()):
+            logger.warning("no samples: the model class %s has no `generate`", model_class.__name__)
+            return []
+        file_prompts = read_own_prompts(settings.prompts, settings.params_key) if settings.prompts else []
+        with preserved_random_state(host.device):
+            rows = host.validation_rows(settings.max_val_samples)
+            return read_prompts(
+                host.val_dataset, rows, host.tokenizer, settings, host.chat_template_kwargs, file_prompts
+            )
 
     def _set_earlier_samples_aside(self, start_step: int) -> None:
         try:

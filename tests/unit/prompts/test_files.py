@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
+from unit.prompts.data import multi_turn_in_memory
 
 from verl_valgen.prompts import files as own_prompts
+from verl_valgen.prompts.datasets import prompts_from_dataset
 from verl_valgen.prompts.files import read_own_prompts, tokenized
+from verl_valgen.prompts.tokens import decode
 from verl_valgen.settings.checks import ConfigError
 
 ASKED = [{"role": "user", "content": "2+2?"}]
@@ -37,22 +43,22 @@ def test_jsonl_texts_conversations_and_columns(tmp_path, tokenizer):
         {"messages": ANSWERED, "reward_model": {"ground_truth": "4"}, "extra_info": {"a": 1}},
         {"messages": ANSWERED, "reference": "four"},
     ]
-    found = tokenized(read(tmp_path, rows), tokenizer, {}, "last")
-    assert [prompt.input_ids for prompt in found] == [rendered(tokenizer, ASKED)] * 5
-    assert {(prompt.row, prompt.text) for prompt in found} == {(None, "2+2?")}
-    assert [prompt.reference for prompt in found] == [None, None, "4", "4", "four"]
-    assert (found[2].data.data_source, found[2].data.params) == ("sums", {"top_k": 3})
-    assert (found[3].data.ground_truth, found[3].data.extra_info) == ("4", {"a": 1})
-    assert [prompt.stream for prompt in found] == [(1 << 31) + i for i in range(5)]
+    prompts = tokenized(read(tmp_path, rows), tokenizer, {}, "last")
+    assert [prompt.input_ids for prompt in prompts] == [rendered(tokenizer, ASKED)] * 5
+    assert {(prompt.row, prompt.text) for prompt in prompts} == {(None, "2+2?")}
+    assert [prompt.reference for prompt in prompts] == [None, None, "4", "4", "four"]
+    assert (prompts[2].data.data_source, prompts[2].data.params) == ("sums", {"top_k": 3})
+    assert (prompts[3].data.ground_truth, prompts[3].data.extra_info) == ("4", {"a": 1})
+    assert [prompt.stream for prompt in prompts] == [(1 << 31) + i for i in range(5)]
 
 
 @pytest.mark.parametrize(
     ("turn", "expected"),
     [("last", [(3, "6")]), ("first", [(1, "4")]), ("all", [(1, "4"), (3, "6")])],
 )
-def test_of_a_conversation_the_turns_that_are_asked_for(tmp_path, tokenizer, turn, expected):
-    found = tokenized(read(tmp_path, [LONG]), tokenizer, {}, turn)
-    assert [(prompt.input_ids, prompt.reference) for prompt in found] == [
+def test_the_turns_of_a_conversation_that_are_asked_for(tmp_path, tokenizer, turn, expected):
+    prompts = tokenized(read(tmp_path, [LONG]), tokenizer, {}, turn)
+    assert [(prompt.input_ids, prompt.reference) for prompt in prompts] == [
         (rendered(tokenizer, LONG[:end]), reference) for end, reference in expected
     ]
 
@@ -64,8 +70,8 @@ def test_a_conversation_that_ends_in_a_question_is_answered_there(tmp_path, toke
 
 def test_text_files_have_a_prompt_in_each_line(tmp_path, tokenizer):
     (tmp_path / "own.txt").write_text("one\n\n two \x0c three\n")
-    found = tokenized(read_own_prompts(str(tmp_path / "own.txt"), ""), tokenizer, {}, "last")
-    assert [prompt.text for prompt in found] == ["one", " two \x0c three"]
+    prompts = tokenized(read_own_prompts(str(tmp_path / "own.txt"), ""), tokenizer, {}, "last")
+    assert [prompt.text for prompt in prompts] == ["one", " two \x0c three"]
 
 
 def test_parquet_has_rows_with_columns(tmp_path, tokenizer):
@@ -74,10 +80,10 @@ def test_parquet_has_rows_with_columns(tmp_path, tokenizer):
         {"prompt": None, "messages": ANSWERED, "reference": None, "generation_params": None},
     ]
     pd.DataFrame(rows).to_parquet(tmp_path / "own.parquet")
-    found = tokenized(read_own_prompts(str(tmp_path / "own.parquet"), "generation_params"), tokenizer, {}, "last")
-    assert [prompt.input_ids for prompt in found] == [rendered(tokenizer, ASKED)] * 2
-    assert [prompt.reference for prompt in found] == ["4", "4"]
-    assert found[0].data.params == {"top_k": 3, "top_p": None}
+    prompts = tokenized(read_own_prompts(str(tmp_path / "own.parquet"), "generation_params"), tokenizer, {}, "last")
+    assert [prompt.input_ids for prompt in prompts] == [rendered(tokenizer, ASKED)] * 2
+    assert [prompt.reference for prompt in prompts] == ["4", "4"]
+    assert prompts[0].data.params == {"top_k": 3, "top_p": None}
 
 
 def test_integers_stay_integers_beside_an_empty_cell(tmp_path, tokenizer):
@@ -98,10 +104,7 @@ def test_template_arguments_and_tools_reach_the_template(tmp_path):
 
         def apply_chat_template(self, messages, **kwargs):
             seen.update(kwargs, roles=[message["role"] for message in messages])
-            return "text"
-
-        def __call__(self, text, **kwargs):
-            return {"input_ids": [1]}
+            return {"input_ids": torch.tensor([[1]])}
 
     row = {
         "messages": [
@@ -115,8 +118,37 @@ def test_template_arguments_and_tools_reach_the_template(tmp_path):
     tokenized(read(tmp_path, [row]), Tokenizer(), {"enable_thinking": True, "x": 1}, "last")
     assert seen == {
         "roles": ["user", "assistant", "tool"], "tools": [{"type": "function"}], "enable_thinking": False, "x": 1,
-        "add_generation_prompt": True, "tokenize": False,
+        "add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [None, "Let me see."])
+def test_a_last_turn_that_calls_a_tool_is_the_reference_as_in_a_data_set(tmp_path, tokenizer, content):
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [*ASKED, {"role": "assistant", "content": content, "tool_calls": [call]}]
+    (own,) = tokenized(read(tmp_path, [messages]), tokenizer, {}, "last")
+    (from_dataset,) = prompts_from_dataset(multi_turn_in_memory(tokenizer, messages), [0], tokenizer).prompts
+    assert own.reference.startswith(content or "<tool_call>")
+    assert '"name": "add"' in own.reference
+    assert (own.input_ids, own.text, own.reference) == (
+        from_dataset.input_ids, from_dataset.text, from_dataset.reference
+    )  # fmt: skip
+
+
+def test_a_reference_of_the_rows_own_is_not_rendered(tmp_path, tokenizer):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}asked"
+    messages = [*ASKED, {"role": "assistant", "content": ""}]
+    (prompt,) = tokenized(read(tmp_path, [{"messages": messages, "reference": "4"}]), tokenizer, {}, "last")
+    assert prompt.reference == "4"
+    with pytest.raises(TemplateError, match="no"):
+        tokenized(read(tmp_path, [messages]), tokenizer, {}, "last")
+
+
+def test_without_a_question_the_text_is_the_whole_prompt(tmp_path, tokenizer):
+    messages = [{"role": "system", "content": "Say something."}]
+    (prompt,) = tokenized(read(tmp_path, [messages]), tokenizer, {}, "last")
+    assert prompt.text == decode(tokenizer, rendered(tokenizer, messages), skip_special_tokens=True)
 
 
 def test_without_a_chat_template_a_text_is_the_prompt(tmp_path, tokenizer):
@@ -128,6 +160,8 @@ def test_without_a_chat_template_a_text_is_the_prompt(tmp_path, tokenizer):
 
     (prompt,) = tokenized(read(tmp_path, ["ab"]), Plain(), {}, "last")
     assert prompt.input_ids == [97, 98]
+    (prompt,) = tokenized(read(tmp_path, [ANSWERED]), Plain(), {}, "last")
+    assert (prompt.text, prompt.reference) == ("2+2?", "4")
     with pytest.raises(ValueError, match="no chat template"):
         tokenized(read(tmp_path, [LONG]), Plain(), {}, "last")
 
@@ -140,14 +174,25 @@ def test_without_a_chat_template_a_text_is_the_prompt(tmp_path, tokenizer):
         ("x.csv", b"a", "x.csv must end in .jsonl, .parquet, .txt"),
         ("x.jsonl", b"", "x.jsonl holds no prompts"),
         ("x.txt", b"\n \n", "x.txt holds no prompts"),
-        ("x.jsonl", b"{", "x.jsonl cannot be read: line 1: Expecting property name"),
-        ("x.jsonl", b"[" * 100_000, "x.jsonl cannot be read: "),
+        (
+            "x.jsonl",
+            b"{",
+            "x.jsonl, line 1: it is no JSON (Expecting property name enclosed in double quotes: column 2)",
+        ),
+        ("x.jsonl", b'"a"\n\n["b" "c"]', "x.jsonl, line 3: it is no JSON (Expecting ',' delimiter: column 6)"),
+        ("x.jsonl", b"[" * 100_000, "x.jsonl, line 1: it is no JSON (maximum recursion depth exceeded"),
         ("x.txt", b"\xff\xfe", "x.txt cannot be read: 'utf-8' codec"),
         ("x.parquet", b"PAR1", "x.parquet cannot be read: "),
-        ("x.jsonl", b'"a"\n3', "x.jsonl: prompt 2: it must be a text, a list of messages or a mapping, got 3"),
-        ("x.jsonl", b'""', "prompt 1: `prompt` or `messages` must be a text or a list of messages of text, got ''"),
+        ("x.jsonl", b'"a"\n3', "x.jsonl, line 2: it must be a text, a list of messages or a mapping, got 3"),
+        ("x.jsonl", b'"a"\n\n \n3', "x.jsonl, line 4: it must be a text, a list of messages or a mapping, got 3"),
+        ("x.jsonl", b'""', "line 1: `prompt` or `messages` must be a text or a list of messages of text, got ''"),
         ("x.jsonl", b"[]", "must be a text or a list of messages of text, got []"),
         ("x.jsonl", b'{"text": "a"}', "must be a text or a list of messages of text, got None"),
+        ("x.jsonl", b'{"a": 1, "promt": "b"}', "x.jsonl, line 1: `promt` is unknown (did you mean `prompt`?)"),
+        ("x.jsonl", b'{"prompt_id": 1, "Prompts": "b"}', "line 1: `Prompts` is unknown (did you mean `prompt`?)"),
+        ("x.jsonl", b'{"message": []}', "line 1: `message` is unknown (did you mean `messages`?)"),
+        ("x.jsonl", b'{"pro\\u001bmpt": "a"}', "line 1: `pro\\x1bmpt` is unknown (did you mean `prompt`?)"),
+        ("x.jsonl", b'{"messages": null, "promt": "a"}', "must be a text or a list of messages of text, got None"),
         ("x.jsonl", b'[{"role": "user"}]', "must be a text or a list of messages of text"),
         ("x.jsonl", b'[{"role": "user", "content": [{"type": "image"}]}]', "must be a text or a list of messages of"),
         ("x.jsonl", b'{"prompt": "a", "reference": [4]}', "`reference` must be a text or a number, got [4]"),
@@ -162,6 +207,25 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, reason):
     assert str(caught.value).startswith("generation.prompts: ")
     assert reason in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"prompt": ["a", "b", ""]}, "x.parquet, row 2 (from 0): `prompt` or `messages` must be a text"),
+        ({"promt": ["a"]}, "x.parquet, row 0 (from 0): `promt` is unknown (did you mean `prompt`?)"),
+    ],
+)
+def test_a_row_of_a_table_is_named(tmp_path, columns, reason):
+    pd.DataFrame(columns).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(ConfigError) as caught:
+        read_own_prompts(str(tmp_path / "x.parquet"), "generation_params")
+    assert reason in str(caught.value)
+
+
+def test_other_columns_are_allowed(tmp_path):
+    (own,) = read(tmp_path, [{"prompt": "a", "promt": "b", "answer": "c", "messages_": "d"}])
+    assert own.messages == [{"role": "user", "content": "a"}]
 
 
 def test_too_much_is_refused(tmp_path, monkeypatch):

@@ -1,17 +1,18 @@
-"""What of the prompts the configuration decides."""
+"""Which prompts are asked, and what is said where there are none."""
 
 from __future__ import annotations
 
 import json
 import logging
-from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
+from unit.prompts.data import multi_turn, talk
 
 from verl_valgen.hosts.sft import SFTHost
+from verl_valgen.prompts.files import read_own_prompts
 from verl_valgen.prompts.sources import read_prompts
-from verl_valgen.settings.load import GenerationSettings
+from verl_valgen.settings.settings import GenerationSettings
 
 
 @pytest.mark.parametrize(
@@ -32,19 +33,34 @@ def test_own_prompts_think_as_the_datas_do(data, expected):
     assert host.chat_template_kwargs == expected
 
 
-@pytest.mark.parametrize(("params_key", "num_warnings"), [("generation_params", 0), ("mine", 0), ("nosuch", 1)])
-def test_a_column_of_parameters_that_no_row_has_is_told(tmp_path, tokenizer, caplog, params_key, num_warnings):
+@pytest.fixture
+def file_prompts(tmp_path):
     (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": "a", "mine": {"top_k": 3}}))
-    host = SimpleNamespace(
-        why_no_validation_batch=lambda: None,
-        model_class=SimpleNamespace(generate=None, can_generate=lambda: True),
-        tokenizer=tokenizer,
-        chat_template_kwargs={},
-    )
-    settings = GenerationSettings(
-        enabled=True, prompts=str(tmp_path / "own.jsonl"), prompts_mode="replace", params_key=params_key
-    )
+    return lambda params_key: read_own_prompts(str(tmp_path / "own.jsonl"), params_key)
+
+
+@pytest.mark.parametrize(("params_key", "num_warnings"), [("generation_params", 0), ("mine", 0), ("nosuch", 1)])
+def test_a_column_of_parameters_that_no_row_has_is_told(tokenizer, caplog, file_prompts, params_key, num_warnings):
+    settings = GenerationSettings(enabled=True, prompts_mode="replace", params_key=params_key)
     with caplog.at_level(logging.WARNING, "verl_valgen"):
-        assert len(read_prompts(host, settings)) == 1
+        assert len(read_prompts(None, [], tokenizer, settings, {}, file_prompts(params_key))) == 1
     assert [m for m in caplog.messages if "no row has anything in a column nosuch" in m] == caplog.messages
     assert len(caplog.messages) == num_warnings
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("replace", ["a"]), ("append", ["c?", "b?", "a"])])
+def test_the_prompts_of_a_file_replace_the_datas_or_follow_them(tmp_path, tokenizer, file_prompts, mode, expected):
+    dataset = multi_turn(tmp_path, tokenizer, [talk("b?", "B"), talk("c?", "C")])
+    settings = GenerationSettings(enabled=True, prompts_mode=mode)
+    prompts = read_prompts(dataset, [1, 0], tokenizer, settings, {}, file_prompts("generation_params"))
+    assert [prompt.text for prompt in prompts] == expected
+
+
+def test_rows_that_have_no_prompt_are_told(tmp_path, tokenizer, caplog):
+    dataset = multi_turn(tmp_path, tokenizer, [talk("b?", "B"), talk("c?", "C")], max_length=3, truncation="right")
+    with caplog.at_level(logging.WARNING, "verl_valgen"):
+        assert read_prompts(dataset, [1, 0], tokenizer, GenerationSettings(enabled=True), {}, []) == []
+    assert caplog.messages == [
+        "rows [1, 0] of the validation data have no answer left within data.max_length: skipped",
+        "no samples: none of the first 5 validation rows can be answered",
+    ]

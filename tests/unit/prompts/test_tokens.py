@@ -1,0 +1,12 @@
+"""Tokens are text again."""
+
+from __future__ import annotations
+
+from assets import PRINTABLE
+
+from verl_valgen.prompts.tokens import decode
+
+
+def test_assets_tokenizer_gives_back_the_text(tokenizer):
+    text = PRINTABLE + " a , b . isn't\n\n  x"
+    assert decode(tokenizer, tokenizer(text)["input_ids"], skip_special_tokens=False) == text
