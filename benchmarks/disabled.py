@@ -1,10 +1,10 @@
-"""What the package costs where generation is off: verl's command up to its task function, and a training step.
+"""Measures the package's cost with generation off: verl's command up to its task function, and a training step.
 
     python benchmarks/disabled.py
 
-With and without the package, in turns. `--cfg job` composes the configuration, plugins and all, prints it and ends. The
-training runs are on CPU, which verl cannot do alone: "without" is verl's own program with nothing but the CPU support,
-and no plugin is discovered.
+Runs with and without the package take turns. `--cfg job` composes the configuration, plugins and all, prints it and
+ends. The training runs are on CPU, which verl cannot do alone: "without" is verl's own program with nothing but the CPU
+support, and no plugin is discovered.
 """
 
 from __future__ import annotations

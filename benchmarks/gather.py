@@ -1,4 +1,4 @@
-"""What a gather costs on one GPU: seconds, memory above the level before, and the decoding behind it.
+"""Measures a gather on one GPU: seconds, memory above the level before, and the decoding that follows.
 
     python benchmarks/gather.py
 
@@ -67,7 +67,7 @@ def build(lora: bool) -> nn.Module:
 
 
 def wrap(model: nn.Module, strategy: str) -> nn.Module:
-    """As `FSDPSFTTrainer._build_model_optimizer` does."""
+    """Shards the model as `FSDPSFTTrainer._build_model_optimizer` does."""
     from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict, get_fsdp_wrap_policy
 
     mesh = init_device_mesh("cuda", (1,), mesh_dim_names=("fsdp",))
@@ -88,20 +88,25 @@ def wrap(model: nn.Module, strategy: str) -> nn.Module:
 
 
 def measure(wrapped: nn.Module) -> tuple[float, int, int, int, float, float]:
-    """Seconds of the gather; bytes above the level before: at its peak, with the copy, without; ms per token step."""
+    """Gathers, and decodes greedily and with sampling.
+
+    Returns:
+        Seconds of the gather; bytes above the level before at its peak, with the copy, and without it again; ms per
+        token step of both decodings.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    seconds, plain = timed(lambda: gather(wrapped, dtype=torch.bfloat16, device=device, keep=True))
+    seconds, model = timed(lambda: gather(wrapped, dtype=torch.bfloat16, device=device, keep=True))
     peak, held = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
-    plain.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
+    model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
     ms_per_token = []
     for params in (GREEDY, SAMPLING):
-        backend = HFBackend(plain, None, seed=0)  # type: ignore[arg-type]  # no stop strings, no tokenizer
+        backend = HFBackend(model, None, seed=0)  # type: ignore[arg-type]  # no stop strings, no tokenizer
         requests = [Request(list(range(5, 5 + PROMPT_TOKENS)), (row, 0), params) for row in range(NUM_PROMPTS)]
         generate = partial(backend.generate, requests)
         ms_per_token.append(timed(generate)[0] / NEW_TOKENS * 1e3)
-    del plain, backend, generate
+    del model, backend, generate
     return seconds, peak, held, torch.cuda.memory_allocated() - before, *ms_per_token
 
 

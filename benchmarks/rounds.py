@@ -1,4 +1,4 @@
-"""What a round costs, one way beside the other: time per token step, seconds per round and where they go, peak memory.
+"""Measures rounds of every kind: time per token step, seconds per round and where they go, peak memory.
 
     make bench                       # small, on CPU
     torchrun --standalone --nproc-per-node=2 benchmarks/rounds.py --sizes 0.5B 7.6B --strategies fsdp2 fsdp --growth
@@ -37,7 +37,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from verl_valgen.backends import backend_class
 from verl_valgen.backends.base import Limits
-from verl_valgen.backends.hf import left_pad
+from verl_valgen.backends.batching import left_pad
 from verl_valgen.collectives import gather_values, rank, world_size
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Request, Round, RoundNumbers, Sample
@@ -132,7 +132,8 @@ def start() -> torch.device:
 
 
 def wrapped(size: str, strategy: str, device: torch.device) -> nn.Module:
-    """With random float32 weights, sharded as verl does it: every decoder layer a unit, bfloat16 mixed precision."""
+    """Builds a model with random float32 weights, sharded as verl does it: a unit per decoder layer, bfloat16 mixed
+    precision."""
     torch.manual_seed(0)
     with device:
         model = Qwen2ForCausalLM(Qwen2Config(**SIZES[size], use_sliding_window=False))
@@ -212,7 +213,7 @@ def show_way(host: BenchmarkHost, way: str, floor_ms: float, repetitions: int) -
 def decoding_seconds(
     host: BenchmarkHost, model: Any, settings: GenerationSettings, num_tokens: int, repetitions: int
 ) -> float:
-    """Of a backend on a plain model, from the requests to the completions: prefill, capture and steps."""
+    """Median seconds of a backend from requests to completions: prefill, capture and steps."""
     model.generation_config = host.generation_config
     parameters = settings.parameters | {"max_new_tokens": num_tokens}
     limits = Limits(NUM_PROMPTS, compile=settings.compile)
@@ -227,7 +228,10 @@ def decoding_seconds(
 
 
 def show_plain_generate(host: BenchmarkHost, repetitions: int) -> None:
-    """`generate` with sampling as transformers does it, on the same copy: no code of ours. Collective with a gather."""
+    """Prints how long transformers' own sampling takes on the same kind of copy, without code of ours.
+
+    Collective: the other ranks must call `host.gather`.
+    """
     model: Any = host.gather(dtype(host), keep=True)
     ids, mask = left_pad([request.input_ids for request in requests(NUM_PROMPTS, {})], host.device)
 
@@ -252,7 +256,7 @@ def show_plain_generate(host: BenchmarkHost, repetitions: int) -> None:
 
 
 def show_growth(host: BenchmarkHost, size: str, repetitions: int) -> None:
-    """Of whole rounds with the defaults, gather included; the second of two at least, so that all is warm."""
+    """Prints seconds of whole rounds with the defaults, gather included; a first one, not counted, warms up."""
     small = host.device.type == "cpu"
     say(f"\n#### {size}: how a round grows, seconds ({PROMPT_TOKENS} prompt tokens; defaults otherwise)\n")
 
@@ -298,7 +302,7 @@ def dropped(value: object) -> None:
 
 
 def log_seconds(host: BenchmarkHost) -> float:
-    """For the JSONL file and the console."""
+    """Median seconds for writing a round's samples to the JSONL file and the console."""
     samples = [
         Sample(1, i, i, "default", 0, "p" * 500, "p" * 400, "g" * 500, "r" * 50, "length", 128, 128, 0)
         for i in range(NUM_PROMPTS)
@@ -324,7 +328,7 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Until all ranks are done."""
+    """Seconds of a call until all ranks are done. Collective: all ranks must call."""
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
     def call_and_wait() -> None:
@@ -346,7 +350,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class MeasuredMemory:  # used as a context manager
-    """Peak and rest above the level before, on all ranks."""
+    """Memory above the level before, of all ranks, at its peak and at the end. Collective: all ranks must use it."""
 
     peaks, left = "-", "-"
 

@@ -1,4 +1,4 @@
-"""Our decoding loop on CUDA: what it says, what it leaves behind, and what it does where it cannot go its own way."""
+"""Our decoding loop on CUDA: its answers, the memory that it leaves behind, and the cases that it cannot serve."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def plain(assets) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def lean(assets) -> PreTrainedModel:
+def fused(assets) -> PreTrainedModel:
     return load(assets, torch.float32)
 
 
@@ -66,10 +66,10 @@ def in_bfloat16(assets) -> PreTrainedModel:
 @pytest.fixture
 def captures(monkeypatch) -> list[Any]:
     """Grows with every graph that is captured."""
-    found: list[Any] = []
+    captured: list[Any] = []
     capture = cuda_graph.CudaGraph._capture
-    monkeypatch.setattr(cuda_graph.CudaGraph, "_capture", lambda self: (found.append(1), capture(self))[1])
-    return found
+    monkeypatch.setattr(cuda_graph.CudaGraph, "_capture", lambda self: (captured.append(1), capture(self))[1])
+    return captured
 
 
 def requests(*lengths: int) -> list[Request]:
@@ -82,14 +82,19 @@ MIXED = (3, 40, 1, 17, 90, 5, 60, 2, 33)
 
 
 @torch.no_grad()
-def answer(cls: type, model: Any, tokenizer: Any, params: Any, of: Any, **limits: Any) -> list[Completion]:
+def answer(cls: type, model: Any, tokenizer: Any, params: Any, asked: Any, **limits: Any) -> list[Completion]:
     with preserved_blas_workspaces(CUDA):
-        return cls(model, tokenizer, 0, Limits(**limits)).generate([replace(one, params=params) for one in of])
+        return cls(model, tokenizer, 0, Limits(**limits)).generate([replace(one, params=params) for one in asked])
 
 
 def worst(reference: Any, completions: list[Completion]) -> float:
-    """Of the answers to `requests(*MIXED)`: how far a token is from the reference's own choice, in units of bfloat16's
-    last place. Other kernels sum up in another order: of 144 tokens of an untrained model one was 4 away."""
+    """The largest distance of a token from the reference's own choice, in units of bfloat16's last place.
+
+    Other kernels sum up in another order: of 144 tokens of an untrained model one was 4 away.
+
+    Args:
+        completions: The answers to `requests(*MIXED)`.
+    """
     gaps = [
         max(ulp_below_the_best(reference, request.input_ids, completion.output_ids))
         for request, completion in zip(requests(*MIXED), completions, strict=True)
@@ -99,11 +104,11 @@ def worst(reference: Any, completions: list[Completion]) -> float:
 
 
 @pytest.mark.parametrize("params", PARAMETERS.values(), ids=PARAMETERS)
-def test_it_says_what_hugging_face_says(plain, lean, tokenizer, params, captures):
+def test_it_says_what_hugging_face_says(plain, fused, tokenizer, params, captures):
     """In float32, where the kernels differ too little for near-ties."""
     expected = answer(HFBackend, plain, tokenizer, params, requests(*MIXED))
-    assert answer(FastBackend, lean, tokenizer, params, requests(*MIXED)) == expected
-    assert answer(FastBackend, lean, tokenizer, params, requests(*MIXED), batch_size=2) == expected
+    assert answer(FastBackend, fused, tokenizer, params, requests(*MIXED)) == expected
+    assert answer(FastBackend, fused, tokenizer, params, requests(*MIXED), batch_size=2) == expected
     assert len({tuple(completion.output_ids) for completion in expected}) > 1
     assert bool(captures) == (params.get("num_beams") is None)
 
@@ -113,13 +118,13 @@ def test_greedy_in_bfloat16_is_that_of_the_plain_model(in_bfloat16, assets, toke
     assert worst(reference, answer(FastBackend, in_bfloat16, tokenizer, GREEDY, requests(*MIXED))) <= 2 * MAX_ULP
 
 
-def test_one_capture_serves_all_batches(lean, tokenizer, captures):
-    answer(FastBackend, lean, tokenizer, SAMPLING, requests(*MIXED), batch_size=2)
+def test_one_capture_serves_all_batches(fused, tokenizer, captures):
+    answer(FastBackend, fused, tokenizer, SAMPLING, requests(*MIXED), batch_size=2)
     assert len(captures) == 1
 
 
 @torch.no_grad()
-def test_requests_of_different_parameters_go_together(plain, lean, tokenizer, captures):
+def test_requests_of_different_parameters_go_together(plain, fused, tokenizer, captures):
     kinds = [*PARAMETERS.values()]
     asked = [
         replace(one, params=kinds[i % len(kinds)], wants_logprob=i % 3 == 0)
@@ -127,15 +132,15 @@ def test_requests_of_different_parameters_go_together(plain, lean, tokenizer, ca
     ]
     with preserved_blas_workspaces(CUDA):
         expected = HFBackend(plain, tokenizer, 0, Limits(batch_size=1)).generate(asked)
-        found = FastBackend(lean, tokenizer, 0, Limits()).generate(asked)
-    assert [one.output_ids for one in found] == [one.output_ids for one in expected]
-    for one, other in zip(found, expected, strict=True):
+        answers = FastBackend(fused, tokenizer, 0, Limits()).generate(asked)
+    assert [one.output_ids for one in answers] == [one.output_ids for one in expected]
+    for one, other in zip(answers, expected, strict=True):
         assert one.mean_logprob == (None if other.mean_logprob is None else pytest.approx(other.mean_logprob, abs=1e-4))
     # One for every kind that takes a second step, but beams; what asks for log-probabilities is a kind of its own.
     assert len(captures) == len(
         {
             (str(one.params), one.wants_logprob)
-            for one, done in zip(asked, found, strict=True)
+            for one, done in zip(asked, answers, strict=True)
             if "num_beams" not in one.params and len(done.output_ids) > 1
         }
     )
@@ -155,9 +160,9 @@ def test_answers_that_met_nan_are_known(assets, tokenizer, name):
     assert set(met) == {True, False}
 
 
-def test_random_states_are_left_alone(lean, tokenizer):
+def test_random_states_are_left_alone(fused, tokenizer):
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
-    answer(FastBackend, lean, tokenizer, SAMPLING, requests(*MIXED))
+    answer(FastBackend, fused, tokenizer, SAMPLING, requests(*MIXED))
     assert torch.equal(states[0], torch.get_rng_state())
     assert torch.equal(states[1], torch.cuda.get_rng_state())
 
@@ -177,23 +182,23 @@ def bytes_left(model: Any, tokenizer: Any, **limits: Any) -> int:
     return torch.cuda.memory_allocated() - before
 
 
-def test_nothing_is_left_behind(lean, tokenizer, without_garbage_collection):
-    answer(FastBackend, lean, tokenizer, SAMPLING, requests(*MIXED))  # its weights are joined
-    assert bytes_left(lean, tokenizer) == 0
+def test_nothing_is_left_behind(fused, tokenizer, without_garbage_collection):
+    answer(FastBackend, fused, tokenizer, SAMPLING, requests(*MIXED))  # its modules are fused
+    assert bytes_left(fused, tokenizer) == 0
 
 
 @needs_compiler
 def test_compiled_it_says_the_same_and_compiles_once(in_bfloat16, assets, tokenizer, without_garbage_collection):
     reference = load(assets, torch.bfloat16)
-    of = requests(*MIXED)
-    assert worst(reference, answer(FastBackend, in_bfloat16, tokenizer, GREEDY, of, compile=True)) <= 2 * MAX_ULP
-    answer(FastBackend, in_bfloat16, tokenizer, SAMPLING, of, batch_size=4, compile=True)
+    asked = requests(*MIXED)
+    assert worst(reference, answer(FastBackend, in_bfloat16, tokenizer, GREEDY, asked, compile=True)) <= 2 * MAX_ULP
+    answer(FastBackend, in_bfloat16, tokenizer, SAMPLING, asked, batch_size=4, compile=True)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs > 0
     assert bytes_left(in_bfloat16, tokenizer, compile=True) == 0
     # As in the next round: another copy of the model.
     again = load(assets, torch.bfloat16)
-    answer(FastBackend, again, tokenizer, SAMPLING, of, batch_size=4, compile=True)
+    answer(FastBackend, again, tokenizer, SAMPLING, asked, batch_size=4, compile=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
@@ -220,10 +225,10 @@ def test_too_many_ties_get_hugging_faces_loop(assets, tokenizer, caplog):
     assert "too many tokens tie" in caplog.text
 
 
-def test_out_of_memory_halves_the_batch(lean, tokenizer, caplog, without_garbage_collection):
-    params, of = GREEDY | {"max_new_tokens": 60}, requests(*range(900, 932))
-    answer(FastBackend, lean, tokenizer, params, of[:1])
-    expected = answer(FastBackend, lean, tokenizer, params, of, batch_size=4)
+def test_out_of_memory_halves_the_batch(fused, tokenizer, caplog, without_garbage_collection):
+    params, asked = GREEDY | {"max_new_tokens": 60}, requests(*range(900, 932))
+    answer(FastBackend, fused, tokenizer, params, asked[:1])
+    expected = answer(FastBackend, fused, tokenizer, params, asked, batch_size=4)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(CUDA).total_memory
     try:
@@ -232,11 +237,11 @@ def test_out_of_memory_halves_the_batch(lean, tokenizer, caplog, without_garbage
             before = torch.cuda.memory_allocated()
             with caplog.at_level(logging.DEBUG, "verl_valgen"):
                 if halves:
-                    assert answer(FastBackend, lean, tokenizer, params, of, batch_size=32) == expected
+                    assert answer(FastBackend, fused, tokenizer, params, asked, batch_size=32) == expected
                     assert "out of memory with 32 prompts at once: going on with 16" in caplog.text
                 else:
                     with pytest.raises(torch.OutOfMemoryError):
-                        answer(FastBackend, lean, tokenizer, params, of, batch_size=32)
+                        answer(FastBackend, fused, tokenizer, params, asked, batch_size=32)
             assert torch.cuda.memory_allocated() <= before
             torch.cuda.empty_cache()
     finally:

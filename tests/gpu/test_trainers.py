@@ -200,7 +200,7 @@ def trained_model(result: Run, assets: Assets, *, lora: bool) -> PreTrainedModel
 
 
 def token_ids(sample: dict[str, Any], assets: Assets) -> tuple[list[int], list[int]]:
-    """Of the prompt and of the answer."""
+    """The token ids of a sample's prompt and answer."""
     tokenizer = AutoTokenizer.from_pretrained(assets.model)
     prompt_ids = tokenizer(sample["prompt"], add_special_tokens=False)["input_ids"]
     # This tokenizer has one token per character: encoding the text gives the generated ids back.
@@ -211,10 +211,10 @@ def token_ids(sample: dict[str, Any], assets: Assets) -> tuple[list[int], list[i
 
 
 def answers_ulp_below_the_best(
-    result: Run, assets: Assets, model: PreTrainedModel, *, of_strategy: str = "default"
+    result: Run, assets: Assets, model: PreTrainedModel, *, strategy_name: str = "default"
 ) -> list[float]:
-    """Of each answer of the last round the token that is the worst under the model."""
-    samples = [sample for sample in result.samples(3) if sample["strategy"] == of_strategy]
+    """For each answer of the last round, the distance of the worst token, as `ulp_below_the_best` measures it."""
+    samples = [sample for sample in result.samples(3) if sample["strategy"] == strategy_name]
     assert [sample["params"]["dtype"] for sample in samples] == ["bfloat16"] * 5
     return [max(ulp_below_the_best(model, *token_ids(sample, assets))) for sample in samples]
 
@@ -240,16 +240,17 @@ def test_greedy_is_that_of_the_plain_model(finished, assets, trained, untrained)
 
 
 def test_memory_is_back_at_its_level_after_a_round(finished):
-    for of_rank in rounds(*finished):
-        assert [figures["step"] for figures in of_rank] == STEPS
-        for figures in of_rank:
+    for rank_rounds in rounds(*finished):
+        assert [figures["step"] for figures in rank_rounds] == STEPS
+        for figures in rank_rounds:
             assert figures["after"] == figures["before"] - figures["left_whole"]
 
 
 def test_parameters_are_where_verl_keeps_them(finished):
     case, result = finished
-    for of_rank in rounds(case, result):
-        assert [figures["devices"] for figures in of_rank] == [["cpu" if case.in_host_memory else "cuda"]] * len(STEPS)
+    expected = ["cpu" if case.in_host_memory else "cuda"]
+    for rank_rounds in rounds(case, result):
+        assert [figures["devices"] for figures in rank_rounds] == [expected] * len(STEPS)
 
 
 def test_a_round_takes_the_copy_and_a_unit_on_rank_0_and_a_unit_elsewhere(finished, assets, record_property):
@@ -258,8 +259,8 @@ def test_a_round_takes_the_copy_and_a_unit_on_rank_0_and_a_unit_elsewhere(finish
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(assets.model))
     num_parameters = model.num_parameters()
     if case.fsdp == "fsdp":
-        of_layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
-        unit_bytes = 4 * max(of_layer, num_parameters - len(model.model.layers) * of_layer)
+        layer_size = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+        unit_bytes = 4 * max(layer_size, num_parameters - len(model.model.layers) * layer_size)
     else:
         unit_bytes = 2 * 4 * max(parameter.numel() for parameter in model.parameters())
 
@@ -272,7 +273,7 @@ def test_a_round_takes_the_copy_and_a_unit_on_rank_0_and_a_unit_elsewhere(finish
     # Until the last adapter of a layer is there, its weights are in float32.
     bounds = [bound + 2 * num_parameters + case.lora * unit_bytes + 100 * MIB] + [bound] * (case.num_ranks - 1)
 
-    peaks = [max(figures["peak"] - figures["after"] for figures in of_rank) for of_rank in rounds(case, result)]
+    peaks = [max(figures["peak"] - figures["after"] for figures in rank_rounds) for rank_rounds in rounds(case, result)]
     record_property(
         "peak_bytes_per_parameter",
         ", ".join(f"rank {rank} {peak / num_parameters:.3f}" for rank, peak in enumerate(peaks)),
@@ -347,7 +348,7 @@ def test_strategies_and_their_likelihoods(tmp_path, assets, fsdp, lora, num_rank
     for step in (0, 2, 3):
         assert len(result.samples(step)) == 5 * (1 + 2 + 1 + 2)
     model = trained_model(result, assets, lora=lora)
-    worst = answers_ulp_below_the_best(result, assets, model, of_strategy="greedy")
+    worst = answers_ulp_below_the_best(result, assets, model, strategy_name="greedy")
     assert max(worst) <= MAX_ULP, worst
     for sample in result.samples(3):
         assert sample["scores"]["exact_match"] in (0.0, 1.0)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from pkgutil import resolve_name
 
 from verl_valgen.backends.base import Backend
 
-BACKENDS = {"hf": "verl_valgen.backends.hf:HFBackend", "fast": "verl_valgen.backends.fast.backend:FastBackend"}
-"""Name -> "module:class", imported when it is asked for."""
+BACKENDS = {
+    "hf": "verl_valgen.backends.hf:HFBackend",
+    "fast": "verl_valgen.backends.fast.backend:FastBackend",
+}
+"""Name -> "module:class"; the module is imported when the backend is asked for."""
 
 
 def backend_class(name: str, device_type: str) -> type[Backend]:
-    """The class behind `generation.backend`; "auto" is the best on devices of this type."""
+    """Imports the class behind `generation.backend`.
+
+    Args:
+        name: A key of `BACKENDS`, or "auto" for the best on devices of this type: "fast" on CUDA, "hf" elsewhere.
+        device_type: The type of a `torch.device`.
+    """
     if name == "auto":
         name = "fast" if device_type == "cuda" else "hf"
-    module, _, attribute = BACKENDS[name].partition(":")
-    return getattr(import_module(module), attribute)
+    return resolve_name(BACKENDS[name])

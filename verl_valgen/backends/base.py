@@ -1,4 +1,4 @@
-"""What a backend is: something that completes token ids. It never sees a tracker, a data set or verl."""
+"""The contract of a backend: it completes token ids. It never sees a tracker, a data set or verl."""
 
 from __future__ import annotations
 
@@ -8,36 +8,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from verl_valgen.records import Completion, Request
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from verl_valgen.records import Completion, Request
+
 
 class UnsuitableError(RuntimeError):
-    """A backend's own way does not do for a model or a request; the message says why. Another way can begin anew."""
+    """A backend's own method cannot serve a model or a request; the message says why. Another method may begin anew."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a backend has to keep within."""
+    """Bounds that a backend keeps within."""
 
     batch_size: int = 16
-    """Most requests answered at once."""
+    """The largest number of requests in one batch."""
     deadline: float = math.inf
-    """`time.time()` after which nothing is begun; what is unfinished ends with the reason "time"."""
+    """`time.time()` after which no batch is begun; answers that are unfinished then end with the reason "time"."""
     compile: bool = False
     """Whether torch.compile may be used: the first use takes half a minute."""
 
 
 class Backend(ABC):
-    """Completes requests, with the weights that it was made with.
+    """Completes requests with the weights of one model.
 
     Args:
-        model: A plain model, in eval mode, for this backend alone: it may be changed. Its `generation_config` must hold
-            the special token ids and nothing else.
-        tokenizer: For stop strings alone.
-        seed: Of the sampled tokens; see `sampling.stream_keys`.
+        model: An unsharded model in eval mode, for this backend alone, which may change it. Its `generation_config`
+            must hold the special token ids and nothing else.
+        tokenizer: Used for stop strings only.
+        seed: In [0, 2**64); the seed of the sampled tokens, see `sampling.stream_keys`.
+        limits: Batch size, deadline, and whether to compile.
     """
 
     def __init__(
@@ -51,11 +52,11 @@ class Backend(ABC):
 
     @abstractmethod
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion per request, in the order of the requests. Not collective, unless a backend says so.
+        """Returns one completion per request, in the order of the requests. Not collective, unless a backend says so.
 
-        What a request is answered depends on that request alone, up to floating-point near-ties: not on its
-        neighbours, their number or their order. What fails for a request's parameters costs the requests that have the
-        same: they end with the reason "error".
+        The answer to a request depends on that request alone, up to floating-point near-ties: not on the others, their
+        number or their order. Where a request's parameters make generation fail, only requests with the same parameters
+        are lost: they end with the reason "error".
 
         Raises:
             torch.OutOfMemoryError: Not even one request fits.

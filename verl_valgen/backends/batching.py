@@ -1,22 +1,27 @@
-"""Which requests run together. Pure functions on lengths."""
+"""Turns requests into batches. Pure functions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from transformers import PretrainedConfig
+import torch
+from torch import Tensor
 
-from verl_valgen.records import Request
 from verl_valgen.settings.generation_config import SAMPLING_ONLY
 
-BLIND_TO_PADDING = SAMPLING_ONLY | {
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from verl_valgen.records import Request
+
+UNAFFECTED_BY_PADDING = SAMPLING_ONLY | {
     *("do_sample", "max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "early_stopping"),
     *("eos_token_id", "pad_token_id", "bos_token_id", "max_time", "use_cache", "cache_implementation"),
     *("suppress_tokens", "renormalize_logits", "remove_invalid_values"),
 }
-"""Parameters under which padding, which the attention mask hides, changes nothing. Of others that is not known."""
+"""Parameters under which padding that the attention mask hides changes nothing. With any other it may."""
 
 
 class Group(NamedTuple):
@@ -28,30 +33,49 @@ class Group(NamedTuple):
 
 
 def most_new_tokens(request: Request, config: PretrainedConfig) -> int:
-    """That can follow the prompt within the model's context; 0 where the prompt fills it."""
+    """Returns how many tokens can follow a prompt: `max_new_tokens`, as far as the model's context reaches.
+
+    Args:
+        config: The model's. Without `max_position_embeddings` its context has no end.
+    """
     max_positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     return int(max(0, min(request.params["max_new_tokens"], max_positions - len(request.input_ids))))
 
 
-def groups(requests: Sequence[Request], config: PretrainedConfig) -> list[list[Group]]:
-    """All requests, in as few groups as may be; in one list those that have the same parameters.
+def group_requests(requests: Sequence[Request], config: PretrainedConfig) -> list[list[Group]]:
+    """Splits requests into as few groups as possible. One inner list has the groups that share their parameters.
 
-    Of equal length where parameters are set that look at the prompt's tokens (a repetition penalty, say), for these
-    take the padding for text.
-
-    A learned position embedding has nothing beyond its last position (on CUDA an index out of range there ends the
-    process), so a request's own prompt bounds what can follow.
+    Prompts of different lengths are padded, so they are kept apart where a parameter looks at the prompt's tokens (a
+    repetition penalty, say) and would take padding for text. Requests are also kept apart by how many tokens can
+    follow: a learned position embedding has nothing beyond its last position, and on CUDA an index out of range there
+    ends the process.
     """
-    found: dict[str, dict[tuple[int, int], list[int]]] = {}
-    for request in requests:  # in the order of their first
-        found.setdefault(_kind(request), {})
+    by_kind: dict[str, dict[tuple[int, int], list[int]]] = {}
+    for request in requests:  # kinds in the order of their first request
+        by_kind.setdefault(_kind(request), {})
     for i in sorted(range(len(requests)), key=lambda i: len(requests[i].input_ids)):
         request, length = requests[i], len(requests[i].input_ids)
         limit = most_new_tokens(request, config)
-        takes_padding = request.params.keys() <= BLIND_TO_PADDING
-        found[_kind(request)].setdefault((limit, 0 if takes_padding else length), []).append(i)
-    return [[Group(indices, limit) for (limit, _), indices in alike.items()] for alike in found.values()]
+        may_be_padded = request.params.keys() <= UNAFFECTED_BY_PADDING
+        by_kind[_kind(request)].setdefault((limit, 0 if may_be_padded else length), []).append(i)
+    return [[Group(indices, limit) for (limit, _), indices in kind.items()] for kind in by_kind.values()]
 
 
 def _kind(request: Request) -> str:
+    """Equal for requests with equal parameters."""
     return repr((sorted(request.params.items()), request.wants_logprob))
+
+
+def left_pad(sequences: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pads token ids on the left with id 0; returns them and the attention mask that hides it, (B, L) int64 each."""
+    length = max(len(ids) for ids in sequences)
+    input_ids = torch.tensor([[0] * (length - len(ids)) + ids for ids in sequences], device=device)
+    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in sequences], device=device)
+    return input_ids, mask
+
+
+def as_id_set(token_ids: int | list[int] | None) -> set[int]:
+    """Turns a token id field of a `GenerationConfig` (one id, several or none) into a set."""
+    if token_ids is None:
+        return set()
+    return {token_ids} if isinstance(token_ids, int) else set(token_ids)

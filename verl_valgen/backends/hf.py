@@ -1,7 +1,7 @@
-"""Hugging Face's `generate` on a plain model.
+"""Hugging Face's `generate` as a backend.
 
-Sampling runs as greedy search over perturbed logits (`sampling.py`), so that one path serves both and torch's global
-random state is never used.
+Sampling runs as greedy search over perturbed logits (`sampling.py`), so that one code path serves both and torch's
+global random state is never used.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from verl_valgen.backends.base import Backend
-from verl_valgen.backends.batching import Group, groups
-from verl_valgen.backends.observers import NanWatch, StopStrings
+from verl_valgen.backends.batching import Group, as_id_set, group_requests, left_pad
+from verl_valgen.backends.observers import NanObserver, StopStringObserver
 from verl_valgen.backends.sampling import GumbelNoise, logits_warpers
 from verl_valgen.records import Completion, FinishReason, Request
 from verl_valgen.settings.generation_config import SAMPLING_ONLY
@@ -35,33 +35,36 @@ logger = logging.getLogger(__name__)
 
 
 class HFBackend(Backend):
-    """Hugging Face's own loop, whatever it takes: sampling, beams, stop strings, any cache."""
+    """Generates with Hugging Face's own loop and everything that it supports: beams, stop strings, any cache."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         unanswered = Completion([], "time")
         completions = [unanswered] * len(requests)
-        for alike in groups(requests, self.model.config):
+        for groups in group_requests(requests, self.model.config):
             try:
-                self.begin(requests, alike)
-                self._generate_alike(requests, alike, completions)
+                self.prepare(requests, groups)
+                self._generate_groups(requests, groups, completions)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as e:  # transformers checks much of what it is asked for only while it generates
+            except Exception as e:  # transformers checks many parameters only while it generates
                 traceback.clear_frames(e.__traceback__)
                 logger.debug("these parameters failed: %s", describe_at_length(e))
-                for i in (i for group in alike for i in group.indices if completions[i] is unanswered):
+                for i in (i for group in groups for i in group.indices if completions[i] is unanswered):
                     completions[i] = Completion([], "error", error=describe(e))
         return completions
 
-    def begin(self, requests: Sequence[Request], alike: Sequence[Group]) -> None:
-        """What follows are these groups, which have the same parameters."""
+    def prepare(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
+        """Called before the batches of these groups, which share their parameters. A hook for subclasses."""
 
-    def _generate_alike(
-        self, requests: Sequence[Request], alike: Sequence[Group], completions: list[Completion]
+    def release(self) -> None:
+        """Frees what is kept from one batch for the next. A hook for subclasses."""
+
+    def _generate_groups(
+        self, requests: Sequence[Request], groups: Sequence[Group], completions: list[Completion]
     ) -> None:
-        """Fills in the completions of groups that have the same parameters."""
+        """Fills in the completions of groups that share their parameters."""
         batch_size = self.limits.batch_size
-        for group in alike:
+        for group in groups:
             todo = group.indices
             while todo and time.time() <= self.limits.deadline:
                 batch = [requests[i] for i in todo[:batch_size]]
@@ -77,16 +80,18 @@ class HFBackend(Backend):
                     traceback.clear_frames(e.__traceback__)  # they hold what was allocated
                     self.release()
                     continue
-                for i, answer in zip(todo, answers, strict=False):  # of which there is a batch
+                for i, answer in zip(todo, answers, strict=False):  # one batch of `todo`
                     completions[i] = answer
                 todo = todo[batch_size:]
 
-    def release(self) -> None:
-        """Gives back what is kept from one batch for the next."""
-
     def generate_batch(self, requests: Sequence[Request], max_new_tokens: int) -> list[Completion]:
-        """One completion per request of a single batch; all have the same parameters."""
-        if max_new_tokens <= 0:  # the prompt fills the model's context
+        """Returns one completion per request of a single batch.
+
+        Args:
+            requests: B requests with equal parameters.
+            max_new_tokens: In place of the parameter of that name; 0 where the prompts fill the model's context.
+        """
+        if max_new_tokens <= 0:
             return [Completion([], "length") for _ in requests]
         device = self.model.device
         input_ids, attention_mask = left_pad([request.input_ids for request in requests], device)  # (B, L) each
@@ -98,12 +103,12 @@ class HFBackend(Backend):
             keys = [request.key for request in requests]
             processors += logits_warpers(params, device)
             processors.append(GumbelNoise(self.seed, keys, input_ids.shape[1], max_new_tokens, device))
-        nan_watch = NanWatch(len(requests))
-        processors.append(nan_watch)
+        nans = NanObserver(len(requests))
+        processors.append(nans)
         criteria = StoppingCriteriaList()
-        stop = StopStrings(self.tokenizer, params["stop_strings"]) if params.get("stop_strings") else None
-        if stop is not None:
-            criteria.append(stop)
+        stops = StopStringObserver(self.tokenizer, params["stop_strings"]) if params.get("stop_strings") else None
+        if stops is not None:
+            criteria.append(stops)
         if self.limits.deadline < math.inf:
             now = time.time()
             criteria.append(MaxTimeCriteria(self.limits.deadline - now, initial_timestamp=now))
@@ -116,31 +121,36 @@ class HFBackend(Backend):
             stopping_criteria=criteria,
         )[:, input_ids.shape[1] :].tolist()  # (B, T)
         eos_ids = as_id_set(config.eos_token_id)
-        stop_lengths = stop.lengths(input_ids.shape[1]) if stop else [None] * len(requests)
-        nan_lengths = nan_watch.lengths(input_ids.shape[1])
+        stop_lengths = stops.lengths(input_ids.shape[1]) if stops else [None] * len(requests)
+        nan_lengths = nans.lengths(input_ids.shape[1])
         return [
             finish(ids, eos_ids, stop_length, nan_length, max_new_tokens)
             for ids, stop_length, nan_length in zip(output_ids, stop_lengths, nan_lengths, strict=True)
         ]
 
     def call_generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        """What `generate` gives, (B, L + T) int64."""
+        """Calls transformers' `generate` on (B, L) prompts; returns (B, L + T) int64. Subclasses add arguments here."""
         model: Any = self.model  # mypy does not see `generate` through transformers' lazy imports
-        # Without being told, transformers guesses `synced_gpus` from the number of ranks.
+        # Unless it is told, transformers guesses `synced_gpus` from the number of ranks.
         return model.generate(input_ids, **({"synced_gpus": False} | kwargs))
 
     def with_logprobs(self, requests: Sequence[Request], completions: Sequence[Completion]) -> list[Completion]:
-        """The completions with what a forward pass over prompt and answer says of them.
+        """Returns the completions with `mean_logprob` filled in, except for empty ones.
 
-        One at a time, for there are logits of all its tokens at once.
+        One at a time: a forward pass over prompt and answer has the logits of all their tokens at once.
         """
         return [
-            replace(done, mean_logprob=self.mean_logprob(request, done)) if done.output_ids else done
-            for request, done in zip(requests, completions, strict=True)
+            replace(completion, mean_logprob=self.mean_logprob(request, completion))
+            if completion.output_ids
+            else completion
+            for request, completion in zip(requests, completions, strict=True)
         ]
 
     def mean_logprob(self, request: Request, completion: Completion) -> float:
-        """The mean of ln p(token | what goes before) over the new tokens, of which there is at least one."""
+        """Returns the mean of ln p(token | preceding tokens) over the new tokens, of which there is at least one.
+
+        p is the softmax, in float32, of the model's logits before any processor.
+        """
         model: Any = self.model
         ids = torch.tensor([request.input_ids + completion.output_ids], device=model.device)  # (1, L + T)
         num_new = len(completion.output_ids)
@@ -149,39 +159,27 @@ class HFBackend(Backend):
         return logprobs.gather(1, ids[0, -num_new:, None]).mean().item()
 
     def _generation_config(self, params: Mapping[str, Any], max_new_tokens: int) -> GenerationConfig:
-        ours = SAMPLING_ONLY | {"do_sample", "stop_strings", "max_new_tokens"}
+        """Returns greedy search with the request's other parameters: sampling and stop strings are handled here."""
+        handled_here = SAMPLING_ONLY | {"do_sample", "stop_strings", "max_new_tokens"}
         special_ids = {
             name: getattr(self.model.generation_config, name)
             for name in ("eos_token_id", "pad_token_id", "bos_token_id")
         }
-        others = {name: value for name, value in params.items() if name not in ours}
+        others = {name: value for name, value in params.items() if name not in handled_here}
         return GenerationConfig(**(special_ids | others), max_new_tokens=max_new_tokens, do_sample=False)
-
-
-def left_pad(sequences: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, (B, L) int64 each, padded on the left with id 0, which the mask hides."""
-    length = max(len(ids) for ids in sequences)
-    input_ids = torch.tensor([[0] * (length - len(ids)) + ids for ids in sequences], device=device)
-    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in sequences], device=device)
-    return input_ids, mask
-
-
-def as_id_set(token_ids: int | list[int] | None) -> set[int]:
-    """A token id field of a `GenerationConfig` (one, several or none) as a set."""
-    if token_ids is None:
-        return set()
-    return {token_ids} if isinstance(token_ids, int) else set(token_ids)
 
 
 def finish(
     output_ids: list[int], eos_ids: set[int], stop_length: int | None, nan_length: int | None, max_new_tokens: int
 ) -> Completion:
-    """Cuts the padding off one sequence of `generate`, and says why it ended.
+    """Cuts the padding off one generated sequence and says why it ended.
 
     Args:
         output_ids: New tokens, padded behind the end with any id (that of end-of-sequence too).
-        stop_length: Number of new tokens up to a stop string, None without one.
-        nan_length: Number of new tokens before the first that was chosen with NaN among the scores, None without.
+        eos_ids: The ids that end a sequence.
+        stop_length: Number of new tokens up to and with the end of a stop string, None without one.
+        nan_length: Number of new tokens before the first that was chosen with NaN among the scores, None without one.
+        max_new_tokens: The limit that generation ran with; fewer tokens without another reason mean "time".
     """
     eos_length = next((i + 1 for i, token in enumerate(output_ids) if token in eos_ids), None)
     ends: list[tuple[int, FinishReason]] = []
@@ -191,6 +189,6 @@ def finish(
         ends.append((stop_length, "stop"))
     if not ends:
         ends.append((len(output_ids), "length" if len(output_ids) >= max_new_tokens else "time"))
-    length, reason = min(ends)  # of two at one length "eos" comes first
-    # What follows the end of a sequence, as long as others of the batch go on, is padding.
+    length, reason = min(ends)  # "eos" sorts before "stop" at the same length
+    # Tokens behind the end are padding: other sequences of the batch went on.
     return Completion(output_ids[:length], reason, had_nan=nan_length is not None and nan_length < length)

@@ -1,4 +1,4 @@
-"""Hugging Face's `generate` through a sharded model, on all ranks in step."""
+"""Hugging Face's `generate` through a sharded model, with all ranks running the same forward passes."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from verl_valgen.backends.batching import groups
+from verl_valgen.backends.batching import group_requests
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.collectives import agree, largest
 from verl_valgen.records import Completion, Request
 from verl_valgen.text import describe
 
-_COMPANY = Request([0], (0, 0), {"do_sample": False, "max_new_tokens": 1})
-"""What a rank without requests of its own answers, for the forward passes of the others."""
+_FILLER = Request([0], (0, 0), {"do_sample": False, "max_new_tokens": 1})
+"""A request whose answer nobody wants: a rank without requests of its own answers it, to take part in the passes."""
 
 
 class LockstepBackend(HFBackend):
-    """Every forward pass is a collective: each rank brings requests of its own, and joins in when it has none left.
+    """Generates through a sharded model, where every forward pass is a collective.
+
+    Each rank brings requests of its own, and takes part in the passes of the others when it has none left.
 
     Args:
-        model: As `sharded.generating_through` gives it.
-        sequence_bytes: What one sequence takes, at most, all of its beams together. It is asked of the allocator before
-            each batch, for a rank that runs out of memory within a forward pass leaves the others waiting.
-        logprobs_bytes: What it takes to say how likely an answer is; asked of it likewise.
+        model: As `sharded.generating_through` yields it.
+        sequence_bytes: The most memory that one sequence takes, with all of its beams. Before each batch the allocator
+            is asked for it, since a rank that runs out of memory within a forward pass leaves the others waiting.
+        logprobs_bytes: The most memory that the log-probability of one answer takes; asked for likewise.
     """
 
     def __init__(self, *args: Any, sequence_bytes: int, logprobs_bytes: int, **kwargs: Any) -> None:
@@ -37,21 +39,21 @@ class LockstepBackend(HFBackend):
         self.sequence_bytes, self.logprobs_bytes = sequence_bytes, logprobs_bytes
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """As for `Backend`, of this rank's requests. Collective: all ranks must call.
+        """Completes this rank's requests, as `Backend.generate` says. Collective: all ranks must call.
 
         Raises:
-            Exception: After the last collective, on the ranks concerned.
+            Exception: On the ranks concerned, after the last collective.
         """
         device = self.model.device
         completions: list[Completion] = [Completion([], "time")] * len(requests)
-        todo = [group for alike in groups(requests, self.model.config) for group in alike]
+        todo = [group for groups in group_requests(requests, self.model.config) for group in groups]
         batch_size = self.limits.batch_size
         error: Exception | None = None
         while largest(len(todo), device) > 0:
             if not agree(time.time() <= self.limits.deadline, device):
                 break
             batch, limit = (todo[0].indices[:batch_size], todo[0].max_new_tokens) if todo else ([], 1)
-            # A cache that grows is there twice while it does.
+            # Twice: while a cache grows, the old and the new one are both there.
             if not agree(self._fits(2 * self.sequence_bytes * max(1, len(batch))), device):
                 if batch_size == 1:
                     error = error or MemoryError("not even one sequence fits beside the sharded model")
@@ -59,16 +61,15 @@ class LockstepBackend(HFBackend):
                 batch_size = math.ceil(batch_size / 2)
                 continue
             num_passes = self.model.num_passes
-            # A rank without requests keeps the others company.
             try:
-                answers = self.generate_batch([requests[i] for i in batch] or [_COMPANY], limit)
+                answers = self.generate_batch([requests[i] for i in batch] or [_FILLER], limit)
             except torch.OutOfMemoryError as e:
                 error, todo = e, []
                 continue
             except Exception as e:
                 answers = [Completion([], "error", error=describe(e))] * len(batch)
                 if self.model.num_passes == num_passes:  # the others are in passes that this rank has not begun
-                    self.generate_batch([_COMPANY], 1)
+                    self.generate_batch([_FILLER], 1)
             for i, answer in zip(batch, answers, strict=False):
                 completions[i] = answer
             if todo:
@@ -80,10 +81,10 @@ class LockstepBackend(HFBackend):
         return completions
 
     def _add_logprobs(self, requests: Sequence[Request], completions: list[Completion]) -> Exception | None:
-        """What failed here, after the last collective. Collective: all ranks must call."""
+        """Fills in `mean_logprob` where wanted; returns what failed on this rank. Collective: all ranks must call."""
         device = self.model.device
         error: Exception | None = None
-        todo = [i for i, done in enumerate(completions) if requests[i].wants_logprob and done.output_ids]
+        todo = [i for i, completion in enumerate(completions) if requests[i].wants_logprob and completion.output_ids]
         num_steps = int(largest(len(todo), device))
         if num_steps and not agree(self._fits(self.logprobs_bytes), device):
             return MemoryError("the likelihood of an answer does not fit beside the sharded model")
@@ -93,15 +94,16 @@ class LockstepBackend(HFBackend):
             i = todo.pop() if todo else None
             try:
                 if i is None:
-                    self.mean_logprob(_COMPANY, Completion([0], "length"))
+                    self.mean_logprob(_FILLER, Completion([0], "length"))
                 else:
                     logprob = self.mean_logprob(requests[i], completions[i])
                     completions[i] = replace(completions[i], mean_logprob=logprob)
-            except Exception as e:  # behind the forward pass: the others count on the next
+            except Exception as e:  # it came after the forward pass, and the others count on this rank for the next
                 error, todo = error or e, []
         return error
 
     def _fits(self, num_bytes: int) -> bool:
+        """Tells whether the allocator has so many bytes; always true on devices other than CUDA."""
         device = self.model.device
         try:
             torch.empty(num_bytes if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
@@ -110,27 +112,30 @@ class LockstepBackend(HFBackend):
         return True
 
     def generate_batch(self, requests: Sequence[Request], max_new_tokens: int) -> list[Completion]:
-        # One token where the context is full, for the passes of the others.
+        # Where the context is full, one token is generated all the same, to take part in the passes of the others.
         completions = super().generate_batch(requests, max(1, max_new_tokens))
         return completions if max_new_tokens > 0 else [Completion([], "length") for _ in requests]
 
     def call_generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        guard = Guard()
+        deferred = DeferredError()
         for name in ("logits_processor", "stopping_criteria"):
-            kwargs[name] = type(kwargs[name])(guard.around(item) for item in kwargs[name])
+            kwargs[name] = type(kwargs[name])(deferred.wrap(item) for item in kwargs[name])
         output_ids = super().call_generate(input_ids, synced_gpus=True, **kwargs)
-        guard.check()
+        deferred.raise_if_any()
         return output_ids
 
 
-class Guard:
-    """Keeps what fails between two forward passes until they are over: the other ranks count on the next one."""
+class DeferredError:
+    """Holds back an error raised between two forward passes until all passes are over, as other ranks count on them."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
 
-    def around(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Once one failed, a logits processor leaves the scores as they are, and a stopping criterion stops."""
+    def wrap(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Wraps a logits processor or a stopping criterion.
+
+        After the first error all wrapped processors leave the scores as they are, and all criteria stop.
+        """
         is_processor = isinstance(function, LogitsProcessor)
 
         def guarded(input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
@@ -143,6 +148,7 @@ class Guard:
 
         return guarded
 
-    def check(self) -> None:
+    def raise_if_any(self) -> None:
+        """Raises the error that was held back, if there was one."""
         if self.error is not None:
             raise self.error

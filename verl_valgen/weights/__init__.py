@@ -1,1 +1,5 @@
-"""The trainer's weights, as a model that `generate` can run on."""
+"""The trainer's weights, as a model that `generate` can run on.
+
+gather.py copies them, whole, to the ranks that generate; plain_copy.py is the model they are copied into. sharded.py
+generates through the trainer's own model instead, where no copy fits one device.
+"""

@@ -1,4 +1,4 @@
-"""The trainer's model, wherever its parameters lie, as a plain Hugging Face model on the ranks that generate.
+"""Gathers the trainer's model, however it is sharded, into a plain Hugging Face model on the ranks that generate.
 
 `generate` on the wrapped model either fails (inside `summon_full_params` the mixed precision dtypes clash) or gathers
 every layer for every token. So the parameters are gathered once, unit by unit, into a model of the original class that
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 
 Parameters = Iterator[tuple[str, Tensor]]
-"""(name, whole tensor) one after the other. The tensor may be the trainer's own memory, valid until the next one is
-asked for: copy it, do not write to it."""
+"""Pairs of a parameter's name and the whole tensor, one after the other. The tensor may be the trainer's own memory and
+is valid until the next one is asked for: copy it, do not write to it."""
 
 
 def gather(
@@ -40,14 +40,14 @@ def gather(
     device: torch.device,
     keep: bool,
 ) -> PreTrainedModel | None:
-    """A plain copy of a sharded model. Collective: all ranks must call.
+    """Makes a plain copy of a sharded model. Collective: all ranks must call.
 
     LoRA and other PEFT adapters are folded in with PEFT's own `merge`, in float32, before the cast.
 
     Args:
         wrapped: A model under FSDP1, FSDP2 or neither, with or without PEFT.
-        dtype: Of the copy's floating-point parameters.
-        device: Of the copy. With NCCL it must be the rank's own device.
+        dtype: The dtype of the copy's floating-point parameters.
+        device: Where the copy lies. With NCCL it must be the rank's own device.
         keep: Whether this rank wants the copy. The others take part and keep nothing.
 
     Returns:
@@ -76,19 +76,19 @@ def collect(
     device: torch.device,
     keep: bool,
 ) -> PreTrainedModel | None:
-    """A copy that is filled from parameters, wherever they come from. Collective: all ranks must call.
+    """Fills a plain copy from a stream of parameters, wherever they come from. Collective: all ranks must call.
 
     Args:
-        parameters: Called on all ranks, once all have prepared; each exhausts what it gives.
+        parameters: Called on all ranks once all have prepared; every rank exhausts the iterator that it returns.
         new_copy: Called where `keep` is true.
 
-    The rest, and what is returned and raised, is as for `gather`.
+    The other arguments, the result and the exceptions are those of `gather`.
     """
     start = time.perf_counter()
-    plain: PlainCopy | None = None
+    copy: PlainCopy | None = None
     error: Exception | None = None
     try:
-        plain = new_copy() if keep else None
+        copy = new_copy() if keep else None
     except Exception as e:
         error = e
     if not agree(error is None, device):
@@ -99,26 +99,27 @@ def collect(
     num_bytes = 0
     for name, parameter in parameters():
         num_bytes += parameter.numel() * parameter.element_size()
-        if plain is not None and error is None:
+        if copy is not None and error is None:
             try:
-                plain.receive(name, parameter)
+                copy.receive(name, parameter)
             except Exception as e:  # the other ranks are on their way to the next gather: so is this one
                 traceback.clear_frames(e.__traceback__)  # they hold the copy, and memory may be what is missing
-                error, plain = e, None
+                error, copy = e, None
     if error is not None:
         raise error
-    if plain is None:
+    if copy is None:
         return None
-    model = plain.finish()
+    model = copy.finish()
     logger.debug(
         "gathered %.1f MB on %d rank(s) into a %s copy of %s on %s in %.3f s",
-        num_bytes / 1e6, world_size(), plain.dtype, type(model).__name__, device, time.perf_counter() - start,
+        num_bytes / 1e6, world_size(), copy.dtype, type(model).__name__, device, time.perf_counter() - start,
     )  # fmt: skip
     return model
 
 
 def largest_unit_bytes(wrapped: nn.Module) -> int:
-    """What is whole at any one time besides the copy, at most: an FSDP1 unit in float32, or a parameter twice."""
+    """The most bytes that a gather holds at any one time beside the copy: an FSDP1 unit in float32, or one parameter
+    twice. Not collective."""
     sizes = [0]
     for parameter in wrapped.parameters():
         if (flat_size := _flat_size(parameter)) is not None:
@@ -129,26 +130,31 @@ def largest_unit_bytes(wrapped: nn.Module) -> int:
 
 
 def num_parameters(wrapped: nn.Module) -> int:
-    """Of the whole model, adapters included, however it is sharded."""
+    """The number of parameters of the whole model, adapters included, however it is sharded. Not collective."""
     sizes = ((_flat_size(parameter), parameter.numel()) for parameter in wrapped.parameters())
     return sum(own if flat is None else flat for flat, own in sizes)
 
 
 def _flat_size(parameter: nn.Parameter) -> int | None:
-    """Numbers in an FSDP1 unit, which is one flat parameter that holds a share or, between some passes, the whole; None
-    for others. (A DTensor tells its full size.)"""
+    """The number of elements of a whole FSDP1 unit, None for a parameter that is not one.
+
+    A unit is one flat parameter, which holds this rank's share or, between some passes, the whole: its own `numel()` is
+    either. (That of a DTensor is always the whole.)
+    """
     size: torch.Size | None = getattr(parameter, "_unpadded_unsharded_size", None)
     return None if size is None else size.numel()
 
 
 def full_parameters(wrapped: nn.Module, *, dtype: torch.dtype, device: torch.device, uncast: set[str]) -> Parameters:
-    """Every parameter of a sharded model, whole, one after the other. Collective: all ranks must exhaust it.
+    """Yields every parameter of a sharded model, whole, one after the other. Collective: all ranks must exhaust it.
 
     Args:
-        uncast: Names of parameters that must come in their own dtype; where it saves traffic the others are cast first.
+        dtype: What the receiver will cast to. Under FSDP2 that is done before the all-gather, for less traffic.
+        device: The rank's own device; FSDP2's shards are brought there first.
+        uncast: Names, without the wrappers' parts, of parameters that must come in their own dtype.
 
     Yields:
-        (name without wrappers, tensor), as `Parameters` says.
+        Names without the wrappers' parts, and tensors, as `Parameters` describes them.
     """
     if isinstance(wrapped, FSDP):
         yield from _full_parameters_fsdp1(wrapped)

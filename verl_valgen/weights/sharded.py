@@ -1,7 +1,7 @@
-"""Generating through the sharded model itself, where no copy of it fits one device.
+"""Generates through the sharded model itself, where no copy of it fits one device.
 
-Every layer is gathered for every token, so it is slow, and all ranks go in step. This module knows FSDP and PEFT; it
-does not know requests.
+Every layer is gathered for every token, so it is slow, and all ranks must run the same forward passes. This module
+knows FSDP and PEFT; it does not know requests.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ from verl_valgen.weights.plain_copy import base_model, original_class, unwrap
 
 @contextmanager
 def generating_through(wrapped: nn.Module, generation_config: Any, device: torch.device) -> Iterator[Any]:
-    """The inner transformers model, in eval mode, with calls that go through the wrapper: so the root gathers as well.
+    """Gives a model whose `generate` calls the wrapper for every forward pass, so that the root gathers its layers too.
 
-    `generate` must be called by all ranks, with `synced_gpus=True`. The attribute `num_passes` counts forward passes.
+    Entering and leaving are not collective, but `generate` is: all ranks must call it, with `synced_gpus=True`. The
+    attribute `num_passes` counts this rank's forward passes. At the end the trainer's model is as it was, in its mode
+    and with its parameters sharded.
 
     Args:
         wrapped: A transformers model under FSDP1 or FSDP2, with or without PEFT.
-        generation_config: In place of the model's own.
-        device: That the forward pass runs on; parameters may lie elsewhere between two.
+        generation_config: Used in place of the model's own.
+        device: Where the forward pass runs; between two, parameters may lie elsewhere.
+
+    Yields:
+        The inner transformers model, in eval mode. It shares its parameters with the trainer's.
     """
     unwrapped = unwrap(wrapped)
     inner = base_model(unwrapped)
@@ -46,21 +51,24 @@ def generating_through(wrapped: nn.Module, generation_config: Any, device: torch
     was_training = [(module, module.training) for module in wrapped.modules()]
     wrapped.eval()
     try:
-        with _inputs_of_adapters_as_they_are(unwrapped):
+        with _uncast_adapter_inputs(unwrapped):
             yield through
     finally:
         for module, training in was_training:
             module.training = training
-        # FSDP2 keeps the root's parameters whole after a forward pass without a backward one; training would find their
-        # memory taken.
+        # After a forward pass without a backward one, FSDP2 keeps the root's parameters whole: memory that training
+        # counts on.
         for module in wrapped.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
 
-def _inputs_of_adapters_as_they_are(model: nn.Module) -> AbstractContextManager[None]:
-    """PEFT casts what goes into an adapter to the dtype of its weight. Of a weight that is still sharded that is the
-    dtype of storage, not that of computation, and FSDP1 casts it back only under autocast, as in a training step."""
+def _uncast_adapter_inputs(model: nn.Module) -> AbstractContextManager[None]:
+    """Keeps PEFT from casting an adapter's input to the dtype of the adapter's weight.
+
+    While the weight is sharded, that is the dtype it is stored in, not the one it computes in; and FSDP1 casts the
+    input back only under autocast, which a training step has and `generate` has not.
+    """
     if not hasattr(model, "peft_config"):
         return nullcontext()
     from peft.helpers import disable_input_dtype_casting

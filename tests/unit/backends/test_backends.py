@@ -1,4 +1,4 @@
-"""The contract of a backend: what a request is answered depends on that request alone."""
+"""The contract of a backend: the answer to a request depends on that request alone."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def requests_of_lengths(*lengths: int) -> list[Request]:
 MIXED = (3, 40, 1, 17, 17, 5, 60, 2)
 
 
-# These look at the prompt's tokens, and would take padding for some.
+# These look at the prompt's tokens, and would take padding for text.
 PENALISED = GREEDY | {"repetition_penalty": 3.0}
 NO_REPEATS = SAMPLING | {"no_repeat_ngram_size": 1}
 
@@ -73,8 +73,11 @@ NO_REPEATS = SAMPLING | {"no_repeat_ngram_size": 1}
     ids=["greedy", "sampling", "no-repeats", "beams"],
 )
 def test_answers_that_met_nan_are_known(answer, model, params):
-    """One batch after the other, the first with both kinds: what it has met does not come to the next, and is not taken
-    for the next's. Its answers are longer than the next prompts, so that it leaves more in a cache than they hide."""
+    """NaN stays with the answers that it occurred in, and does not leak into the next batch.
+
+    The first batch has answers with and without. They are longer than the next prompts, so that they leave more in a
+    cache than those overwrite.
+    """
     token = 50
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = torch.nan
@@ -186,13 +189,8 @@ def test_how_likely_an_answer_is_where_it_is_asked_for(answer, model):
         one.output_ids
         for one in answer(requests_of_lengths(*MIXED[:4], CONTEXT), SAMPLING | {"repetition_penalty": 1.5})
     ]
-    assert [one.mean_logprob is not None for one in completions] == [
-        True,
-        False,
-        True,
-        False,
-        False,
-    ]  # the last is empty
+    has_logprob = [one.mean_logprob is not None for one in completions]
+    assert has_logprob == [True, False, True, False, False]  # the last is empty
     for request, one in zip(requests[:3:2], completions[:3:2], strict=True):
         logprobs = []
         for i, token in enumerate(one.output_ids):  # one pass for each token: no padding, nothing to slice
@@ -247,7 +245,7 @@ def test_parameters_that_fail_cost_those_that_have_them(answer):
     requests = requests_of_lengths(*MIXED)
     expected = answer(requests, GREEDY)
     requests[2] = replace(requests[2], params={"exponential_decay_length_penalty": [1]})
-    found = answer(requests, GREEDY)
-    assert (found[2].output_ids, found[2].finish_reason) == ([], "error")
-    assert "IndexError" in found[2].error
-    assert found[:2] + found[3:] == expected[:2] + expected[3:]
+    completions = answer(requests, GREEDY)
+    assert (completions[2].output_ids, completions[2].finish_reason) == ([], "error")
+    assert "IndexError" in completions[2].error
+    assert completions[:2] + completions[3:] == expected[:2] + expected[3:]

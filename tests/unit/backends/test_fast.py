@@ -1,4 +1,4 @@
-"""The loop of our own against Hugging Face's, step by step without CUDA, on the architectures that verl trains."""
+"""Our own decoding loop, without CUDA, gives Hugging Face's answers on the architectures that verl trains."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from verl_valgen.backends.base import Limits
-from verl_valgen.backends.fast import backend as fast
-from verl_valgen.backends.fast import loop as decoding
+from verl_valgen.backends.fast import backend as fast_backend
+from verl_valgen.backends.fast import loop
 from verl_valgen.backends.fast.backend import FastBackend, why_unsuitable
-from verl_valgen.backends.fast.fused import make_lean
+from verl_valgen.backends.fast.fused import fuse
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.records import Request
 
@@ -25,18 +25,18 @@ SMALL: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
-LLAMA_LIKE = {"JoinedAttention", "GatedMLP", "RMSNorm"}
-# With what is replaced, and why Hugging Face's loop runs, if it does.
+LLAMA_LIKE = {"FusedAttention", "FusedMLP", "RMSNorm"}
+# Configuration class and fields; the modules that are fused; why Hugging Face's loop runs, None where ours does.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], set[str], str | None]] = {
     "llama": ("LlamaConfig", {}, LLAMA_LIKE, None),
     "qwen2": ("Qwen2Config", {}, LLAMA_LIKE, None),
     "qwen3": ("Qwen3Config", {"head_dim": 16}, LLAMA_LIKE, None),
     "mistral": ("MistralConfig", {"sliding_window": 128}, LLAMA_LIKE, None),
     "short-window": ("MistralConfig", {"sliding_window": 20}, LLAMA_LIKE, "the sliding_attention reaches back 20 tok"),
-    "gemma": ("GemmaConfig", {"head_dim": 16}, {"JoinedAttention", "GatedMLP"}, None),
-    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 128}, {"JoinedAttention", "GatedMLP"}, None),
+    "gemma": ("GemmaConfig", {"head_dim": 16}, {"FusedAttention", "FusedMLP"}, None),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 128}, {"FusedAttention", "FusedMLP"}, None),
     "phi3": ("Phi3Config", {}, {"RMSNorm"}, None),
-    "olmo2": ("Olmo2Config", {}, {"RMSNorm", "GatedMLP"}, None),
+    "olmo2": ("Olmo2Config", {}, {"RMSNorm", "FusedMLP"}, None),
     "gpt2": ("GPT2Config", {}, set(), None),
     "neox": ("GPTNeoXConfig", {}, set(), None),
 }
@@ -69,7 +69,7 @@ def test_it_says_what_hugging_face_says_with_fewer_kernels_too(name, params):
     expected = answer(HFBackend, model, params)
     assert answer(FastBackend, model, params) == expected
     assert str(why_unsuitable(model, params, 64)).startswith(str(reason))
-    make_lean(model)
+    fuse(model)
     kinds = {type(module).__name__ for module in model.modules()}
     assert kinds & LLAMA_LIKE == replaced
     assert answer(FastBackend, model, params) == expected
@@ -77,16 +77,16 @@ def test_it_says_what_hugging_face_says_with_fewer_kernels_too(name, params):
 
 
 def test_what_gives_other_results_is_left_alone():
-    """A class that looks like the usual one and is not."""
+    """A class that looks like the usual MLP and computes something else is kept."""
     model = build("llama")
     mlp_class: Any = type(model.model.layers[0].mlp)
     odd_class = type("OddMLP", (mlp_class,), {"forward": lambda self, x: mlp_class.forward(self, x) * 2})
     for layer in model.model.layers:
         layer.mlp.__class__ = odd_class
     expected = answer(HFBackend, model, GREEDY)
-    make_lean(model)
+    fuse(model)
     assert {type(layer.mlp).__name__ for layer in model.model.layers} == {"OddMLP"}
-    assert {type(layer.self_attn).__name__ for layer in model.model.layers} == {"JoinedAttention"}
+    assert {type(layer.self_attn).__name__ for layer in model.model.layers} == {"FusedAttention"}
     assert answer(FastBackend, model, GREEDY) == expected
 
 
@@ -124,9 +124,8 @@ def test_draws_among_candidates_follow_the_softmax_and_never_leave_the_top_k():
     counts = torch.tensor([tokens.count(int(token)) for token in ids], dtype=torch.float64)
     assert counts.sum() == num_draws
     expected = torch.softmax(best, -1) * num_draws
-    assert (
-        (counts - expected) ** 2 / expected
-    ).sum() < 18.5  # 0.1 % of correct samplers exceed it, 4 degrees of freedom
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < 18.5  # 0.1 % of correct samplers exceed it, with 4 degrees of freedom
 
 
 def test_too_many_ties_run_in_hugging_faces_loop(caplog):
@@ -141,7 +140,7 @@ def test_too_many_ties_run_in_hugging_faces_loop(caplog):
 
 
 def test_a_deadline_ends_what_is_unfinished(monkeypatch):
-    """The clock jumps behind the deadline at the 20th look."""
+    """A clock that moves one second at every look passes the deadline during the first batch."""
     now = [0.0]
 
     class Clock:
@@ -154,7 +153,7 @@ def test_a_deadline_ends_what_is_unfinished(monkeypatch):
 
     from verl_valgen.backends import hf
 
-    monkeypatch.setattr(decoding, "time", Clock)
+    monkeypatch.setattr(loop, "time", Clock)
     monkeypatch.setattr(hf, "time", Clock)
     params = GREEDY | {"max_new_tokens": 100, "eos_token_id": 299}
     completions = answer(FastBackend, build("llama"), params, deadline=6.0)
@@ -193,7 +192,7 @@ def test_where_compiling_fails_it_goes_on_without_and_says_so_once(monkeypatch, 
 
         return compiled
 
-    monkeypatch.setattr(fast, "_why_no_compile", [])
+    monkeypatch.setattr(fast_backend, "_compile_failures", [])
     monkeypatch.setattr(torch, "compile", failing)
     model = build("llama")
     expected = answer(FastBackend, model, GREEDY)

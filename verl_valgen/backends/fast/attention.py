@@ -1,4 +1,4 @@
-"""Attention of single tokens to a long cache, under a name that transformers' models find it by."""
+"""Attention of one token per sequence to a long cache, registered with transformers under a name of its own."""
 
 from __future__ import annotations
 
@@ -24,16 +24,21 @@ def grouped_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one token to the cache. The query heads that share a key/value head take the place of the tokens of
-    one sequence, so that keys and values are read as they are: transformers copies them for every head.
+    """Computes attention of one token per sequence, without a copy of keys and values for every query head.
+
+    The query heads that share a key/value head are passed to torch as if they were the tokens of one sequence, so that
+    keys and values are read as they lie; transformers repeats them for every head.
 
     Args:
+        module: Not used; transformers passes the attention module.
         query: (B, num_heads, 1, D).
-        key: (B, num_key_value_heads, L, D), and value.
+        key: (B, num_key_value_heads, L, D).
+        value: (B, num_key_value_heads, L, D).
         attention_mask: (B, 1, 1, L) in the query's dtype, added to the scores.
+        scaling: Factor of the scores; None for 1 / sqrt(D).
 
     Returns:
-        (B, 1, num_heads, D), and no weights.
+        (B, 1, num_heads, D), and None for the weights.
     """
     batch_size, num_heads, _, head_dim = query.shape
     num_groups = num_heads // key.shape[1]
@@ -49,7 +54,7 @@ def grouped_attention(
 
 @contextmanager
 def attention_for_decoding(model: PreTrainedModel) -> Iterator[None]:
-    """While it is open, a model with torch's attention has `grouped_attention`."""
+    """Makes a model use `grouped_attention` for a while, if its attention is torch's; leaves it alone otherwise."""
     config: Any = model.config.get_text_config()
     if config._attn_implementation != "sdpa":
         yield

@@ -1,4 +1,4 @@
-"""Our own decoding loop behind Hugging Face's `generate`, and Hugging Face's loop for what it does not do."""
+"""Chooses between our own decoding loop and Hugging Face's, for requests and models that ours cannot serve."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_why_no_compile: list[str] = []
-"""Why torch.compile has failed in this process. It would fail in every round, after half a minute."""
+_compile_failures: list[str] = []
+"""Why torch.compile failed in this process. It is not tried again: it would fail every time, after half a minute."""
 
 
 class FastBackend(HFBackend):
-    """The loop of `decoding.py`: on CUDA one graph launch per token."""
+    """Generates with `DecodingLoop` where it can, on CUDA with one graph launch per token."""
 
     loop: DecodingLoop | None = None
     """Kept from one batch for the next."""
-    is_lean = False
+    is_fused = False
+    """Whether the model's modules have been replaced by fused ones."""
     unsuitable: str | None = None
-    """Why Hugging Face's loop runs."""
+    """Why Hugging Face's loop runs instead, None where ours does."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         try:
@@ -44,17 +45,18 @@ class FastBackend(HFBackend):
         finally:
             self.release()
 
-    def begin(self, requests: Sequence[Request], alike: Sequence[Group]) -> None:
+    def prepare(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
         self.release()
-        # Of all batches, so that one loop serves them; a multiple, so that attention reads the mask as it is.
-        longest = max(len(requests[group.indices[-1]].input_ids) + group.max_new_tokens for group in alike)
+        # The longest of all batches, so that one loop serves them; a multiple of 64, so that attention reads the mask
+        # without a copy.
+        longest = max(len(requests[group.indices[-1]].input_ids) + group.max_new_tokens for group in groups)
         self.cache_length = -(-longest // 64) * 64
-        self.unsuitable = why_unsuitable(self.model, requests[alike[0].indices[0]].params, self.cache_length)
-        if self.unsuitable is None and self.model.device.type == "cuda" and not self.is_lean:
-            from verl_valgen.backends.fast.fused import make_lean
+        self.unsuitable = why_unsuitable(self.model, requests[groups[0].indices[0]].params, self.cache_length)
+        if self.unsuitable is None and self.model.device.type == "cuda" and not self.is_fused:
+            from verl_valgen.backends.fast.fused import fuse
 
-            make_lean(self.model)
-            self.is_lean = True
+            fuse(self.model)
+            self.is_fused = True
 
     def release(self) -> None:
         self.loop = None
@@ -70,7 +72,7 @@ class FastBackend(HFBackend):
         return super().generate_batch(requests, max_new_tokens)
 
     def _generate_batch_compiled(self, requests: Sequence[Request], max_new_tokens: int) -> list[Completion]:
-        """With torch.compile if that is wanted and possible."""
+        """Returns the completions of one batch, generated with torch.compile if that is wanted and works."""
         try:
             return super().generate_batch(requests, max_new_tokens)
         except (UnsuitableError, torch.OutOfMemoryError):
@@ -78,14 +80,14 @@ class FastBackend(HFBackend):
         except Exception as e:
             if not self._compiles:
                 raise
-            _why_no_compile.append(describe(e))
-        logger.warning("generation.compile: going on without torch.compile, which failed: %s", _why_no_compile[-1])
+            _compile_failures.append(describe(e))
+        logger.warning("generation.compile: going on without torch.compile, which failed: %s", _compile_failures[-1])
         self.release()
         return super().generate_batch(requests, max_new_tokens)
 
     @property
     def _compiles(self) -> bool:
-        return self.limits.compile and not _why_no_compile
+        return self.limits.compile and not _compile_failures
 
     def call_generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         if self.unsuitable is not None:
@@ -93,23 +95,23 @@ class FastBackend(HFBackend):
         from verl_valgen.backends.fast.loop import DecodingLoop
 
         if self.loop is None or self.loop.batch_size < len(input_ids):
-            self.release()  # before the next is allocated
+            self.release()  # before the next one is allocated
             self.loop = DecodingLoop(self.model, len(input_ids), self.cache_length, compile=self._compiles)
         return super().call_generate(input_ids, custom_generate=self.loop, **kwargs)
 
 
 def why_unsuitable(model: PreTrainedModel, params: Any, cache_length: int) -> str | None:
-    """What our loop does not do of a request, None where it does all.
+    """Says why our loop cannot serve a model or a request's parameters, None if it can.
 
     Args:
         params: `transformers.GenerationConfig` fields.
-        cache_length: The most tokens of a prompt and its answer.
+        cache_length: The most tokens of a padded prompt and its answer.
     """
-    # The first with a callable for `custom_generate`, and cache layers as they still are.
+    # 4.57 is the first that takes a callable as `custom_generate`, and has cache layers as they still are.
     if Version(transformers.__version__) < Version("4.57"):
         return f"transformers {transformers.__version__} lets no other loop in"
-    ours = SAMPLING_ONLY | {"do_sample", "stop_strings"}
-    config = GenerationConfig(**{name: value for name, value in params.items() if name not in ours})
+    handled_here = SAMPLING_ONLY | {"do_sample", "stop_strings"}
+    config = GenerationConfig(**{name: value for name, value in params.items() if name not in handled_here})
     if (mode := config.get_generation_mode()) is not GenerationMode.GREEDY_SEARCH:
         return f"{mode.value} does not go one token after the other"
     for name, neutral in (
@@ -123,13 +125,14 @@ def why_unsuitable(model: PreTrainedModel, params: Any, cache_length: int) -> st
 
 
 def _why_no_full_attention(config: Any, cache_length: int) -> str | None:
+    """Says why not every layer attends to all of a sequence with a cache of its own, None if every layer does."""
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"the attention is {config._attn_implementation}"
     if getattr(config, "num_kv_shared_layers", 0):
         return "layers share their keys and values"
     windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size", "full_attention": ""}
     layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:  # then each attribute, where it is there, is for all layers
+    if layer_types is None:  # without them, an attribute that is set holds for all layers
         layer_types = [name for name, attribute in windows.items() if getattr(config, attribute or "_", None)]
     for layer_type in sorted(set(layer_types)):
         if layer_type not in windows:

@@ -1,7 +1,7 @@
-"""A key/value cache of fixed place and size, written where a tensor on the device says.
+"""A key/value cache that is allocated once and written at a position that a tensor on the device holds.
 
-transformers' own `StaticCache` keeps its position in another way in each major version, and attends to the whole cache
-during the prefill.
+A CUDA graph can hold such a write. transformers' own `StaticCache` keeps its position in another way in each major
+version, and attends to the whole cache during the prefill.
 """
 
 from __future__ import annotations
@@ -13,24 +13,26 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class FixedCache(Cache):
-    """
+    """The key/value cache of all layers, of one length throughout.
+
     Args:
+        num_layers: Number of the model's layers.
         cache_length: L, the most tokens of a padded prompt and its answer.
-        slot: (1,) int64, where a step writes.
+        slot: (1,) int64 on the device, the position that a step writes to. The caller advances it in place.
     """
 
     def __init__(self, num_layers: int, cache_length: int, slot: Tensor) -> None:
         super().__init__(layers=[FixedLayer(cache_length, slot) for _ in range(num_layers)])
 
     def set_prefill(self, prefill: bool) -> None:
-        """Whether prompts come next, to be written from the beginning, or single tokens."""
+        """Sets what comes next: prompts, written from the beginning, or one token per sequence, written at the slot."""
         for layer in self.layers:
             assert isinstance(layer, FixedLayer)
             layer.prefill = prefill
 
 
 class FixedLayer(CacheLayerMixin):
-    """Keys and values of one layer, (B, num_key_value_heads, L, head_dim) each, allocated when the first come."""
+    """Keys and values of one layer, (B, num_key_value_heads, L, head_dim) each, allocated at the first update."""
 
     keys: Tensor
     values: Tensor
@@ -50,28 +52,37 @@ class FixedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes (B, num_key_value_heads, N, head_dim) states: of whole prompts, or of one token at the slot.
+        """Writes the keys and values of whole prompts, or of one token per sequence at the slot.
+
+        Args:
+            key_states: (B, num_key_value_heads, N, head_dim), N = 1 for single tokens.
+            value_states: Of the same shape.
 
         Returns:
-            What attention is over: the prompts, or the whole cache, whose unwritten part a mask must hide.
+            The keys and values to attend to: those of the prompts, or the whole cache, whose unwritten part a mask must
+            hide.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.prefill:
             for cache, states in ((self.keys, key_states), (self.values, value_states)):
                 cache[:, :, : states.shape[2]] = states
-                cache[:, :, states.shape[2] :] = 0  # a mask hides what a batch before left there, but for NaN
+                cache[:, :, states.shape[2] :] = 0  # a mask hides what an earlier batch left there, but not NaN
             return key_states, value_states
         self.keys.index_copy_(2, self.slot, key_states)
         self.values.index_copy_(2, self.slot, value_states)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Of the prompts; a step brings its own mask. (transformers 4 passes the positions, not their number.)"""
+        """Returns the length and offset that transformers builds the prompts' mask with; a step brings its own mask.
+
+        Args:
+            query_length: The number of tokens; from transformers 4 their positions, (N,).
+        """
         return (query_length if isinstance(query_length, int) else query_length.shape[0]), 0
 
     def get_seq_length(self, *args: Any) -> int:
-        return 0  # as it is before the prefill; a step brings its own positions
+        return 0  # transformers asks before the prefill; a step brings its own positions
 
     def get_max_length(self) -> int:
         return self.cache_length

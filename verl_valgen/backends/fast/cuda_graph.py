@@ -1,4 +1,4 @@
-"""A function on tensors that stay in their places, as one CUDA graph. Knows nothing of what the function does."""
+"""Runs a function on tensors that stay where they are as one CUDA graph. Knows nothing of what the function does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class CudaGraph:
     """Calls a function: the first time as it is, which also warms up what it uses, from then on as a graph.
 
     Args:
-        function: Without arguments; it reads and writes tensors that stay in their places. Must not hold this object:
+        function: Without arguments; it reads and writes tensors that stay where they are. Must not hold this object:
             the graph's memory would be free only after a garbage collection.
     """
 
@@ -28,10 +28,10 @@ class CudaGraph:
         self.output: Tensor
 
     def __call__(self) -> Tensor:
-        """What the function gives; from the second call on always in the same place.
+        """Returns the function's result; from the second call on always in the same tensor, written anew.
 
         Raises:
-            UnsuitableError: The function is no CUDA graph: it asks the host for a value, say.
+            UnsuitableError: The function cannot be captured: it asks the host for a value, say.
         """
         if not self.is_warm:
             self.is_warm = True
@@ -64,13 +64,13 @@ class CudaGraph:
 
 @functools.cache
 def _capture_stream() -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    """Returns one stream for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
     return torch.cuda.Stream()
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """What a collection frees (an older graph, say) may call CUDA in a way that ends a capture with an error."""
+    """Switches garbage collection off: freeing an older graph, say, may call CUDA and so make a capture fail."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

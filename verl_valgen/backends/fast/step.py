@@ -1,7 +1,8 @@
-"""One step of decoding, over tensors that stay in their places: the state of a batch, and what a token does to it.
+"""One step of decoding: the tensors of a batch, and the operations on them that add a token to every sequence.
 
-Forward, logits processing, sampling, end-of-sequence bookkeeping and the cache's update are tensor operations alone, so
-that one CUDA graph can hold them. This module knows transformers' models and processors; `decoding.py` has the loop.
+Forward pass, logits processing, sampling, end-of-sequence bookkeeping and the cache's update are tensor operations on
+tensors that stay where they are, so that one CUDA graph can hold them. This module knows transformers' models and
+processors; loop.py has the loop.
 """
 
 from __future__ import annotations
@@ -26,41 +27,44 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from verl_valgen.backends.batching import as_id_set
 from verl_valgen.backends.fast.cache import FixedCache
-from verl_valgen.backends.hf import as_id_set
-from verl_valgen.backends.observers import NanWatch, has_nan
+from verl_valgen.backends.observers import NanObserver, has_nan
 from verl_valgen.backends.sampling import GumbelNoise, gumbel_noise, perturbed
 
 CAPTURABLE = (
     TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper,
-    EpsilonLogitsWarper, EtaLogitsWarper, InfNanRemoveLogitsProcessor, LogitNormalization, GumbelNoise, NanWatch,
+    EpsilonLogitsWarper, EtaLogitsWarper, InfNanRemoveLogitsProcessor, LogitNormalization, GumbelNoise, NanObserver,
 )  # fmt: skip
-"""Logits processors that a graph can hold: they look at the scores alone, whatever their order, and ask the host
-nothing. Others run between two steps. (What differs from batch to batch, `Decoder.choose` does itself: noise, NaN.)"""
+"""Logits processors that a graph can hold: they look at the scores alone, in any order of the tokens, and need nothing
+from the host. Others run between two steps. (In place of the two that differ from batch to batch, GumbelNoise and
+NanObserver, `Decoder.choose` has operations of its own.)"""
 
 
 class Decoder:
-    """
-    Args:
-        model: Plain, in eval mode, with torch's or transformers' own attention.
-        batch_size: B.
-        cache_length: L, the most tokens of a padded prompt and its answer.
+    """The state of a batch that is being decoded, and the step that extends it.
 
-    Holds 2 * num_layers * B * num_key_value_heads * L * head_dim numbers of the model's dtype, and little else.
+    Besides the model it holds the cache, 2 * num_layers * B * num_key_value_heads * L * head_dim numbers of the model's
+    dtype, and little else.
+
+    Args:
+        model: Unsharded, in eval mode, with torch's or transformers' own attention.
+        batch_size: B, the number of sequences in every batch.
+        cache_length: L, the most tokens of a padded prompt and its answer.
     """
 
     def __init__(self, model: PreTrainedModel, batch_size: int, cache_length: int) -> None:
         self.model = model
         self.model_logits: Callable[..., Tensor] = model_logits
         device = model.device
-        # What the model is given next: (B, 1) tokens at their positions, written into the cache at the slot.
+        # The next input of the model: (B, 1) tokens at their positions, written into the cache at the slot.
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self.position_ids = torch.zeros_like(self.tokens)
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)
         self.cache = FixedCache(model.config.get_text_config().num_hidden_layers, cache_length, self.slot)
         # Added to the attention's scores: 0 where the cache holds a token, -inf elsewhere.
         self.mask = torch.zeros(batch_size, 1, 1, cache_length, dtype=model.dtype, device=device)
-        # What has come of it.
+        # The output so far.
         self.num_new_tokens = torch.zeros(1, dtype=torch.int64, device=device)
         self.output_ids = torch.zeros(batch_size, cache_length, dtype=torch.int64, device=device)  # (B, T)
         self.has_ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
@@ -69,7 +73,7 @@ class Decoder:
         self.noise_keys = torch.zeros(cache_length, batch_size, dtype=torch.int64, device=device)  # (T, B)
 
     def set_parameters(self, processors: LogitsProcessorList, config: GenerationConfig) -> None:
-        """To be the same in every call, but for the noise."""
+        """Sets how tokens are chosen. Every call must set the same, except for the noise: the step is captured once."""
         self.processors = processors
         self.chooses_in_step = all(isinstance(processor, CAPTURABLE) for processor in processors)
         self.pad_id = config.pad_token_id
@@ -79,13 +83,16 @@ class Decoder:
         self.num_candidates = None if top_k is None or (num := max(128, 2 * top_k)) >= vocab_size else num
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, ended: Tensor, **model_kwargs: Any) -> Tensor:
-        """Forgets everything and takes (B, S) prompts, padded on the left.
+        """Begins a new batch: runs the model over the prompts and resets all state.
 
         Args:
-            ended: (B,) bool, the sequences that want no answer.
+            input_ids: (B, S) int64, padded on the left.
+            attention_mask: (B, S) int64, 0 at the padding.
+            ended: (B,) bool, true for sequences that get no answer.
+            model_kwargs: Further arguments of the model's forward pass.
 
         Returns:
-            (B, V) float32 logits of the first tokens.
+            (B, V) float32 logits of the first new tokens.
         """
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # (B, S)
         self.cache.set_prefill(True)
@@ -103,7 +110,11 @@ class Decoder:
         return logits
 
     def step(self) -> Tensor:
-        """(B, V) float32 logits behind the tokens at hand. Where a graph can hold it, the choice is made as well."""
+        """Runs the model on the tokens accepted last, and accepts the next ones if `chooses_in_step`.
+
+        Returns:
+            (B, V) float32 logits of the next tokens.
+        """
         self.mask.index_fill_(3, self.slot, 0)
         logits = self.model_logits(self.model, self.cache, self.tokens, self.position_ids, self.mask)
         if self.chooses_in_step:
@@ -111,20 +122,20 @@ class Decoder:
         return logits
 
     def compile(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """The step through inductor: as a whole, or where the choice sorts or sums up a whole vocabulary, without it.
+        """Compiles the step with inductor: all of it, or the model alone where the choice sorts a whole vocabulary.
 
-        (With some versions of both, inductor and triton fail on a large `cumsum` among the rest.)
+        (Some versions of inductor with some of triton fail on a step with a `cumsum` over the whole vocabulary in it.)
         """
-        if self.num_candidates is not None or all(isinstance(processor, NanWatch) for processor in self.processors):
+        if self.num_candidates is not None or all(isinstance(processor, NanObserver) for processor in self.processors):
             return torch.compile(step, dynamic=False)
         self.model_logits = torch.compile(model_logits, dynamic=False)
         return step
 
     def choose(self, scores: Tensor) -> Tensor:
-        """(B,) tokens, of (B, V) scores. For processors that are `CAPTURABLE` alone.
+        """Applies the processors, all of them `CAPTURABLE`, to (B, V) scores and returns the best tokens, (B,) int64.
 
-        From top-k on only candidates are looked at, more than k because of those that tie with the k-th: a vocabulary
-        is a thousand times larger. Should they not suffice, `has_too_many_ties` tells.
+        From top-k on only the largest scores are processed, as a vocabulary is a thousand times larger. They are more
+        than k, since transformers keeps what ties with the k-th; if there are too few, `has_too_many_ties` is set.
         """
         candidates: Tensor | None = None  # (B, C) token ids of the columns of `scores`; None: all in their order
         for processor in self.processors:
@@ -134,7 +145,7 @@ class Decoder:
                     scores = perturbed(scores, keys)
                 else:
                     scores = scores + gumbel_noise(keys[:, None], candidates)
-            elif isinstance(processor, NanWatch):
+            elif isinstance(processor, NanObserver):
                 self.had_nan |= has_nan(scores) & ~self.has_ended
             elif isinstance(processor, TopKLogitsWarper) and self.num_candidates is not None:
                 scores, candidates = scores.topk(self.num_candidates)  # the largest first
@@ -146,7 +157,7 @@ class Decoder:
         return (best if candidates is None else candidates.gather(1, best))[:, 0]
 
     def accept(self, chosen: Tensor) -> None:
-        """Takes (B,) tokens for the next of each sequence, as far as it has not ended."""
+        """Appends (B,) tokens to their sequences, padding to those that have ended, and notes which end with them."""
         chosen = torch.where(self.has_ended, self.pad_id, chosen)
         self.output_ids.index_copy_(1, self.num_new_tokens, chosen[:, None])
         for eos_id in self.eos_ids:
@@ -159,7 +170,7 @@ class Decoder:
 def model_logits(
     model: Any, cache: FixedCache, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor, **model_kwargs: Any
 ) -> Tensor:
-    """(B, V) float32 logits behind the last of (B, N) tokens."""
+    """Runs the model on (B, N) tokens and returns the (B, V) float32 logits of the token after the last."""
     output = model(
         input_ids=tokens,
         attention_mask=attention_mask,
