@@ -6,7 +6,6 @@ This module owns their fields and their order in a JSONL line. It knows neither 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -16,12 +15,6 @@ FinishReason = Literal["eos", "stop", "length", "time", "error"]
 
 DEFAULT_STRATEGY = "default"
 """The name of the only one where none is configured."""
-
-ALWAYS = ("num_new_tokens", "cut_off", "empty", "distinct_2", "repeated_ngram")
-"""The numbers of a round that are told of any samples: see `aggregates.py`."""
-
-DERIVED = re.compile(r"(.*)_(?:best|worst|majority|pass_at_[0-9]+)")
-"""Numbers that are made of several completions' scores, with the score's own name as a group."""
 
 
 @dataclass(frozen=True)

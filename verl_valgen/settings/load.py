@@ -81,8 +81,9 @@ def _check_what_is_named(settings: GenerationSettings) -> None:
     """Refuses metrics and files that cannot be used."""
     # What is used with generation on alone is loaded then alone.
     from verl_valgen.prompts.files import read_own_prompts
-    from verl_valgen.scores.metrics import RESERVED, check_metrics
+    from verl_valgen.scores.metrics import check_metrics
     from verl_valgen.scores.metrics.functions import metric_name
+    from verl_valgen.scores.names import RESERVED
 
     check_metrics(settings.metrics, "generation.metrics")
     for name in settings.strategies:
@@ -96,9 +97,9 @@ def _check_what_is_named(settings: GenerationSettings) -> None:
 
 def _check_best_metric(settings: GenerationSettings) -> None:
     """Refuses what no round will have, as far as that is known: functions may give several scores."""
-    from verl_valgen.records import ALWAYS, DERIVED
     from verl_valgen.scores.metrics import METRICS
     from verl_valgen.scores.metrics.functions import metric_name
+    from verl_valgen.scores.names import ALWAYS, DERIVED
 
     scope, _, name = settings.best_metric.rpartition("/")
     metrics = [metric_name(spec) for spec in settings.metrics]

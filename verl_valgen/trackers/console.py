@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from verl_valgen.records import ALWAYS, DEFAULT_STRATEGY, DERIVED, Sample
+from verl_valgen.records import DEFAULT_STRATEGY, Sample
+from verl_valgen.scores.names import ALWAYS, DERIVED
 from verl_valgen.text import printable
 from verl_valgen.trackers.base import Tracker
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_valgen.records import ALWAYS, Sample
+from verl_valgen.records import Sample
 from verl_valgen.scores.aggregates import distinct_2, majority, pass_at_k, repeated_ngram, round_scalars, source_key
+from verl_valgen.scores.names import ALWAYS
 from verl_valgen.scores.scoring import Verdict
 
 

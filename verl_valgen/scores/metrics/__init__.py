@@ -11,13 +11,10 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from verl_valgen.records import ALWAYS
 from verl_valgen.scores.metrics.base import Metric
 from verl_valgen.scores.metrics.functions import OwnMetric, check_function, metric_name
+from verl_valgen.scores.names import RESERVED
 from verl_valgen.settings.checks import ConfigError, plain
-
-RESERVED = (*ALWAYS, "num_samples", "seconds", "tokens_per_s", "best", "best_step", "mean_logprob")
-"""Names of numbers that a round has anyway."""
 
 
 class BuiltIn(NamedTuple):
