@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from verl_valgen.hosts.base import Host
 from verl_valgen.prompts.datasets import prompts_from_dataset
-from verl_valgen.prompts.files import read_own_prompts, tokenized
+from verl_valgen.prompts.files import OwnPrompt, tokenized
 from verl_valgen.records import Prompt
 from verl_valgen.rounds.restore import preserved_random_state
 from verl_valgen.settings.load import GenerationSettings
@@ -16,8 +17,11 @@ from verl_valgen.text import printable
 logger = logging.getLogger(__name__)
 
 
-def read_prompts(host: Host, settings: GenerationSettings) -> list[Prompt]:
+def read_prompts(host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt] = ()) -> list[Prompt]:
     """The prompts of all rounds; [] after a warning that says why there are none.
+
+    Args:
+        file_prompts: Those of the file that `generation.prompts` names.
 
     Raises whatever data set, file, tokenizer and chat template raise.
     """
@@ -28,7 +32,7 @@ def read_prompts(host: Host, settings: GenerationSettings) -> list[Prompt]:
     if not (hasattr(model_class, "generate") and model_class.can_generate()):
         logger.warning("no samples: the model class %s has no `generate`", model_class.__name__)
         return []
-    own = _own_prompts(host, settings) if settings.prompts else []
+    own = tokenized(file_prompts, host.tokenizer, host.chat_template_kwargs, settings.turn) if file_prompts else []
     replaced = bool(own) and settings.prompts_mode == "replace"
     prompts = own if replaced else [*_validation_prompts(host, settings), *own]
     if not prompts:
@@ -36,11 +40,6 @@ def read_prompts(host: Host, settings: GenerationSettings) -> list[Prompt]:
     elif settings.params_key != GenerationSettings.params_key and all(prompt.data.params is None for prompt in prompts):
         logger.warning("generation.params_key: no row has anything in a column %s", printable(settings.params_key, 80))
     return prompts
-
-
-def _own_prompts(host: Host, settings: GenerationSettings) -> list[Prompt]:
-    read = read_own_prompts(settings.prompts, settings.params_key)
-    return tokenized(read, host.tokenizer, host.chat_template_kwargs, settings.turn)
 
 
 def _validation_prompts(host: Host, settings: GenerationSettings) -> list[Prompt]:

@@ -21,9 +21,11 @@ import torch
 from verl_valgen.collectives import broadcast
 from verl_valgen.hosts.base import Host
 from verl_valgen.prompts.datasets import decode, mask_is_shifted, prompts_from_batch
+from verl_valgen.prompts.files import OwnPrompt
 from verl_valgen.prompts.sources import read_prompts
 from verl_valgen.records import Completion, Prompt
 from verl_valgen.rounds.generation import Answering
+from verl_valgen.rounds.preflight import single_answers
 from verl_valgen.rounds.queries import Question, answered, make_questions, make_samples, place, with_global_parameters
 from verl_valgen.rounds.restore import preserved_random_state
 from verl_valgen.scores.aggregates import round_scalars
@@ -41,8 +43,8 @@ logger = logging.getLogger(__name__)
 class ValidationRounds:
     """The rounds of one trainer; as a context manager around its `fit()`."""
 
-    def __init__(self, host: Host, settings: GenerationSettings) -> None:
-        self.host, self.settings = host, settings
+    def __init__(self, host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt] = ()) -> None:
+        self.host, self.settings, self.file_prompts = host, settings, file_prompts
         self.answer = Answering(host, settings)
         self.scoring = Scoring(settings.metrics)
         self.questions: list[Question] = []
@@ -93,12 +95,15 @@ class ValidationRounds:
     def _prepare_on_logging_rank(self) -> list[int] | None:
         """The steps of the rounds; None where there is nothing to ask."""
         settings = self.settings
-        self.questions = make_questions(read_prompts(self.host, settings), settings, self._vocab_size)
+        prompts = read_prompts(self.host, settings, self.file_prompts)
+        self.questions = make_questions(prompts, settings, self._vocab_size)
         if not self.questions:
             return None
         schedule = replace(self.host.schedule(), every=settings.every, before_train=settings.before_train)
         num_samples = sum(question.num_completions for question in self.questions)
         logger.info("%d samples %s, in %s", num_samples, schedule, self.directory)
+        for line in single_answers(settings):
+            logger.info("%s", line)
         self._set_earlier_samples_aside(schedule.start_step)
         if settings.best_metric:
             self.best = Best(self.directory, settings.best_metric, settings.best_mode, schedule.start_step)

@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from verl_valgen.hosts.sft import SFTHost
+from verl_valgen.prompts.files import read_own_prompts
 from verl_valgen.prompts.sources import read_prompts
 from verl_valgen.settings.load import GenerationSettings
 
@@ -45,6 +46,6 @@ def test_a_column_of_parameters_that_no_row_has_is_told(tmp_path, tokenizer, cap
         enabled=True, prompts=str(tmp_path / "own.jsonl"), prompts_mode="replace", params_key=params_key
     )
     with caplog.at_level(logging.WARNING, "verl_valgen"):
-        assert len(read_prompts(host, settings)) == 1
+        assert len(read_prompts(host, settings, read_own_prompts(settings.prompts, params_key))) == 1
     assert [m for m in caplog.messages if "no row has anything in a column nosuch" in m] == caplog.messages
     assert len(caplog.messages) == num_warnings
