@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from verl_valgen.hosts.base import Host
+    from verl_valgen.rounds.preflight import Preflight
 
 logger = logging.getLogger("verl_valgen")
 
@@ -73,16 +74,8 @@ def _run(
     run_verl: Callable[[DictConfig], None],
     trainer_class: type | None,
 ) -> None:
-    from verl_valgen.settings.load import ConfigError, load_settings, task_overrides
-
-    try:
-        settings = load_settings(config, os.environ, task_overrides(), read_when_off=trainer_class is not None)
-    except ConfigError as e:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node: each has an environment of its own
-            print(f"verl-valgen: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-    if trainer_class is None and settings.enabled:
+    checked = _checked(config, generates_by_hand=trainer_class is not None)
+    if trainer_class is None and checked is not None:
         trainer_class = _generating(getattr(module, host_class.trainer_name))
     if trainer_class is None and host_class.has_accelerator(module):
         return run_verl(config)
@@ -92,7 +85,31 @@ def _run(
         stack.enter_context(host_class.launch_support(module, config))
         if trainer_class is not None:
             stack.enter_context(patched(module, host_class.trainer_name, trainer_class))
+            stack.enter_context(patched(trainer_class, "_preflight", checked))
         return run_verl(config)
+
+
+def _checked(config: DictConfig, *, generates_by_hand: bool) -> Preflight | None:
+    """The checked configuration; None where generation is off, in which case nothing that generates is loaded.
+
+    Raises:
+        SystemExit: The configuration is wrong; each mistake has been printed, once per node.
+    """
+    from verl_valgen.settings.checks import Mistakes
+    from verl_valgen.settings.load import load_settings, task_overrides
+
+    mistakes, checked = Mistakes(), None
+    settings = load_settings(config, os.environ, task_overrides(), read_when_off=generates_by_hand, mistakes=mistakes)
+    if settings.enabled or generates_by_hand:
+        from verl_valgen.rounds.preflight import check_names
+
+        checked = check_names(config, settings, mistakes)
+    if mistakes.lines:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node: each has an environment of its own
+            for line in mistakes.lines:
+                print(f"verl-valgen: {line}", file=sys.stderr)
+        raise SystemExit(2)
+    return checked
 
 
 def _generating(trainer_class: type) -> type:

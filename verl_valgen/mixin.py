@@ -5,12 +5,11 @@ It only ties verl's trainer to a `ValidationRounds`; `fit()` is verl's own.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from verl_valgen.hosts import host_class_for
+from verl_valgen.rounds.preflight import Preflight, preflight
 from verl_valgen.rounds.rounds import ValidationRounds
-from verl_valgen.settings.load import load_settings, task_overrides
 
 
 class ValidationGenerationMixin:
@@ -24,13 +23,17 @@ class ValidationGenerationMixin:
         TypeError: The class behind the mixin is none of verl's trainers that are known here.
     """
 
+    _preflight: Preflight | None = None
+    """The checked configuration, while `run_sft` or verl's own command runs."""
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         host_class, _ = host_class_for(type(self))
-        # Without rounds, `generate_samples` still wants its parameters.
-        settings = load_settings(config, os.environ, task_overrides(), read_when_off=True)
+        checked = self._preflight
+        if checked is None or checked.config is not config:  # a trainer that a program constructs by itself
+            checked = preflight(config)
         with host_class.while_building():
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        self._rounds = ValidationRounds(host_class(self), settings)
+        self._rounds = ValidationRounds(host_class(self), checked.settings, checked.file_prompts)
 
     def fit(self) -> Any:
         with self._rounds:

@@ -22,6 +22,7 @@ from verl_valgen.backends.hf import HFBackend
 from verl_valgen.collectives import agree
 from verl_valgen.hosts.base import Host
 from verl_valgen.hosts.schedule import Schedule
+from verl_valgen.prompts.files import read_own_prompts
 from verl_valgen.rounds import recorder as recorder_module
 from verl_valgen.rounds.rounds import ValidationRounds
 from verl_valgen.settings.load import GenerationSettings
@@ -234,7 +235,7 @@ def with_a_prompt_that_fails(directory: Path, gather: str) -> dict[str, Any]:
     settings = GenerationSettings(
         enabled=True, n=2, max_new_tokens=4, prompts=str(directory / "own.jsonl"), ranks=2, gather=gather
     )
-    with ValidationRounds(host, settings):
+    with ValidationRounds(host, settings, read_own_prompts(settings.prompts, settings.params_key)):
         for step in (1, 2):
             host.rounds(step)
     files = sorted((directory / gather / "generations").glob("step_*")) if dist.get_rank() == 0 else []

@@ -17,16 +17,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from verl_valgen.records import Prompt, Request, RowData, pack, unpack
+from verl_valgen.rounds.preflight import check_names
 from verl_valgen.rounds.queries import make_queries
 from verl_valgen.settings import generation_config
-from verl_valgen.settings.checks import ConfigError
+from verl_valgen.settings.checks import ConfigError, Mistakes
 from verl_valgen.settings.load import SETTINGS, GenerationSettings, load_settings
 
 PROFILE = settings.get_profile("reliability")
 VARIABLES = [setting.variable for setting in SETTINGS.values() if setting.variable]
-PARAMETERS = sorted(
-    {*(key.partition(".")[2] for key in SETTINGS), *generation_config.field_names(), *generation_config.REFUSED}
-)
+CHECKED = {*(setting.name for setting in SETTINGS.values()), *generation_config.CHECKS}
+PARAMETERS = sorted({*CHECKED, *generation_config.field_names(), *generation_config.REFUSED})
 GLOBAL = GenerationSettings(enabled=True)
 
 
@@ -104,7 +104,7 @@ VALUES = st.recursive(
 )
 
 
-# What the README says of each key, once more, by somebody who does not read `keys.py`.
+# What the documentation says of each key, once more, by somebody who does not read `settings.py`.
 def _one_of(*names: Any) -> Any:
     return lambda value: value in names
 
@@ -184,24 +184,28 @@ FROM_OUTSIDE = (
 
 
 def assert_harmless(message: str, *names: str) -> None:
-    """One short line of ASCII that names one of `names`."""
-    assert message.isascii()
-    assert message.isprintable()
-    assert len(message) < 700
-    assert any(name in message for name in names) or message.startswith(FROM_OUTSIDE), message
+    """Short lines of ASCII, each of which names one of `names`."""
+    for line in message.split("\n"):
+        assert line.isascii()
+        assert line.isprintable()
+        assert len(line) < 700
+        assert any(name in line for name in names) or line.startswith(FROM_OUTSIDE), line
 
 
 def usable_or_refused(config: Mapping[Any, Any], environ: Mapping[str, str], *names: str) -> None:
-    try:
-        loaded = load_settings(real(config), environ)
-    except ConfigError as error:
-        assert_harmless(str(error), *names)
+    """Of a whole configuration, checked as at the start of a run. Settings are usable beside mistakes too."""
+    mistakes = Mistakes()
+    loaded = load_settings(real(config), environ, mistakes=mistakes)
+    check_names(config, loaded, mistakes)
+    if mistakes.lines:
+        assert_harmless("\n".join(mistakes.lines), *names)
+        assert_bounded({name: value for name, value in vars(loaded).items() if name not in ("extra", "backend")})
     else:
         assert_usable(loaded)
 
 
 def test_the_bounds_are_of_every_key():
-    assert BOUNDS.keys() == {key.partition(".")[2] for key in SETTINGS}
+    assert BOUNDS.keys() == CHECKED
 
 
 @PROFILE

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +21,13 @@ from verl_valgen.collectives import broadcast
 from verl_valgen.hosts.base import Host
 from verl_valgen.hosts.schedule import Schedule
 from verl_valgen.prompts.datasets import mask_is_shifted
-from verl_valgen.prompts.files import read_own_prompts
+from verl_valgen.prompts.files import OwnPrompt
 from verl_valgen.prompts.masks import prompts_from_batch
 from verl_valgen.prompts.sources import read_prompts
 from verl_valgen.prompts.tokens import decode
 from verl_valgen.records import Prompt, Query
 from verl_valgen.rounds.generation import Answerer, Begun
+from verl_valgen.rounds.preflight import single_answers
 from verl_valgen.rounds.queries import make_queries, make_requests, pair
 from verl_valgen.rounds.recorder import GOES_ON, Recorder
 from verl_valgen.rounds.restore import preserved_random_state
@@ -48,10 +50,14 @@ class OpenRound:
 
 
 class ValidationRounds:
-    """The rounds of one trainer; as a context manager around its `fit()`."""
+    """The rounds of one trainer; as a context manager around its `fit()`.
 
-    def __init__(self, host: Host, settings: GenerationSettings) -> None:
-        self.host, self.settings = host, settings
+    Args:
+        file_prompts: The prompts of the file that `generation.prompts` names.
+    """
+
+    def __init__(self, host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt] = ()) -> None:
+        self.host, self.settings, self.file_prompts = host, settings, file_prompts
         self.answerer = Answerer(host, settings)
         self.recorder: Recorder | None = None
         """The logging rank's alone, while `fit()` runs."""
@@ -132,6 +138,8 @@ class ValidationRounds:
         texts = [f"{name}: {printable(', '.join(values), 300)}" for name, values in in_use.items() if values]
         if texts:
             logger.info("%s", "; ".join(texts))
+        for line in single_answers(settings):
+            logger.info("%s", line)
 
     def _read_prompts(self) -> list[Prompt]:
         """The prompts of all rounds; [] after a warning that says why there are none."""
@@ -143,11 +151,10 @@ class ValidationRounds:
         if not (hasattr(model_class, "generate") and model_class.can_generate()):
             logger.warning("no samples: the model class %s has no `generate`", model_class.__name__)
             return []
-        file_prompts = read_own_prompts(settings.prompts, settings.params_key) if settings.prompts else []
         with preserved_random_state(host.device):
             rows = host.validation_rows(settings.max_val_samples)
             return read_prompts(
-                host.val_dataset, rows, host.tokenizer, settings, host.chat_template_kwargs, file_prompts
+                host.val_dataset, rows, host.tokenizer, settings, host.chat_template_kwargs, self.file_prompts
             )
 
     def _set_earlier_samples_aside(self, start_step: int) -> None:

@@ -1,14 +1,17 @@
-"""The names of a round's numbers: those that are always there, and those that metrics and strategies must not take."""
+"""The names of a round's numbers that are known before there is one.
+
+This module imports nothing: whoever checks a configuration or shows numbers needs the names alone.
+"""
 
 from __future__ import annotations
 
 import re
 
 ALWAYS = ("num_new_tokens", "cut_off", "empty", "distinct_2", "seq_rep_4")
-"""Numbers of any samples, for which no metric is needed: see `aggregates.py`."""
+"""The numbers that are reported of any samples: see `aggregates.py`."""
 
 RESERVED = (*ALWAYS, "num_samples", "seconds", "tokens_per_s", "best", "best_step", "mean_logprob")
-"""Names that neither a metric nor a strategy may have."""
+"""Names that neither a metric nor a strategy can have, as a round has numbers of these names anyway."""
 
 DERIVED = re.compile(r"(.*)_(?:best|worst|majority|pass_at_[0-9]+)")
-"""Numbers made of several completions' scores, with the score's own name as a group."""
+"""Numbers that are made of several completions' scores, with the score's own name as a group."""

@@ -1,6 +1,7 @@
 """Checks of single configuration values: read one, say what is allowed, quote what came instead.
 
-This module owns `ConfigError` and how a value is read. It knows neither keys nor variables.
+This module owns `ConfigError`, how a value is read, and how several mistakes become one error. It knows neither keys
+nor variables.
 
 A value from YAML has to have its type: `true` is no integer, and `5.0` neither. A text is read strictly and the same
 way whether it comes from an environment variable or from YAML: `temperature: ${oc.env:MY_TEMPERATURE}` is a text too.
@@ -10,42 +11,65 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
-
-from verl_valgen.text import printable
 
 # Python's own int() and float() also take "5_0", "٥" and "nan".
 _INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 _MAX_BITS = 63
-"""Of an integer: torch holds no larger ones."""
+"""The bits that an integer may have beside its sign: torch holds no larger ones."""
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key or variable, the value, and what is allowed."""
+    """A configuration that cannot be used.
+
+    The message has one line for each mistake, which names the key or variable, the value, and what is allowed.
+    """
+
+
+class Mistakes:
+    """The mistakes of a configuration, collected so that all of them can be told at once."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Notes a `ConfigError` that is raised within the block, and leaves the block."""
+        try:
+            yield
+        except ConfigError as e:
+            self.lines += [line for line in str(e).split("\n") if line not in self.lines]
+
+    def raise_if_any(self) -> None:
+        if self.lines:
+            raise ConfigError("\n".join(self.lines))
 
 
 def quoted(value: object, max_chars: int = 80) -> str:
     """`value` as an error message may hold it: ASCII without control characters, and short."""
     try:
-        text = ascii(value)  # an object's own words may have control characters
-    except Exception:  # of an integer of more than 4300 digits, of what is nested too deeply, of an object's own
+        text = ascii(value)
+    except Exception:  # an integer of more than 4300 digits, deep nesting, an object's own `__repr__`
         text = f"{type(value).__name__} that cannot be shown"
-    return printable(text, max_chars)
+    return plain(text, max_chars)  # an object's own words may have control characters
 
 
 def plain(text: str, max_chars: int = 80) -> str:
-    """A name or a message of another library, as harmless as `quoted` makes a value, but without quotes around it."""
-    escaped = ascii(text)[1:-1]
-    return escaped if len(escaped) <= max_chars else escaped[: max_chars - 3] + "..."
+    """A name or another library's message as an error message may hold it: like `quoted`, but without the quotes."""
+    shown = "".join(
+        char if char.isascii() and char.isprintable() else ascii(char)[1:-1] for char in text[: max_chars + 1]
+    )
+    return shown if len(shown) <= max_chars else shown[: max_chars - 3] + "..."
 
 
 class Check(NamedTuple):
-    """What one value has to be."""
+    """What the value of one key has to be."""
 
     read: Callable[[Any], Any]
     """Gives the value its type, or raises ValueError."""
@@ -80,11 +104,20 @@ def number(allowed: str, accepts: Callable[[float], bool]) -> Check:
     return Check(_read_number, accepts, allowed)
 
 
+def share() -> Check:
+    return number("a number in (0, 1]", lambda x: 0 < x <= 1)
+
+
 def one_of(*names: str, aliases: Mapping[str, str] | None = None) -> Check:
     spellings = {name: name for name in names} | dict(aliases or {})
     return Check(
         lambda value: spellings.get(_read_text(value).lower()), lambda _: True, f"one of {', '.join(spellings)}"
     )
+
+
+def name() -> Check:
+    """A name that others check: in lower case, as names are compared."""
+    return Check(lambda value: _read_text(value).lower(), bool, "a name")
 
 
 def auto_or(check: Check) -> Check:
@@ -99,12 +132,12 @@ def text() -> Check:
 
 
 def optional_text() -> Check:
-    """ "" where nothing is set."""
+    """A text, and "" for null."""
     return Check(lambda value: "" if value is None else _read_text(value), lambda _: True, "a text or null")
 
 
 def texts(*, may_be_empty: bool = False) -> Check:
-    """A list, whichever of the two came."""
+    """A list of texts; a single text becomes a list of one."""
     if may_be_empty:
         return Check(
             lambda value: [] if value is None else _read_texts(value), lambda _: True, "a list of texts, none empty"
@@ -113,7 +146,7 @@ def texts(*, may_be_empty: bool = False) -> Check:
 
 
 def mapping_of_mappings(pattern: str, allowed_names: str) -> Check:
-    """{} where nothing is set.
+    """A mapping of names to mappings, and {} for null.
 
     Args:
         pattern: A regular expression for the outer names, which `allowed_names` says in words.
@@ -133,7 +166,7 @@ def mapping_of_mappings(pattern: str, allowed_names: str) -> Check:
 
 
 def finite() -> Check:
-    """Anything that JSON can hold: NaN and infinity it cannot."""
+    """Anything that JSON can hold, which NaN and infinity are not."""
     return Check(_read_anything, lambda _: True, "free of NaN and infinity, and of what JSON cannot hold")
 
 

@@ -1,4 +1,4 @@
-"""What may be set in `transformers.GenerationConfig`, and what of a model's own is taken over.
+"""The fields of `transformers.GenerationConfig` that may be set, and the ones that are taken from a model's own.
 
 This module knows transformers, and imports it only when it is asked. It does not know where a value comes from.
 """
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-from verl_valgen.settings.checks import ConfigError, plain, quoted
+from verl_valgen.settings import checks
+from verl_valgen.settings.checks import Check, ConfigError, plain, quoted
 
 SAMPLING_ONLY = frozenset(
     ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -54,6 +55,28 @@ _TOKEN_IDS = (
     *("suppress_tokens", "begin_suppress_tokens"),
 )
 """The parameters that name tokens."""
+
+_CUTOFF = checks.number("a number in [0, 1) (0 switches it off)", lambda x: 0 <= x < 1)
+
+CHECKS: Mapping[str, Check] = {
+    "min_p": checks.number("a number in [0, 1]", lambda x: 0 <= x <= 1),
+    "typical_p": checks.share(),
+    "epsilon_cutoff": _CUTOFF,
+    "eta_cutoff": _CUTOFF,
+    "repetition_penalty": checks.number("a number > 0", lambda x: x > 0),
+    "length_penalty": checks.number("a number", lambda _: True),
+    "no_repeat_ngram_size": checks.at_least(0, "0 switches it off"),
+    "min_new_tokens": checks.at_least(0),
+    "num_beams": checks.at_least(1),
+    "max_time": checks.number("a number of seconds > 0", lambda x: x > 0),
+    "top_h": checks.share(),
+    "guidance_scale": checks.number("a number", lambda _: True),
+    "stop_strings": checks.texts(),
+    "use_cache": checks.boolean(),
+    "renormalize_logits": checks.boolean(),
+    "remove_invalid_values": checks.boolean(),
+}
+"""Fields that have no default of ours and that transformers checks only while it generates, if at all."""
 
 
 def field_names() -> frozenset[str]:

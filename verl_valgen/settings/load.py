@@ -2,8 +2,8 @@
 
 Precedence: dotted command-line override > environment > configuration (YAML and groups) > default.
 
-This module knows neither trainer nor model. `settings.py` has the settings as they are used, `keys.py` lists the keys,
-`hydra_values.py` knows how a configuration is read.
+This module knows neither trainer nor model. `settings.py` declares the keys, `hydra.py` knows how a configuration is
+read.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ from typing import Any
 from omegaconf import DictConfig
 
 from verl_valgen.settings import generation_config
-from verl_valgen.settings.checks import ConfigError, plain, quoted
+from verl_valgen.settings.checks import ConfigError, Mistakes, plain
 from verl_valgen.settings.hydra import as_omegaconf, keys_named_by, keys_under, select, task_overrides
-from verl_valgen.settings.keys import SETTINGS
-from verl_valgen.settings.settings import KEYS, GenerationSettings, check_name, check_value
+from verl_valgen.settings.settings import (
+    SETTINGS,
+    GenerationSettings,
+    check_name,
+    check_overrides,
+    check_value,
+    known_keys,
+)
 
 __all__ = ["SETTINGS", "ConfigError", "GenerationSettings", "load_settings", "task_overrides"]
 
@@ -31,17 +37,44 @@ def load_settings(
     overrides: Sequence[str] = (),
     *,
     read_when_off: bool = False,
+    mistakes: Mistakes | None = None,
 ) -> GenerationSettings:
-    """The settings of a run: `config` is verl's whole composed configuration, `overrides` what `task_overrides` gives.
+    """The settings of a run.
 
-    Raises `ConfigError`. When generation is off, values are not looked at and the other fields are the defaults, unless
-    `read_when_off` is set. Misspelt variables are errors even then: the misspelt one may be what should have switched
-    generation on.
+    When generation is off, values are not looked at and the other fields are the defaults. Misspelt variables are
+    mistakes even then: the misspelt one may be what should have switched generation on.
+
+    Args:
+        config: verl's whole composed configuration.
+        overrides: What `task_overrides` gives.
+        read_when_off: Whether values are read and checked with generation off as well.
+        mistakes: Notes what is wrong, so that more can be checked before all of it is told; settings that are wrong
+            have their defaults then.
+
+    Raises:
+        ConfigError: Something is wrong, and no `mistakes` were given; with a line for each mistake.
     """
-    whole = as_omegaconf(config)
-    in_block, in_trainer = keys_under("generation", whole), keys_under("trainer", whole)
+    noted = Mistakes() if mistakes is None else mistakes
+    settings = GenerationSettings(enabled=False)
+    in_environment = _variables_in(environ, noted)
+    with noted.noted():
+        settings = _load(as_omegaconf(config), environ, in_environment, overrides, read_when_off, noted)
+    if mistakes is None:
+        noted.raise_if_any()
+    return settings
+
+
+def _load(
+    config: DictConfig,
+    environ: Mapping[str, str],
+    in_environment: Mapping[str, str],
+    overrides: Sequence[str],
+    read_when_off: bool,
+    mistakes: Mistakes,
+) -> GenerationSettings:
+    """The settings, with the defaults for wrong ones. Raises `ConfigError` where the configuration cannot be read."""
+    in_block, in_trainer = keys_under("generation", config), keys_under("trainer", config)
     in_config = [*(in_block or ()), *(key for key in in_trainer or () if key in SETTINGS)]  # the rest of it is verl's
-    in_environment = _variables_in(environ)
     on_command_line = keys_named_by(overrides)
     # Where each value comes from: a variable, or the key itself. Hydra has applied the overrides already, so the
     # command line's values stand in the configuration too, and the keys that it deleted do not.
@@ -53,75 +86,54 @@ def load_settings(
 
     def checked(key: str) -> Any:
         source = sources[key]
-        return check_value(key, select(whole, key) if source == key else environ[source], source)
+        value = select(config, key) if source == key else environ[source]
+        # transformers' own fields are None where they are not set.
+        return None if value is None and key not in SETTINGS else check_value(key, value, plain(source))
 
-    if "generation.enabled" in sources:
-        enabled = checked("generation.enabled")
-    else:
-        enabled = in_block is not None or bool(in_environment)
-    if enabled and "trainer.max_val_samples" in sources:
-        enabled = checked("trainer.max_val_samples") > 0
+    enabled = in_block is not None or bool(in_environment)
+    with mistakes.noted():  # with a switch that cannot be read, all else is looked at
+        if "generation.enabled" in sources:
+            enabled = checked("generation.enabled")
+        if enabled and "trainer.max_val_samples" in sources:
+            enabled = checked("trainer.max_val_samples") > 0
     if not enabled and not read_when_off:
         return GenerationSettings(enabled=False)
 
+    own: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    known = known_keys()
     for key in sources:
-        check_name(key, plain(key))
-    own = {name: checked(key) for name, key in KEYS.items() if key in sources}
-    extra = {key.removeprefix("generation."): select(whole, key) for key in sources if key not in KEYS.values()}
+        section, _, name = key.partition(".")
+        with mistakes.noted():
+            check_name(section, name, known)
+            (own if key in SETTINGS else extra)[name] = checked(key)
     settings = GenerationSettings(**{**own, "enabled": enabled}, extra=extra)
-    generation_config.check(settings.parameters)
-    if enabled:
-        _check_what_is_named(settings)
-    for name, params in settings.strategies.items():
-        settings.overridden(params, f"generation.strategies.{name}")
+    _check_together(settings, mistakes)
     return settings
 
 
-def _check_what_is_named(settings: GenerationSettings) -> None:
-    """Refuses metrics and files that cannot be used."""
-    # What is used with generation on alone is loaded then alone.
-    from verl_valgen.prompts.files import read_own_prompts
-    from verl_valgen.scores.metrics import RESERVED, check_metrics
-    from verl_valgen.scores.metrics.functions import metric_name
-
-    check_metrics(settings.metrics, "generation.metrics")
-    for name in settings.strategies:
-        if name in (*RESERVED, *map(metric_name, settings.metrics)):
-            raise ConfigError(f"generation.strategies: a round has a number called {plain(name)} already")
-    if settings.best_metric:
-        _check_best_metric(settings)
-    if settings.prompts:
-        read_own_prompts(settings.prompts, settings.params_key)
+def _check_together(settings: GenerationSettings, mistakes: Mistakes) -> None:
+    """Notes parameters that do not go together, of the run and of each strategy."""
+    if not mistakes.lines:  # beside a wrong value its default stands, which may fit the others no better
+        with mistakes.noted():
+            generation_config.check(settings.parameters)
+    is_right_so_far = not mistakes.lines
+    for name, params in settings.strategies.items():
+        source = f"generation.strategies.{name}"
+        with mistakes.noted():
+            if is_right_so_far:
+                settings.overridden(params, source)
+            else:
+                check_overrides(params, source)
 
 
-def _check_best_metric(settings: GenerationSettings) -> None:
-    """Refuses what no round will have, as far as that is known: functions may give several scores."""
-    from verl_valgen.scores.metrics import METRICS
-    from verl_valgen.scores.metrics.functions import metric_name
-    from verl_valgen.scores.names import ALWAYS, DERIVED
-
-    scope, _, name = settings.best_metric.rpartition("/")
-    metrics = [metric_name(spec) for spec in settings.metrics]
-    derived = DERIVED.fullmatch(name)
-    is_known = (
-        name in (*ALWAYS, "mean_logprob", *metrics)
-        or (derived is not None and derived[1] in metrics)
-        or any(name.startswith(f"{metric}_") for metric in metrics if metric not in METRICS)
-    )
-    if not is_known or (scope and scope not in settings.strategies and not scope.startswith("by_source/")):
-        known = ", ".join([*metrics, *ALWAYS])
-        raise ConfigError(
-            f"generation.best_metric must be one of {plain(known, 300)}, alone or as <strategy>/<metric>, "
-            f"got {quoted(settings.best_metric)}"
-        )
-
-
-def _variables_in(environ: Mapping[str, str]) -> dict[str, str]:
-    """Key -> variable for those of our variables that are set; an empty one is not. Refuses misspelt ones."""
+def _variables_in(environ: Mapping[str, str], mistakes: Mistakes) -> dict[str, str]:
+    """Key -> variable for those of our variables that are set; an empty one is not. Notes misspelt ones."""
     variables = sorted(name for name, text in environ.items() if text.strip())
     for name in variables:
         if name not in _VARIABLES:
-            _refuse_misspelt(name)
+            with mistakes.noted():
+                _refuse_misspelt(name)
     return {_VARIABLES[name]: name for name in variables if name in _VARIABLES}
 
 
@@ -136,9 +148,8 @@ def _refuse_misspelt(variable: str) -> None:
 
 def _hint_for_variable(variable: str) -> str:
     hints = {name: f"it is set as ++generation.{name}=..." for name in generation_config.field_names()}
-    for name, key in KEYS.items():
-        own = SETTINGS[key].variable
-        hints[name] = f"did you mean {own}?" if own else f"it is set as ++{key}=..."
+    for key, setting in SETTINGS.items():
+        hints[setting.name] = f"did you mean {setting.variable}?" if setting.variable else f"it is set as ++{key}=..."
     name = variable.removeprefix("VERL_").removeprefix("GENERATION_").lower()
     close = difflib.get_close_matches(name[:100], hints, n=1, cutoff=0.7)
     return hints[close[0]] if close else f"there are {', '.join(_VARIABLES)}"

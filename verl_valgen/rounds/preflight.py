@@ -1,0 +1,124 @@
+"""Checks before the model is loaded: whether what the settings name is there, and can be used.
+
+The settings themselves know values. What a value names (a backend, a metric, a strategy, a file) is looked for here,
+once per process, and what has been read is handed on to the rounds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+
+from verl_valgen.backends import BACKENDS
+from verl_valgen.prompts.files import OwnPrompt, read_own_prompts
+from verl_valgen.scores.metrics import METRICS, check_metrics
+from verl_valgen.scores.metrics.functions import metric_name
+from verl_valgen.scores.names import ALWAYS, DERIVED, RESERVED
+from verl_valgen.settings.checks import ConfigError, Mistakes, plain, quoted
+from verl_valgen.settings.load import load_settings, task_overrides
+from verl_valgen.settings.settings import GenerationSettings
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A configuration that was checked, and what it took to check it."""
+
+    config: Any
+    """verl's whole configuration, the object itself."""
+    settings: GenerationSettings
+    file_prompts: Sequence[OwnPrompt] = ()
+    """The prompts of the file that `generation.prompts` names, not tokenized yet; none with generation off."""
+
+
+def preflight(config: DictConfig | Mapping[str, Any]) -> Preflight:
+    """Reads and checks the configuration of somebody who generates by hand: values are read with generation off too.
+
+    Raises:
+        ConfigError: Something is wrong; with a line for each mistake.
+    """
+    mistakes = Mistakes()
+    settings = load_settings(config, os.environ, task_overrides(), read_when_off=True, mistakes=mistakes)
+    checked = check_names(config, settings, mistakes)
+    mistakes.raise_if_any()
+    return checked
+
+
+def check_names(config: Any, settings: GenerationSettings, mistakes: Mistakes) -> Preflight:
+    """Looks for what the settings of a configuration name, unless generation is off, and reads the file of prompts.
+
+    Args:
+        mistakes: Those of the settings; what is not there is noted beside them.
+    """
+    file_prompts: Sequence[OwnPrompt] = ()
+    if settings.enabled:
+        with mistakes.noted():
+            _check_backend(settings.backend)
+        with mistakes.noted():
+            check_metrics(settings.metrics, "generation.metrics")
+        with mistakes.noted():
+            _check_strategies(settings)
+        if not mistakes.lines:  # a wrong metric or strategy would be told twice
+            with mistakes.noted():
+                _check_best_metric(settings)
+        with mistakes.noted():
+            if settings.prompts:
+                file_prompts = read_own_prompts(settings.prompts, settings.params_key)
+    return Preflight(config, settings, file_prompts)
+
+
+def _check_backend(name: str) -> None:
+    names = ("auto", *BACKENDS)
+    if name not in names:
+        raise ConfigError(f"generation.backend must be one of {', '.join(names)}, got {quoted(name)}")
+
+
+def _check_strategies(settings: GenerationSettings) -> None:
+    """Refuses the names of other numbers: those of a strategy are recorded under its name."""
+    for name in settings.strategies:
+        if name in (*RESERVED, *map(metric_name, settings.metrics)):
+            raise ConfigError(f"generation.strategies: a round has a number called {plain(name)} already")
+
+
+def _check_best_metric(settings: GenerationSettings) -> None:
+    """Refuses what no round will have, as far as that is known: functions may give several scores."""
+    if not settings.best_metric:
+        return
+    scope, _, name = settings.best_metric.rpartition("/")
+    metrics = [metric_name(spec) for spec in settings.metrics]
+    derived = DERIVED.fullmatch(name)
+    is_known = (
+        name in (*ALWAYS, "mean_logprob", *metrics)
+        or (derived is not None and derived[1] in metrics)
+        or any(name.startswith(f"{metric}_") for metric in metrics if metric not in METRICS)
+    )
+    if not is_known:
+        known = ", ".join([*metrics, *ALWAYS])
+        raise ConfigError(
+            f"generation.best_metric must be one of {plain(known, 300)}, alone or as <strategy>/<metric>, "
+            f"got {quoted(settings.best_metric)}"
+        )
+    if scope and scope not in settings.strategies and not scope.startswith("by_source/"):
+        names = ", ".join(settings.strategies)
+        there_are = f"generation.strategies has {plain(names, 300)}" if names else "generation.strategies is not set"
+        raise ConfigError(
+            f"generation.best_metric: there is no strategy {plain(scope)} ({there_are}), "
+            f"got {quoted(settings.best_metric)}"
+        )
+
+
+def single_answers(settings: GenerationSettings) -> Iterator[str]:
+    """A sentence for each of `n` and `best_of` that has no effect because nothing is sampled, under which strategies.
+
+    Each answer of greedy decoding and of beam search would be the same.
+    """
+    strategies = settings.strategies or {"": {}}
+    greedy = [name for name, params in strategies.items() if not settings.overridden(params, name).do_sample]
+    if greedy:
+        who = f"strategies that do not sample ({', '.join(greedy)})" if settings.strategies else "do_sample=false"
+        for name, value in (("n", settings.n), ("best_of", settings.best_of)):
+            if value > 1:
+                yield f"generation.{name}={value} has no effect with {who}: one answer per prompt"
