@@ -104,7 +104,7 @@ VALUES = st.recursive(
 )
 
 
-# What the README says of each key, once more, by somebody who does not read `keys.py`.
+# What docs/configuration.md says of each key, once more, by somebody who does not read `keys.py`.
 def _one_of(*names: Any) -> Any:
     return lambda value: value in names
 
