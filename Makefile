@@ -19,8 +19,8 @@ ENGINE = .venv-engine
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
 
-demo: $(FSDP_SFT)/.installed  ## trains a small model on CPU for three minutes and shows what it says, round after round
-	$(FSDP_SFT)/bin/python examples/demo.py
+demo: $(ENGINE)/.installed  ## trains a small model on CPU for two minutes and shows what it says, round after round
+	$(ENGINE)/bin/python examples/demo.py
 
 test: test-fsdp-sft test-engine  ## runs the tests, with both trainers
 

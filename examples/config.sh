@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The second way in: a Hydra configuration of one's own, `config/my_sft.yaml`, with verl's own command.
-# On CPU in well under a minute; the samples lie in demo/config/generations.
+# The second way in: a Hydra configuration of your own, `config/my_$TRAINER.yaml`, with verl's own command.
+# The samples are written to demo/config/generations.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$0")/trainer.sh"
 
-python examples/assets.py --multiturn demo/assets
+"$PYTHON" examples/assets.py --multiturn demo/assets
 
 # Any setting can be changed on the command line, `generation` included.
-python -m verl.trainer.fsdp_sft_trainer \
-  --config-path "$PWD/examples/config" --config-name my_sft \
+"$PYTHON" -m "verl.trainer.$TRAINER" \
+  --config-path "$PWD/examples/config" --config-name "my_$TRAINER" \
+  trainer.default_local_dir=demo/config \
   generation.max_new_tokens=20

@@ -24,25 +24,25 @@ GENERATIONS = "checkpoints/generations"
 TRACKING_URI = "sqlite:///{}/mlflow.db"
 REQUIRED_EXACT_MATCH = 0.9
 
-NUM_STEPS = 360
+NUM_STEPS = 240
 BATCH_SIZE = 24
 
 # Paths are relative to the folder that the trainer runs in: as values in Hydra's grammar, others would need quoting.
 OVERRIDES = [
     "data.train_files=train.parquet",
     "data.val_files=val.parquet",
-    "data.multiturn.enable=true",  # verl's single-turn data set does not train the end of an answer
     f"data.train_batch_size={BATCH_SIZE}",
     f"data.micro_batch_size_per_gpu={BATCH_SIZE}",
     "data.max_length=64",
-    "model.partial_pretrain=model",
+    "model.path=model",
     "model.enable_gradient_checkpointing=false",
     "optim.lr=4e-3",
+    "optim.lr_scheduler_type=cosine",
     "trainer.total_epochs=1",
-    "trainer.test_freq=40",
+    "trainer.test_freq=30",
     "trainer.default_local_dir=checkpoints",
     "trainer.resume_mode=disable",
-    "trainer.checkpoint.save_contents=[model]",
+    "checkpoint.save_contents=[model]",
     "trainer.project_name=verl-valgen",
     "trainer.experiment_name=demo",
     "trainer.logger=[mlflow]",  # verl's console logger would print a line per step through the progress bar
@@ -58,7 +58,7 @@ def main() -> None:
 
     prepare(args.seed)
     status = subprocess.run(
-        [sys.executable, "-m", "verl.trainer.fsdp_sft_trainer", *OVERRIDES], cwd=DIRECTORY, env=environment()
+        [sys.executable, "-m", "verl.trainer.sft_trainer", *OVERRIDES], cwd=DIRECTORY, env=environment()
     ).returncode
     if status != 0:
         sys.exit(f"The trainer ended with status {status}.")

@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
-# Answers under several strategies, with metrics, on own prompts too: `config/judging.yaml`, with verl's own command.
-# On CPU in well under a minute; the samples, scores and best.json lie in demo/judging/generations.
+# Every prompt is answered under several strategies, own prompts too, and the answers are scored:
+# `config/generation/judging.yaml`, with verl's own command.
+# The samples, their scores and best.json are written to demo/judging/generations.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$0")/trainer.sh"
 
-python examples/assets.py --multiturn demo/assets
+"$PYTHON" examples/assets.py --multiturn demo/assets
 
-python -m verl.trainer.fsdp_sft_trainer --config-path "$PWD/examples/config" --config-name judging
+"$PYTHON" -m "verl.trainer.$TRAINER" \
+  --config-path "$PWD/examples/config" --config-name "my_$TRAINER" \
+  +generation=judging \
+  trainer.test_freq=2 \
+  trainer.default_local_dir=demo/judging

@@ -1,22 +1,28 @@
-"""The third way in: a trainer of one's own, which can ask the model whenever it likes.
+"""The third way in: a trainer of your own, which can ask the model whenever you like.
 
-On CPU in well under a minute; the samples lie in `demo/subclass/generations`. From the root of the repository:
+The samples are written to `demo/subclass/generations`. From the root of the repository, after `make install`:
 
-    python examples/assets.py demo/assets
-    python examples/subclass.py
+    .venv-engine/bin/python examples/assets.py --multiturn demo/assets
+    .venv-engine/bin/python examples/subclass.py
 """
 
 from __future__ import annotations
 
 import hydra
 from omegaconf import DictConfig
-from verl.trainer.fsdp_sft_trainer import FSDPSFTTrainer
+from trainer import choose_trainer
 
 from verl_valgen import ValidationGenerationMixin, run_sft
 from verl_valgen.text import printable
 
+TRAINER = choose_trainer()
+if TRAINER == "fsdp_sft_trainer":
+    from verl.trainer.fsdp_sft_trainer import FSDPSFTTrainer as Trainer
+else:
+    from verl.trainer.sft_trainer import SFTTrainer as Trainer
 
-class MyTrainer(ValidationGenerationMixin, FSDPSFTTrainer):
+
+class MyTrainer(ValidationGenerationMixin, Trainer):
     """verl's trainer, which also shows what the model says before it has learned anything."""
 
     def fit(self) -> None:
@@ -28,8 +34,9 @@ class MyTrainer(ValidationGenerationMixin, FSDPSFTTrainer):
         super().fit()
 
 
-@hydra.main(config_path="config", config_name="subclass", version_base=None)
+@hydra.main(config_path="config", config_name=f"my_{TRAINER}", version_base=None)
 def main(config: DictConfig) -> None:
+    config.trainer.default_local_dir = "demo/subclass"
     run_sft(config, MyTrainer)
 
 

@@ -17,7 +17,6 @@ from checkpoints import assert_greedy_samples, plain_greedy, plain_model, read_s
 from end_to_end.trainer import (
     CONFIG_NAME,
     GENERATION_CONFIG,
-    HAS_ENGINES,
     TRAINER_NAME,
     VERL_MODULE,
     VERL_VERSION,
@@ -218,18 +217,22 @@ def test_resuming_counts_on_and_sets_samples_of_a_longer_run_aside(tmp_path, ass
 def test_the_examples_run_as_they_stand(tmp_path, example):
     """In a copy, for they write beside themselves."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "TRAINER": VERL_MODULE.rpartition(".")[2],
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+    }
 
     def call(*arguments: str) -> None:
         done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
-    name, folder = Path(example).stem, "examples/engine" if HAS_ENGINES else "examples"
+    name = Path(example).stem
     if name == "subclass":  # the others make their assets themselves
-        call(sys.executable, "examples/assets.py", *(["--multiturn"] if HAS_ENGINES else []), "demo/assets")
-    call("bash" if example.endswith(".sh") else sys.executable, f"{folder}/{example}")
-    run_name = f"engine-{name}" if HAS_ENGINES else name
-    files = sorted((tmp_path / "demo" / run_name / "generations").glob("*.jsonl"))
+        call(sys.executable, "examples/assets.py", "--multiturn", "demo/assets")
+    call("bash" if example.endswith(".sh") else sys.executable, f"examples/{example}")
+    files = sorted((tmp_path / "demo" / name / "generations").glob("*.jsonl"))
     # One in the middle, one at the early exit; or before training, at every second of five validations, at the last.
     assert len(files) == (4 if name == "judging" else 2)
     assert all(json.loads(line)["generation"] is not None for path in files for line in path.read_text().splitlines())

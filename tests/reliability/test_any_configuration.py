@@ -104,7 +104,7 @@ VALUES = st.recursive(
 )
 
 
-# What the documentation says of each key, once more, by somebody who does not read `settings.py`.
+# What the documentation says of each key, once more, by somebody who does not read the code.
 def _one_of(*names: Any) -> Any:
     return lambda value: value in names
 
