@@ -1,17 +1,24 @@
-"""What ranks tell each other. Everything here is collective: all ranks must call.
+"""Collective functions by which ranks exchange values and failures: all ranks must call each of them.
 
 A rank's failure is a value that is exchanged, never an exception that leaves others waiting. Values travel as JSON in
-tensors: nothing is unpickled. On one rank, and without a process group, nothing is sent.
+tensors: no pickle is read. On one rank, and without a process group, nothing is sent.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from verl_valgen.text import as_exception, describe, describe_at_length
+
+logger = logging.getLogger(__name__)
 
 
 def world_size() -> int:
@@ -20,6 +27,10 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+class OtherRankError(RuntimeError):
+    """Another rank failed; the message says how."""
 
 
 def agree(ok: bool, device: torch.device) -> bool:
@@ -81,6 +92,54 @@ def gather_values(value: Any, device: torch.device) -> list[Any]:
     if error is not None:
         raise error
     return [_decoded(buffer[:length]) for buffer, length in zip(buffers, lengths, strict=True)]
+
+
+def run_on_all_ranks(
+    function: Callable[[], Any], is_logging_rank: bool, device: torch.device | None
+) -> list[Any] | None:
+    """Runs `function` on every rank and gathers the results, as JSON makes them, in rank order. Collective: all ranks
+    must call.
+
+    Args:
+        device: None where only the logging rank has a result: then nothing is exchanged.
+
+    Returns:
+        None on the other ranks if any rank failed; the logging rank raises instead.
+
+    Raises:
+        Exception: On the logging rank alone, after the last collective: what failed there, or `OtherRankError` for what
+            failed elsewhere.
+    """
+    value, error = attempt(function)
+    report = [value, None if error is None else describe(error)]
+    try:
+        reports = [report] if device is None else gather_values(report, device)
+    except Exception as e:  # this rank's value cannot be sent
+        reports, error = [[None, describe(e)]], e
+    reports = [report or [None, "its result could not be sent"] for report in reports]
+    failed = {rank: text for rank, (_, text) in enumerate(reports) if text is not None}
+    if not failed:
+        return [value for value, _ in reports]
+    if not is_logging_rank:
+        if error is not None:
+            logger.debug("this rank failed: %s", describe_at_length(error))
+        return None
+    raise error or OtherRankError("; ".join(f"rank {rank}: {text}" for rank, text in failed.items()))
+
+
+def attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What `function` returns, or the exception that it raised. Not collective.
+
+    The exception's frames are cleared: they may hold a copy of the model, whose memory is to be free when ranks meet.
+    """
+    try:
+        return function(), None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # a panic of what is written in Rust is no Exception
+        error = as_exception(e)
+        traceback.clear_frames(e.__traceback__)
+        return None, error
 
 
 _NOTHING = torch.zeros(0, dtype=torch.uint8)

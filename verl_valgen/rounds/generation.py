@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,23 +19,19 @@ from transformers import GenerationConfig
 
 from verl_valgen.backends import backend_class
 from verl_valgen.backends.base import Backend, Limits
-from verl_valgen.collectives import broadcast, gather_values, rank, world_size
+from verl_valgen.collectives import OtherRankError, attempt, broadcast, rank, run_on_all_ranks, world_size
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Completion, Request, pack, unpack
 from verl_valgen.rounds.plan import Needs, Plan, free_bytes, largest_sequence_bytes, logprobs_bytes, make_plan, shares
 from verl_valgen.rounds.restore import preserved_blas_workspaces
 from verl_valgen.settings.generation_config import special_tokens
 from verl_valgen.settings.load import GenerationSettings
-from verl_valgen.text import OnceLogger, as_exception, describe, describe_at_length
+from verl_valgen.text import OnceLogger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-
-class OtherRankError(RuntimeError):
-    """Another rank failed; the message says how."""
 
 
 @dataclass
@@ -109,7 +104,7 @@ class Answerer:
         with ExitStack() as stack:
             stack.enter_context(preserved_blas_workspaces(host.device))
             moved = stack.enter_context(ExitStack())
-            free = self._on_all_ranks(lambda: self._prepare(moved))
+            free = run_on_all_ranks(lambda: self._prepare(moved), host.is_logging_rank, host.device)
             if free is None:
                 return None
             try:
@@ -123,7 +118,7 @@ class Answerer:
             indices = shares(len(all_requests), plan.num_ranks)[position] if position < plan.num_ranks else range(0)
             share = [all_requests[i] for i in indices]
             dtype = host.compute_dtype if plan.is_sharded else self.dtype
-            model, error = (None, None) if plan.is_sharded else _attempt(lambda: self._gather(share, moved))
+            model, error = (None, None) if plan.is_sharded else attempt(lambda: self._gather(share, moved))
             return Begun(plan, share, logging_rank, deadline, dtype, stack.pop_all(), model, error)
 
     def finish(self, begun: Begun | None) -> list[Completion] | None:
@@ -140,40 +135,16 @@ class Answerer:
             return [] if self.host.is_logging_rank else None
         plan = begun.plan
         with begun.held:
-            results = self._on_all_ranks(lambda: self._generate(begun), only_logging_rank=plan.num_ranks == 1)
+            # Where only the logging rank answers, the ranks need not hear of each other.
+            results = run_on_all_ranks(
+                lambda: self._generate(begun),
+                self.host.is_logging_rank,
+                None if plan.num_ranks == 1 else self.host.device,
+            )
         if results is None or not self.host.is_logging_rank:
             return None
         in_order = [results[(begun.logging_rank + position) % len(results)] for position in range(plan.num_ranks)]
         return [Completion(*fields) for completions in in_order for fields in completions]
-
-    def _on_all_ranks(self, function: Callable[[], Any], *, only_logging_rank: bool = False) -> list[Any] | None:
-        """Runs `function` on every rank and gathers the results, as JSON makes them, in rank order. Collective: all
-        ranks must call.
-
-        Args:
-            only_logging_rank: Whether only that rank has a result, so that the ranks need not hear of each other.
-
-        Returns:
-            None on the other ranks if any rank failed; the logging rank raises instead.
-
-        Raises:
-            Exception: On the logging rank; see `begin`.
-        """
-        value, error = _attempt(function)
-        report = [value, None if error is None else describe(error)]
-        try:
-            reports = [report] if only_logging_rank else gather_values(report, self.host.device)
-        except Exception as e:  # this rank's value cannot be sent
-            reports, error = [[None, describe(e)]], e
-        reports = [report or [None, "its result could not be sent"] for report in reports]
-        failed = {rank: text for rank, (_, text) in enumerate(reports) if text is not None}
-        if not failed:
-            return [value for value, _ in reports]
-        if not self.host.is_logging_rank:
-            if error is not None:
-                logger.debug("this rank failed: %s", describe_at_length(error))
-            return None
-        raise error or OtherRankError("; ".join(f"rank {rank}: {text}" for rank, text in failed.items()))
 
     def _prepare(self, moved: ExitStack) -> float:
         """Moves the parameters to where they can be gathered from. Returns the number of bytes that are free then."""
@@ -259,19 +230,6 @@ class Answerer:
 
     def _special_tokens(self) -> GenerationConfig:
         return special_tokens(self.host.generation_config, self.host.tokenizer)
-
-
-def _attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """What `function` returns, or the exception that it raised, whose frames are cleared: they may hold a copy of the
-    model, which is to be free when the ranks meet."""
-    try:
-        return function(), None
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # a panic of what is written in Rust is no Exception
-        error = as_exception(e)
-        traceback.clear_frames(e.__traceback__)
-        return None, error
 
 
 def _why_not_in_step(requests: Sequence[Request]) -> str | None:

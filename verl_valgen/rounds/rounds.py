@@ -12,29 +12,24 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from verl_valgen.collectives import broadcast
 from verl_valgen.hosts.base import Host
-from verl_valgen.hosts.schedule import Schedule
 from verl_valgen.prompts.datasets import mask_is_shifted
 from verl_valgen.prompts.files import OwnPrompt
 from verl_valgen.prompts.masks import prompts_from_batch
-from verl_valgen.prompts.sources import read_prompts
 from verl_valgen.prompts.tokens import decode
 from verl_valgen.records import Prompt, Query
 from verl_valgen.rounds.generation import Answerer, Begun
-from verl_valgen.rounds.preflight import single_answers
+from verl_valgen.rounds.preparation import prepare, vocab_size
 from verl_valgen.rounds.queries import make_queries, make_requests, pair
 from verl_valgen.rounds.recorder import GOES_ON, Recorder
 from verl_valgen.rounds.restore import preserved_random_state
-from verl_valgen.rounds.run_description import describe_run
 from verl_valgen.settings.settings import GenerationSettings
-from verl_valgen.text import OnceLogger, printable
-from verl_valgen.trackers.jsonl import set_aside
+from verl_valgen.text import OnceLogger
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +61,6 @@ class ValidationRounds:
         self.log = OnceLogger(logger)
         self.stack = ExitStack()
 
-    @property
-    def directory(self) -> Path:
-        return Path(self.host.config.trainer.default_local_dir) / "generations"
-
     def __enter__(self) -> None:
         """Collective: all ranks must call."""
         if self._prepare():
@@ -94,77 +85,12 @@ class ValidationRounds:
         steps: list[int] | None = None
         if self.host.is_logging_rank:
             try:
-                steps = self._prepare_on_logging_rank()
+                self.recorder, steps = prepare(self.host, self.settings, self.file_prompts, self.log)
             except Exception as e:
                 self.log.warn_of_error("the prompts could not be prepared, so there will be no samples", e, GOES_ON)
         received = broadcast(steps, self.host.is_logging_rank, self.host.device)
         self.steps = received or []
         return received is not None
-
-    def _prepare_on_logging_rank(self) -> list[int] | None:
-        """The steps of the rounds; None where there is nothing to ask."""
-        host, settings = self.host, self.settings
-        queries = make_queries(self._read_prompts(), settings, self._vocab_size)
-        if not queries:
-            return None
-        schedule = replace(host.schedule(), every=settings.every, before_train=settings.before_train)
-        self._announce(queries, schedule)
-        self._set_earlier_samples_aside(schedule.start_step)
-        self.recorder = Recorder(
-            queries,
-            settings,
-            tokenizer=host.tokenizer,
-            directory=self.directory,
-            loggers=host.loggers,
-            start_step=schedule.start_step,
-            run=describe_run(host, settings, schedule.start_step),
-        )
-        return schedule.round_steps()
-
-    def _announce(self, queries: list[Query], schedule: Schedule) -> None:
-        """Logs how many samples come when, and which strategies, metrics and prompts are in use."""
-        num_samples = sum(query.num_completions for query in queries)
-        num_prompts = len({query.index for query in queries})
-        each = num_samples // num_prompts
-        is_even = each * num_prompts == num_samples  # unless rows have parameters of their own
-        shape = f" ({num_prompts} prompts{f' x {each} completions' if is_even else ''})" if each > 1 else ""
-        logger.info("%d samples%s %s, in %s", num_samples, shape, schedule, self.directory)
-        settings = self.settings
-        in_use = {
-            "strategies": list(settings.strategies),
-            "metrics": settings.metrics,
-            f"prompts ({settings.prompts_mode})": [settings.prompts] if settings.prompts else [],
-        }
-        texts = [f"{name}: {printable(', '.join(values), 300)}" for name, values in in_use.items() if values]
-        if texts:
-            logger.info("%s", "; ".join(texts))
-        for line in single_answers(settings):
-            logger.info("%s", line)
-
-    def _read_prompts(self) -> list[Prompt]:
-        """The prompts of all rounds; [] after a warning that says why there are none."""
-        host, settings = self.host, self.settings
-        if (reason := host.why_no_validation_batch()) is not None:  # a file's prompts are asked where validation runs
-            logger.warning("no samples: %s", reason)
-            return []
-        model_class: Any = host.model_class
-        if not (hasattr(model_class, "generate") and model_class.can_generate()):
-            logger.warning("no samples: the model class %s has no `generate`", model_class.__name__)
-            return []
-        with preserved_random_state(host.device):
-            rows = host.validation_rows(settings.max_val_samples)
-            return read_prompts(
-                host.val_dataset, rows, host.tokenizer, settings, host.chat_template_kwargs, self.file_prompts
-            )
-
-    def _set_earlier_samples_aside(self, start_step: int) -> None:
-        try:
-            folder = set_aside(self.directory, start_step)
-        except OSError as e:
-            self.log.warn_of_error(f"samples of an earlier run stay in {self.directory}", e, GOES_ON)
-        else:
-            if folder is not None:
-                logger.info("samples of an earlier run beyond step %d were moved to %s", start_step, folder)
 
     def run(self, step: int) -> None:
         """One round, if it is time for one; never raises. Collective: all ranks must call."""
@@ -203,10 +129,6 @@ class ValidationRounds:
             dtype = str(round.begun.dtype).removeprefix("torch.")
             self.recorder.record(completions, round.step, time.time() - round.started_at, deadline, dtype)
 
-    @property
-    def _vocab_size(self) -> int:
-        return self.host.model_config.get_text_config().vocab_size
-
     def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
         """See `ValidationGenerationMixin.generate_samples`. Collective: all ranks must call."""
         tokenizer = self.host.tokenizer
@@ -217,7 +139,7 @@ class ValidationRounds:
             if self.host.is_logging_rank:
                 try:
                     prompts = self._prompts_in(batch)
-                    queries = make_queries(prompts, replace(self.settings, n=1, strategies={}), self._vocab_size)
+                    queries = make_queries(prompts, replace(self.settings, n=1, strategies={}), vocab_size(self.host))
                 except Exception as e:  # the other ranks wait for a word
                     error = e
             completions = self.answerer(None if error else make_requests(queries))

@@ -1,30 +1,22 @@
 """Scores of samples, from metrics that run in a process of their own: one that hangs, even in C, can be left behind.
 
-The process is a plain subprocess: multiprocessing would import verl's trainer again, as `__main__`. It is started when
-training begins, so that its imports are done by the first round, and sees no GPU. This module owns the process and the
-time that it is given (`worker.py` is what runs in it); it knows neither ranks nor trackers.
+This module owns the time that metrics are given, and which of them are given up; `process.py` has the process. It knows
+neither ranks nor trackers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
-import queue
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from verl_valgen.records import Sample, Verdict
 from verl_valgen.scores.metrics.functions import metric_name, parts
+from verl_valgen.scores.process import MetricProcess
 from verl_valgen.text import OnceLogger, describe, printable
 
 logger = logging.getLogger(__name__)
@@ -34,8 +26,6 @@ _MAX_SCORING_S = 60.0
 
 _MAX_LOST_ROUNDS = 3
 """Rounds in a row that a metric may fail to end, or all metrics to be loaded, before it is given up."""
-
-_MAX_KILL_S = 1.0
 
 _ENDED = "ended the process that it ran in"
 
@@ -49,7 +39,7 @@ class Scoring:
 
     def __init__(self, metrics: Sequence[str]) -> None:
         self.metrics = [_with_absolute_path(spec) for spec in metrics]
-        self._process: _Worker | None = None
+        self._process: MetricProcess | None = None
         self._num_lost: Counter[str] = Counter()
         """Lost rounds in a row, by metric; under "" those in which the metrics were not loaded."""
         self._log = OnceLogger(logger)
@@ -58,7 +48,7 @@ class Scoring:
         """Starts the process, if there are metrics, and does not wait for it."""
         if self.metrics and self._process is None:
             try:
-                self._process = _Worker(self.metrics)
+                self._process = MetricProcess(self.metrics)
             except OSError as e:
                 self.metrics = []
                 logger.warning("no scores: the process for metrics could not be started: %s", describe(e))
@@ -92,7 +82,7 @@ class Scoring:
         verdicts = self._collect(process, samples, deadline)
         return [_with_verdicts(sample, own) for sample, own in zip(samples, verdicts, strict=True)]
 
-    def _collect(self, process: _Worker, samples: Sequence[Sample], deadline: float) -> list[dict[str, Verdict]]:
+    def _collect(self, process: MetricProcess, samples: Sequence[Sample], deadline: float) -> list[dict[str, Verdict]]:
         """Each sample's verdicts by metric, as far as they come in time."""
         verdicts: list[dict[str, Verdict]] = [{} for _ in samples]
         failures: dict[tuple[str, str], list[tuple[int, str]]] = {}  # (metric, kind of error) -> (sample, error)
@@ -124,7 +114,7 @@ class Scoring:
         message = f"metric {metric}: {len(failed)} of {len(samples)} samples have no score, {where} first: {error}"
         self._log.warn(message, cause=(metric, kind))
 
-    def _lose_all(self, process: _Worker) -> None:
+    def _lose_all(self, process: MetricProcess) -> None:
         """Gives up on a round in which the metrics were not loaded; the process goes on loading for the next."""
         problem = _ENDED if process.has_ended else "were not loaded yet"
         self._log.warn(
@@ -138,7 +128,7 @@ class Scoring:
             self.close()
         self.start()
 
-    def _lose(self, spec: str, process: _Worker) -> None:
+    def _lose(self, spec: str, process: MetricProcess) -> None:
         """Gives up on a metric for this round. From now on it comes last, so that it costs no other its scores."""
         metric = metric_name(spec)
         problem = _ENDED if process.has_ended else "did not end in time"
@@ -160,74 +150,6 @@ def _with_verdicts(sample: Sample, verdicts: dict[str, Verdict]) -> Sample:
     scores = {name: score for verdict in verdicts.values() for name, score in verdict.scores.items()}
     texts = {name: text for verdict in verdicts.values() for name, text in verdict.texts.items()}
     return dataclasses.replace(sample, scores={**sample.scores, **scores}, score_texts=texts, verdicts=verdicts)
-
-
-class _Worker:
-    """The process of the metrics, with a thread that writes to it and reads its answers."""
-
-    def __init__(self, metrics: Sequence[str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "verl_valgen.scores.worker", *metrics],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # What a metric prints stays apart from the round's samples.
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, **_environment()},
-            start_new_session=True,
-        )
-        self._to_send: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._received: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.is_done = False
-        """Whether all samples are answered; before the first, whether the metrics are loaded."""
-        self.has_ended = False
-        threading.Thread(target=self._talk, name="verl-valgen-metrics", daemon=True).start()
-
-    def send(self, samples: Sequence[Sample]) -> None:
-        # A sample's own fields, not `asdict`, which would copy every list of tokens.
-        records = [{f.name: getattr(sample, f.name) for f in dataclasses.fields(sample)} for sample in samples]
-        line = json.dumps(records, default=str, skipkeys=True) + "\n"
-        self.is_done = False
-        self._to_send.put(line)
-
-    def receive(self, timeout_s: float) -> list[Any] | None:
-        """The next answer; None after the last, or if none comes within `timeout_s`."""
-        try:
-            line = self._received.get(timeout=max(0.0, timeout_s))
-        except queue.Empty:
-            return None
-        # An incomplete line is the last one of a process that was killed.
-        self.has_ended = not line.endswith("\n")
-        message = None if self.has_ended else json.loads(line)
-        self.is_done = not self.has_ended and message is None
-        return message
-
-    def kill(self) -> None:
-        """Kills the process and whatever it has started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a dead disk cannot even be killed
-            self._process.wait(timeout=_MAX_KILL_S)
-
-    def _talk(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            while True:
-                while (line := self._process.stdout.readline().decode("ascii")) != "null\n":
-                    self._received.put(line)
-                    if not line:
-                        return
-                self._received.put(line)
-                self._process.stdin.write(self._to_send.get().encode("ascii"))
-                self._process.stdin.flush()
-        except OSError:  # the process is gone
-            self._received.put("")
-
-
-def _environment() -> dict[str, str]:
-    """Variables under which the process finds the modules that this one finds, and no GPU."""
-    path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
-    return {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def _with_absolute_path(spec: str) -> str:

@@ -1,0 +1,113 @@
+"""The rooms of the package: what each may import, no circles, and few floors."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import verl_valgen
+
+PACKAGE = Path(verl_valgen.__file__).parent
+
+LEVELS = (
+    {"settings"},
+    {"records", "text", "collectives", "patching", "whole_files"},
+    {"prompts", "weights", "backends", "scores", "trackers"},
+    {"hosts"},
+    {"rounds"},
+    {"activation", "mixin"},
+)
+"""Rooms from low to high. A room imports lower ones, and none of its own level but those in `ALLOWED`."""
+
+ALLOWED = {("backends", "weights")}
+"""Imports between rooms of one level."""
+
+MAX_FLOORS = 9
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__").replace("__init__", "")
+
+
+def is_for_typing(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def statements(node: ast.AST):
+    """All nodes, those within functions too, but for what only type checkers read."""
+    for child in ast.iter_child_nodes(node):
+        if not is_for_typing(child):
+            yield child
+            yield from statements(child)
+
+
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports, by their names within the package."""
+    modules = {name_of(path): path for path in PACKAGE.rglob("*.py") if name_of(path)}
+    found: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        targets = set()
+        for node in statements(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("verl_valgen"):
+                base = node.module.removeprefix("verl_valgen").lstrip(".")
+                for alias in node.names:
+                    inner = f"{base}.{alias.name}".lstrip(".")
+                    targets.add(inner if inner in modules else base)
+            elif isinstance(node, ast.Import):
+                targets |= {
+                    alias.name.removeprefix("verl_valgen.") for alias in node.names if "verl_valgen" in alias.name
+                }
+        found[name] = {target for target in targets if target in modules and target != name}
+    return found
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def level(module: str) -> int:
+    return next(number for number, rooms in enumerate(LEVELS) if room(module) in rooms)
+
+
+def test_every_module_has_a_room():
+    rooms = {room(module) for module in imports()}
+    assert rooms == set().union(*LEVELS)
+
+
+@pytest.mark.parametrize("module", imports())
+def test_imports_go_down(module):
+    for target in imports()[module]:
+        is_allowed = (
+            room(target) == room(module)
+            or level(target) < level(module)
+            or (room(module), room(target)) in ALLOWED
+            or (level(module) == level(target) == 1 and room(module) != "records" and room(target) != "records")
+            or (level(module) == level(target) == len(LEVELS) - 1)
+        )
+        assert is_allowed, f"{module} imports {target}"
+
+
+def test_records_import_settings_alone():
+    assert {room(target) for target in imports()["records"]} <= {"settings"}
+
+
+def test_no_circle_between_files_or_folders():
+    TopologicalSorter(imports()).prepare()  # raises CycleError
+    folders: dict[str, set[str]] = {}
+    for module, targets in imports().items():
+        folders.setdefault(room(module), set()).update(room(target) for target in targets)
+    TopologicalSorter({name: targets - {name} for name, targets in folders.items()}).prepare()
+
+
+def test_there_are_few_floors():
+    @functools.cache
+    def chain(module: str) -> tuple[str, ...]:
+        return (module, *max((chain(target) for target in imports()[module]), key=len, default=()))
+
+    longest = max((chain(module) for module in imports()), key=len)
+    assert len(longest) <= MAX_FLOORS, " -> ".join(longest)

@@ -1,0 +1,100 @@
+"""What happens once before the first round, on the logging rank: prompts are read, and the run says what will come."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from verl_valgen.hosts.base import Host
+from verl_valgen.hosts.schedule import Schedule
+from verl_valgen.prompts.files import OwnPrompt
+from verl_valgen.prompts.sources import read_prompts
+from verl_valgen.records import Prompt, Query
+from verl_valgen.rounds.preflight import single_answers
+from verl_valgen.rounds.queries import make_queries
+from verl_valgen.rounds.recorder import GOES_ON, Recorder
+from verl_valgen.rounds.restore import preserved_random_state
+from verl_valgen.rounds.run_description import describe_run
+from verl_valgen.settings.settings import GenerationSettings
+from verl_valgen.text import OnceLogger, printable
+from verl_valgen.trackers.jsonl import set_aside
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(
+    host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt], log: OnceLogger
+) -> tuple[Recorder | None, list[int] | None]:
+    """The recorder and the steps of the rounds; (None, None), after a warning, where there is nothing to ask.
+
+    Raises whatever data set, tokenizer and chat template raise.
+    """
+    queries = make_queries(_read_prompts(host, settings, file_prompts), settings, vocab_size(host))
+    if not queries:
+        return None, None
+    schedule = replace(host.schedule(), every=settings.every, before_train=settings.before_train)
+    directory = Path(host.config.trainer.default_local_dir) / "generations"
+    _announce(queries, settings, schedule, directory)
+    _set_earlier_samples_aside(directory, schedule.start_step, log)
+    recorder = Recorder(
+        queries,
+        settings,
+        tokenizer=host.tokenizer,
+        directory=directory,
+        loggers=host.loggers,
+        start_step=schedule.start_step,
+        run=describe_run(host, settings, schedule.start_step),
+    )
+    return recorder, schedule.round_steps()
+
+
+def vocab_size(host: Host) -> int:
+    """The number of tokens that the model knows."""
+    return host.model_config.get_text_config().vocab_size
+
+
+def _read_prompts(host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt]) -> list[Prompt]:
+    """The prompts of all rounds; [] after a warning that says why there are none."""
+    if (reason := host.why_no_validation_batch()) is not None:  # a file's prompts are asked where validation runs
+        logger.warning("no samples: %s", reason)
+        return []
+    model_class: Any = host.model_class
+    if not (hasattr(model_class, "generate") and model_class.can_generate()):
+        logger.warning("no samples: the model class %s has no `generate`", model_class.__name__)
+        return []
+    with preserved_random_state(host.device):
+        rows = host.validation_rows(settings.max_val_samples)
+        return read_prompts(host.val_dataset, rows, host.tokenizer, settings, host.chat_template_kwargs, file_prompts)
+
+
+def _announce(queries: Sequence[Query], settings: GenerationSettings, schedule: Schedule, directory: Path) -> None:
+    """Logs how many samples come when, and which strategies, metrics and prompts are in use."""
+    num_samples = sum(query.num_completions for query in queries)
+    num_prompts = len({query.index for query in queries})
+    each = num_samples // num_prompts
+    is_even = each * num_prompts == num_samples  # unless rows have parameters of their own
+    shape = f" ({num_prompts} prompts{f' x {each} completions' if is_even else ''})" if each > 1 else ""
+    logger.info("%d samples%s %s, in %s", num_samples, shape, schedule, directory)
+    in_use = {
+        "strategies": list(settings.strategies),
+        "metrics": settings.metrics,
+        f"prompts ({settings.prompts_mode})": [settings.prompts] if settings.prompts else [],
+    }
+    texts = [f"{name}: {printable(', '.join(values), 300)}" for name, values in in_use.items() if values]
+    if texts:
+        logger.info("%s", "; ".join(texts))
+    for line in single_answers(settings):
+        logger.info("%s", line)
+
+
+def _set_earlier_samples_aside(directory: Path, start_step: int, log: OnceLogger) -> None:
+    try:
+        folder = set_aside(directory, start_step)
+    except OSError as e:
+        log.warn_of_error(f"samples of an earlier run stay in {directory}", e, GOES_ON)
+    else:
+        if folder is not None:
+            logger.info("samples of an earlier run beyond step %d were moved to %s", start_step, folder)
