@@ -196,7 +196,7 @@ def test_without_a_chat_template_a_text_is_the_prompt(tmp_path, tokenizer):
         ("x.jsonl", b'[{"role": "user"}]', "must be a text or a list of messages of text"),
         ("x.jsonl", b'[{"role": "user", "content": [{"type": "image"}]}]', "must be a text or a list of messages of"),
         ("x.jsonl", b'{"prompt": "a", "reference": [4]}', "`reference` must be a text or a number, got [4]"),
-        ("x.jsonl", b'"\\u001b[31m"\n{"prompt": ["\\u001b[31m"]}', "got ['\\\\x1b[31m']"),
+        ("x.jsonl", b'"\\u001b[31m"\n{"prompt": ["\\u001b[31m"]}', "got ['\\x1b[31m']"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, reason):

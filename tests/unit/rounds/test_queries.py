@@ -116,7 +116,7 @@ def test_an_empty_cell_changes_nothing(empty, caplog):
 @pytest.mark.parametrize(
     ("own", "reason"),
     [
-        ({"temprature": 3}, "unknown key generation_params.temprature: did you mean generation.temperature?"),
+        ({"temprature": 3}, "unknown key generation_params.temprature: did you mean generation_params.temperature?"),
         ({"temperature": -1}, "generation_params.temperature must be a number > 0"),
         ({"custom_generate": "x"}, "generation_params.custom_generate is not supported: it would load or run code"),
         ({"seed": 3}, "generation_params: seed is set once for the run, as generation.seed"),
