@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The second way in: a Hydra configuration of your own, `config/my_$TRAINER.yaml`, with verl's own command.
-# The samples are written to demo/config/generations.
+# About half a minute on CPU; the samples are written to demo/config/generations.
 set -euo pipefail
 source "$(dirname "$0")/trainer.sh"
 

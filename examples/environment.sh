@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The first way in: environment variables, with verl's own command and configuration.
-# The samples are written to demo/environment/generations.
+# About half a minute on CPU; the samples are written to demo/environment/generations.
 set -euo pipefail
 source "$(dirname "$0")/trainer.sh"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every prompt is answered under several strategies, own prompts too, and the answers are scored:
 # `config/generation/judging.yaml`, with verl's own command.
-# The samples, their scores and best.json are written to demo/judging/generations.
+# Less than a minute on CPU; the samples, their scores and best.json are written to demo/judging/generations.
 set -euo pipefail
 source "$(dirname "$0")/trainer.sh"
 

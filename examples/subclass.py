@@ -1,6 +1,7 @@
 """The third way in: a trainer of your own, which can ask the model whenever you like.
 
-The samples are written to `demo/subclass/generations`. From the root of the repository, after `make install`:
+About half a minute on CPU; the samples are written to `demo/subclass/generations`. From the root of the repository,
+after `make install`:
 
     .venv-engine/bin/python examples/assets.py --multiturn demo/assets
     .venv-engine/bin/python examples/subclass.py

@@ -16,5 +16,5 @@ if [[ -z ${PYTHON:-} ]]; then
     fi
   done
 fi
-TRAINER=${TRAINER:-$("$PYTHON" examples/trainer.py)}
+TRAINER=$(TRAINER=${TRAINER:-} "$PYTHON" examples/trainer.py)
 echo "verl.trainer.$TRAINER with $PYTHON"
