@@ -121,7 +121,7 @@ def _with_own_parameters(
         own = parameters(prompt.data.params)
         return _of_strategies(settings.overridden(own, source), source, vocab_size) if own else None
     except ConfigError as e:
-        reason = str(e)
+        reason = str(e).replace("\n", "; ")
     except ValueError as e:
         reason = f"{source}: {e}"
     where = place(index, prompt)
