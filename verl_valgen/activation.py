@@ -121,7 +121,7 @@ def _generating(trainer_class: type) -> type:
 
 @contextmanager
 def single_process_environment() -> Iterator[None]:
-    """What torchrun would set, for a program that was started without it: one process, rendezvous with itself."""
+    """Sets the variables of torchrun for a program that was started without it: one process, rendezvous with itself."""
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         yield
         return

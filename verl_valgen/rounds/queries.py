@@ -99,7 +99,7 @@ def _with_row_parameters(
             return None
         return _by_strategy(settings.overridden(row_parameters, source), source, vocab_size)
     except ConfigError as e:
-        reason = str(e)
+        reason = str(e).replace("\n", "; ")
     except ValueError as e:
         reason = f"{source}: {e}"
     where = f"row {prompt.row}" if prompt.row is not None else f"prompt {index + 1}"

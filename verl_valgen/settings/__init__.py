@@ -1,1 +1,1 @@
-"""What a run is asked for: keys, their checks, where values come from. The ground floor: it imports no other room."""
+"""The settings of a run: keys, their checks, where values come from. The ground floor: this imports no other room."""

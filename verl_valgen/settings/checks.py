@@ -69,7 +69,7 @@ def plain(text: str, max_chars: int = 80) -> str:
 
 
 class Check(NamedTuple):
-    """What the value of one key has to be."""
+    """The rule for the value of one key."""
 
     read: Callable[[Any], Any]
     """Gives the value its type, or raises ValueError."""

@@ -22,7 +22,7 @@ WHOLE_NUMBERS = frozenset({
     "max_new_tokens", "min_new_tokens", "top_k", "num_beams", "best_of", "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size", "prefill_chunk_size", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id",
 })  # fmt: skip
-"""Counts and ids; `best_of` is ours."""
+"""The parameters that are counts or ids; `best_of` is ours."""
 
 _RUNS_CODE = "it would load or run code from outside this run"
 _NO_BATCHES = "assisted decoding cannot answer prompts in batches"
@@ -117,7 +117,8 @@ def check(parameters: Mapping[str, Any], source: str = "generation") -> None:
 
 
 def check_token_ids(parameters: Mapping[str, Any], vocab_size: int | None, source: str = "generation") -> None:
-    """Raises `ConfigError` where a parameter names a token that a model has not: on CUDA that would end the process.
+    """Raises `ConfigError` where a parameter names a token that the model does not have: on CUDA that would end the
+    process.
 
     Args:
         vocab_size: None where it is not known yet.

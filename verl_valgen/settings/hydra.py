@@ -63,7 +63,7 @@ def keys_named_by(overrides: Sequence[str]) -> set[str]:
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Wherever OmegaConf reads a value, an interpolation can fail."""
+    """Turns OmegaConf's errors into `ConfigError`: wherever it reads a value, an interpolation can fail."""
     try:
         yield
     except OmegaConfBaseException as error:

@@ -46,7 +46,7 @@ def load_settings(
 
     Args:
         config: verl's whole composed configuration.
-        overrides: What `task_overrides` gives.
+        overrides: The command line's, as `task_overrides` gives them.
         read_when_off: Whether values are read and checked with generation off as well.
         mistakes: Notes what is wrong, so that more can be checked before all of it is told; settings that are wrong
             have their defaults then.
@@ -54,13 +54,13 @@ def load_settings(
     Raises:
         ConfigError: Something is wrong, and no `mistakes` were given; with a line for each mistake.
     """
-    noted = Mistakes() if mistakes is None else mistakes
+    collected = Mistakes() if mistakes is None else mistakes
     settings = GenerationSettings(enabled=False)
-    in_environment = _variables_in(environ, noted)
-    with noted.noted():
-        settings = _load(as_omegaconf(config), environ, in_environment, overrides, read_when_off, noted)
+    in_environment = _variables_in(environ, collected)
+    with collected.noted():
+        settings = _load(as_omegaconf(config), environ, in_environment, overrides, read_when_off, collected)
     if mistakes is None:
-        noted.raise_if_any()
+        collected.raise_if_any()
     return settings
 
 

@@ -24,7 +24,7 @@ _STRATEGIES = checks.mapping_of_mappings("(?!by_source$)[A-Za-z0-9_-]{1,64}", "l
 
 
 class Setting(NamedTuple):
-    """What is declared of one key."""
+    """The declaration of one key."""
 
     name: str
     """The field of `GenerationSettings`: what the key ends in."""
@@ -48,7 +48,7 @@ def setting(
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What is generated at each validation, checked. Generation parameters have Hugging Face's names and meanings."""
+    """The settings of the rounds, checked. Generation parameters have Hugging Face's names and meanings."""
 
     enabled: bool = setting(
         MISSING,

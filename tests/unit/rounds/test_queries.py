@@ -118,6 +118,7 @@ def test_an_empty_cell_changes_nothing(empty, caplog):
     [
         ({"temprature": 3}, "unknown key generation_params.temprature: did you mean generation_params.temperature?"),
         ({"temperature": -1}, "generation_params.temperature must be a number > 0"),
+        ({"top_p": 2, "n": 3}, "generation_params.top_p must be a number in (0, 1], got 2; generation_params: n is"),
         ({"custom_generate": "x"}, "generation_params.custom_generate is not supported: it would load or run code"),
         ({"seed": 3}, "generation_params: seed is set once for the run, as generation.seed"),
         ({"n": 3}, "generation_params: n is set once for the run, as generation.n"),
