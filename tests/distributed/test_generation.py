@@ -182,7 +182,7 @@ def faults(directory: Path) -> dict[str, Any]:
 def test_what_fails_on_another_rank_is_told_on_the_logging_rank(directory, tmp_path):
     first, second = run_distributed(faults, 2, tmp_path, directory)
     for name in ("prepare", "decode", "sharded", "panic"):
-        error = "RuntimeError: test_answering.Panic" if name == "panic" else "torch.OutOfMemoryError"
+        error = f"RuntimeError: {Panic.__module__}.Panic" if name == "panic" else "torch.OutOfMemoryError"
         assert first[name] == f"OtherRankError: rank 1: {error}: planted"
         assert second[name] is None
         assert first[f"{name}: met"]
