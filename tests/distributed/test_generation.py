@@ -55,9 +55,12 @@ def on_all_ways(directory: Path, logging_rank: int) -> dict[str, Any]:
     return results | {"backwards": backwards and backwards[::-1], "none": answer(host, [])}
 
 
-def test_the_text_depends_neither_on_ranks_nor_on_batches_nor_on_order(directory, tmp_path):
+@pytest.mark.parametrize(
+    "world_sizes", [(1, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)], ids=["two-ranks", "four-ranks"]
+)
+def test_the_text_depends_neither_on_ranks_nor_on_batches_nor_on_order(directory, tmp_path, world_sizes):
     of_worlds = []
-    for world_size in (1, 2, 4):
+    for world_size in world_sizes:
         logging_rank = world_size // 2  # it need not be the first
         ranks = run_distributed(on_all_ways, world_size, tmp_path, directory, logging_rank)
         others = [result for rank, result in enumerate(ranks) if rank != logging_rank]
@@ -88,8 +91,15 @@ def through_the_sharded_model(directory: Path, strategy: str, lora: bool) -> tup
     return with_a_copy, sharded, fewer_than_ranks, beams, in_time, unchanged
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("strategy", "lora"),
+    [
+        pytest.param("fsdp", False, id="fsdp-full"),
+        pytest.param("fsdp2", True, id="fsdp2-lora"),
+        pytest.param("fsdp", True, id="fsdp-lora", marks=pytest.mark.slow),
+        pytest.param("fsdp2", False, id="fsdp2-full", marks=pytest.mark.slow),
+    ],
+)
 def test_through_the_sharded_model_it_is_the_same_text(directory, tmp_path, strategy, lora):
     first, second = run_distributed(through_the_sharded_model, 2, tmp_path, directory, strategy, lora)
     with_a_copy, sharded, fewer_than_ranks, beams, in_time, unchanged = first
