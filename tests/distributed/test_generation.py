@@ -62,7 +62,7 @@ def test_the_text_depends_neither_on_ranks_nor_on_batches_nor_on_order(directory
     of_worlds = []
     for world_size in world_sizes:
         logging_rank = world_size // 2  # it need not be the first
-        ranks = run_distributed(on_all_ways, world_size, tmp_path, directory, logging_rank)
+        ranks = run_distributed(on_all_ways, world_size, tmp_path, directory, logging_rank, max_run_s=240.0)
         others = [result for rank, result in enumerate(ranks) if rank != logging_rank]
         assert all(value is None for other in others for value in other.values())
         assert ranks[logging_rank].pop("none") == []
@@ -101,7 +101,8 @@ def through_the_sharded_model(directory: Path, strategy: str, lora: bool) -> tup
     ],
 )
 def test_through_the_sharded_model_it_is_the_same_text(directory, tmp_path, strategy, lora):
-    first, second = run_distributed(through_the_sharded_model, 2, tmp_path, directory, strategy, lora)
+    args = (directory, strategy, lora)
+    first, second = run_distributed(through_the_sharded_model, 2, tmp_path, *args, max_run_s=240.0)
     with_a_copy, sharded, fewer_than_ranks, beams, in_time, unchanged = first
     assert sharded == [with_a_copy] * 2
     assert fewer_than_ranks == with_a_copy[:1]

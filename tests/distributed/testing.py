@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from distributed.rank_server import Outcome, Run, serve
 
-MAX_RUN_S = 120.0
-"""Wall time of a run. The longest takes some ten seconds, on a machine that does nothing else."""
+MAX_RUN_S = 60.0
+"""Wall time of a run. Most take a second or two on a machine that does nothing else."""
 
 
 class RankError(RuntimeError):
