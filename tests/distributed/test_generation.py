@@ -55,11 +55,14 @@ def on_all_ways(directory: Path, logging_rank: int) -> dict[str, Any]:
     return results | {"backwards": backwards and backwards[::-1], "none": answer(host, [])}
 
 
-def test_the_text_depends_neither_on_ranks_nor_on_batches_nor_on_order(directory, tmp_path):
+@pytest.mark.parametrize(
+    "world_sizes", [(1, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)], ids=["two-ranks", "four-ranks"]
+)
+def test_the_text_depends_neither_on_ranks_nor_on_batches_nor_on_order(directory, tmp_path, world_sizes):
     of_worlds = []
-    for world_size in (1, 2, 4):
+    for world_size in world_sizes:
         logging_rank = world_size // 2  # it need not be the first
-        ranks = run_distributed(on_all_ways, world_size, tmp_path, directory, logging_rank)
+        ranks = run_distributed(on_all_ways, world_size, tmp_path, directory, logging_rank, max_run_s=240.0)
         others = [result for rank, result in enumerate(ranks) if rank != logging_rank]
         assert all(value is None for other in others for value in other.values())
         assert ranks[logging_rank].pop("none") == []
@@ -88,10 +91,18 @@ def through_the_sharded_model(directory: Path, strategy: str, lora: bool) -> tup
     return with_a_copy, sharded, fewer_than_ranks, beams, in_time, unchanged
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("strategy", "lora"),
+    [
+        pytest.param("fsdp", False, id="fsdp-full"),
+        pytest.param("fsdp2", True, id="fsdp2-lora"),
+        pytest.param("fsdp", True, id="fsdp-lora", marks=pytest.mark.slow),
+        pytest.param("fsdp2", False, id="fsdp2-full", marks=pytest.mark.slow),
+    ],
+)
 def test_through_the_sharded_model_it_is_the_same_text(directory, tmp_path, strategy, lora):
-    first, second = run_distributed(through_the_sharded_model, 2, tmp_path, directory, strategy, lora)
+    args = (directory, strategy, lora)
+    first, second = run_distributed(through_the_sharded_model, 2, tmp_path, *args, max_run_s=240.0)
     with_a_copy, sharded, fewer_than_ranks, beams, in_time, unchanged = first
     assert sharded == [with_a_copy] * 2
     assert fewer_than_ranks == with_a_copy[:1]
@@ -182,7 +193,7 @@ def faults(directory: Path) -> dict[str, Any]:
 def test_what_fails_on_another_rank_is_told_on_the_logging_rank(directory, tmp_path):
     first, second = run_distributed(faults, 2, tmp_path, directory)
     for name in ("prepare", "decode", "sharded", "panic"):
-        error = "RuntimeError: test_generation.Panic" if name == "panic" else "torch.OutOfMemoryError"
+        error = f"RuntimeError: {Panic.__module__}.Panic" if name == "panic" else "torch.OutOfMemoryError"
         assert first[name] == f"OtherRankError: rank 1: {error}: planted"
         assert second[name] is None
         assert first[f"{name}: met"]

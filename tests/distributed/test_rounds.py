@@ -26,6 +26,7 @@ from verl_valgen.prompts.files import read_own_prompts
 from verl_valgen.rounds import recorder as recorder_module
 from verl_valgen.rounds.rounds import ValidationRounds
 from verl_valgen.settings.load import GenerationSettings
+from verl_valgen.trackers import composite as composite_module
 from verl_valgen.trackers.jsonl import JsonlTracker
 from verl_valgen.weights.plain_copy import PlainCopy
 
@@ -93,23 +94,31 @@ def fail(kind: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(*targets[kind], planted)
 
 
-def three_rounds(model_directory: Path, directory: Path, kind: str) -> dict[str, Any]:
-    """Three rounds with a fault on rank 0; afterwards both ranks must still meet."""
+@contextmanager
+def warnings_of_rounds() -> Iterator[list[str]]:
+    """The warnings, without those of a slow tracker: on a busy machine any tracker is slow."""
     records: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("verl_valgen")
     logger.addHandler(handler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composite_module, "_MAX_WAIT_S", 60.0)
+        yield records
+    logger.removeHandler(handler)
+
+
+def three_rounds(model_directory: Path, directory: Path, kind: str) -> dict[str, Any]:
+    """Three rounds with a fault on rank 0; afterwards both ranks must still meet."""
     host = SmallHost(model_directory, directory, Rows(broken=kind == "rows" and dist.get_rank() == 0))
     settings = GenerationSettings(enabled=True, max_new_tokens=4, max_val_samples=3)
     state = torch.get_rng_state()
-    with pytest.MonkeyPatch.context() as patch:
+    with warnings_of_rounds() as records, pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 0:
             fail(kind, patch)
         with ValidationRounds(host, settings):
             for step in (1, 2, 3):
                 host.rounds(step)
-    logger.removeHandler(handler)
     return {
         "warnings": records,
         "met": agree(True, CPU),
@@ -227,15 +236,12 @@ def with_a_prompt_that_fails(directory: Path, gather: str) -> dict[str, Any]:
     prompts = [{"prompt": text} for text in ("one", "two", "three")]
     prompts[1]["generation_params"] = {"exponential_decay_length_penalty": [1], "do_sample": False}  # type: ignore[assignment]
     (directory / "own.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    records: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("verl_valgen").addHandler(handler)
     host = SmallHost(directory, directory / gather, Rows())
     settings = GenerationSettings(
         enabled=True, n=2, max_new_tokens=4, prompts=str(directory / "own.jsonl"), ranks=2, gather=gather
     )
-    with ValidationRounds(host, settings, read_own_prompts(settings.prompts, settings.params_key)):
+    file_prompts = read_own_prompts(settings.prompts, settings.params_key)
+    with warnings_of_rounds() as records, ValidationRounds(host, settings, file_prompts):
         for step in (1, 2):
             host.rounds(step)
     files = sorted((directory / gather / "generations").glob("step_*")) if dist.get_rank() == 0 else []

@@ -69,7 +69,7 @@ NO_REPEATS = SAMPLING | {"no_repeat_ngram_size": 1}
 
 @pytest.mark.parametrize(
     "params",
-    [GREEDY, SAMPLING, NO_REPEATS, GREEDY | {"num_beams": 2}],
+    [pytest.param(GREEDY, marks=pytest.mark.slow), SAMPLING, NO_REPEATS, GREEDY | {"num_beams": 2}],
     ids=["greedy", "sampling", "no-repeats", "beams"],
 )
 def test_answers_that_met_nan_are_known(answer, model, params):
@@ -91,7 +91,14 @@ def test_answers_that_met_nan_are_known(answer, model, params):
 
 
 @pytest.mark.parametrize(
-    "params", [GREEDY, SAMPLING, PENALISED, NO_REPEATS], ids=["greedy", "sampling", "penalised", "no-repeats"]
+    "params",
+    [
+        pytest.param(GREEDY, marks=pytest.mark.slow),
+        SAMPLING,
+        pytest.param(PENALISED, marks=pytest.mark.slow),
+        NO_REPEATS,
+    ],
+    ids=["greedy", "sampling", "penalised", "no-repeats"],
 )
 def test_neither_batch_size_nor_order_matters(answer, params):
     requests = requests_of_lengths(*MIXED * 3)[:21]

@@ -305,12 +305,14 @@ def parses_or_refuses(config: dict[str, object], environ: dict[str, str]) -> Non
     assert GenerationSettings(**vars(loaded)) == loaded  # what was accepted once is accepted again, unchanged
 
 
+@pytest.mark.any_verl
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(VARIABLES), st.text() | SCALARS.map(str), max_size=3))
 def test_any_text_in_the_environment_parses_or_is_refused(environ):
     parses_or_refuses({}, environ)
 
 
+@pytest.mark.any_verl
 @settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8")).map("VERL_".__add__) | st.text().map("VERL_GENERATION_".__add__))
 def test_any_variable_name_is_known_or_refused(name):
