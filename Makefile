@@ -10,16 +10,17 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; \
 	done)
 
-# For pytest, as in `make test PYTEST_ARGS="-k console"`. Each environment's tests run in one process. With four cores or
-# more add "-n 2 --dist loadgroup": workers of pytest-xdist, which tests/conftest.py tells what has to stay together.
+# For pytest, as in `make test PYTEST_ARGS="-k console"`. Each environment's tests run in one process, or in as many as
+# `make test WORKERS=4` says; tests/conftest.py tells which have to stay together.
 PYTEST_ARGS ?=
+WORKERS ?= 0
 
 FSDP_SFT = .venv-fsdp-sft
 ENGINE = .venv-engine
 
 # Tests by their markers: what is `slow`, and what depends on the installed verl and so has to run in both environments.
 LEVEL ?= not slow
-run_pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -m "$(LEVEL)$(2)" $(PYTEST_ARGS) 2>&1 | sed -u 's/^/$(1:.venv-%=%) | /'
+run_pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "$(LEVEL)$(2)" $(PYTEST_ARGS) 2>&1 | sed -u 's/^/$(1:.venv-%=%) | /'
 
 .PHONY: help install demo test test-fsdp-sft test-engine test-slow test-all mutants reliability bench compat lint clean
 

@@ -30,7 +30,7 @@ from reliability.round_times import notes_of
 from reliability.test_killed import attempts_by_step
 from same_training import SEED_AND_REPORT, differences, random_states
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.any_verl]
 
 STEPS = [1, 2, 3, 4, 5]
 GENERATION = [
