@@ -56,7 +56,7 @@ MUTANTS = [
         "rounds/queries.py",
         "Request(self.prompt.input_ids, ",
         "Request(self.prompt.input_ids[:-1], ",
-        f"{TOUR} tests/unit/rounds/test_queries.py",
+        TOUR,
     ),
     Mutant(
         "one parameter of the copy is wrong",
@@ -105,7 +105,7 @@ MUTANTS = [
         "activation.py",
         "if trainer_class is None and settings.enabled:",
         "if trainer_class is None:",
-        TOUR,
+        f"tests/end_to_end/test_wrong_configuration.py {TOUR}",
     ),
     Mutant(
         "a sampled text depends on the batch",
