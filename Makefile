@@ -1,38 +1,60 @@
 # Two environments, one for each of verl's trainers, which the first target that needs one makes: `.venv-fsdp-sft` and
-# `.venv-engine`. Needed: git, make, a C compiler and Python 3.10 to 3.12 (numpy 1, which verl 0.6.1 wants, has no wheels
-# for later ones).
+# `.venv-engine`. Needed: git, make, bash, a C compiler and Python 3.10 to 3.12 (numpy 1, which verl 0.6.1 wants, has no
+# wheels for later ones).
+
+SHELL = /bin/bash
+.SHELLFLAGS = -o pipefail -c
 
 # The first that runs and is of a version that will do: a name on the path may be a mere shim.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; \
 	done)
 
-# For pytest: the number of workers, one of which runs a whole module, as tests of one share their runs; or what to run, as
-# in `make test PYTEST_ARGS="-k console"`.
-PYTEST_ARGS ?= -n 2 --dist loadscope
+# For pytest, as in `make test PYTEST_ARGS="-k console"`. Each environment's tests run in one process, or in as many as
+# `make test WORKERS=4` says; tests/conftest.py tells which have to stay together.
+PYTEST_ARGS ?=
+WORKERS ?= 0
 
 FSDP_SFT = .venv-fsdp-sft
 ENGINE = .venv-engine
 
-.PHONY: help demo test test-fsdp-sft test-engine reliability bench compat lint clean
+# Tests by their markers: what is `slow`, and what depends on the installed verl and so has to run in both environments.
+LEVEL ?= not slow
+run_pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "$(LEVEL)$(2)" $(PYTEST_ARGS) 2>&1 | sed -u 's/^/$(1:.venv-%=%) | /'
+
+.PHONY: help install demo test test-fsdp-sft test-engine test-slow test-all mutants reliability bench compat lint clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: $(FSDP_SFT)/.installed $(ENGINE)/.installed  ## makes both environments, 2.5 GB each: 5 to 10 minutes
 
 demo: $(ENGINE)/.installed  ## trains a small model on CPU for two minutes and shows what it says, round after round
 	$(ENGINE)/bin/python examples/demo.py
 
-test: test-fsdp-sft test-engine  ## runs the tests, with both trainers
+# Side by side: on two cores neither waits for the other's last test.
+test: install  ## runs the tests with both trainers, but for the slow ones: ten minutes on two cores
+	$(MAKE) --no-print-directory -j2 test-fsdp-sft test-engine
 
 test-fsdp-sft: $(FSDP_SFT)/.installed  ## runs them with verl.trainer.fsdp_sft_trainer (verl 0.6.1)
-	OMP_NUM_THREADS=1 $(FSDP_SFT)/bin/python -m pytest $(PYTEST_ARGS)
+	$(call run_pytest,$(FSDP_SFT))
 
 test-engine: $(ENGINE)/.installed  ## runs them with verl.trainer.sft_trainer (verl 0.9.1)
-	OMP_NUM_THREADS=1 $(ENGINE)/bin/python -m pytest $(PYTEST_ARGS)
+	$(call run_pytest,$(ENGINE), and not any_verl)
+
+test-slow: install  ## runs the slow tests with both trainers: 24 minutes on two cores
+	$(MAKE) --no-print-directory -j2 test-fsdp-sft test-engine LEVEL=slow
+
+test-all:  ## runs both, one after the other
+	$(MAKE) --no-print-directory test
+	$(MAKE) --no-print-directory test-slow
+
+mutants: test  ## runs the tests, then plants faults, one after the other, each of which they must catch: an hour or more
+	$(FSDP_SFT)/bin/python tests/mutants.py
 
 RELIABILITY = VALGEN_RELIABILITY=full VALGEN_RELIABILITY_FIGURES=$(CURDIR)/docs/reliability.jsonl OMP_NUM_THREADS=1
 
-reliability: $(FSDP_SFT)/.installed $(ENGINE)/.installed  ## tries whole matrices, kills, faults and bad input, with both trainers, and writes docs/reliability.jsonl: an hour or more
+reliability: install  ## tries whole matrices, kills, faults and bad input, with both trainers, and writes docs/reliability.jsonl: an hour or more
 	rm -f docs/reliability.jsonl
 	status=0; for python in $(FSDP_SFT)/bin/python $(ENGINE)/bin/python; do \
 		$(RELIABILITY) $$python -m pytest tests/reliability -n 2 -k test_any || status=1; \

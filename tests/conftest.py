@@ -10,6 +10,21 @@ from end_to_end.trainer import Assets
 from filelock import FileLock
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup`, tests that share runs go to one worker, and no others."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(_shared_runs(item)))
+
+
+def _shared_runs(item: pytest.Item) -> str:
+    """A name for the runs that a test uses: its module, and which parameters of its fixtures outlive a test."""
+    module = item.path.relative_to(Path(__file__).parent)
+    call = getattr(item, "callspec", None)
+    shared = [] if call is None else [name for name, scope in call._arg2scope.items() if scope.value != "function"]
+    return ":".join([str(module), *(str(call.indices[name]) for name in sorted(shared))])
+
+
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory, worker_id) -> Assets:
     """A small Llama and questions, made once however many workers there are."""

@@ -1,8 +1,9 @@
 """Runs verl's trainer again and again, with its imports done once: `python fork_server.py MODULE`.
 
 A line in is a run as JSON (see `server.py`), a line out how it ended. Every rank is a fork that runs the trainer as
-`python -m MODULE` would, and ends as any program of Python's ends. No thread may be running here when it forks: nothing
-but imports happens.
+`python -m MODULE` would, or a program by its file, and ends as any program of Python's ends. No thread may be running
+here when it forks: nothing but imports happens. verl_valgen is not imported beyond what verl's plugins load: a fork
+loads what a process of its own would.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ from typing import Any
 _GRACE_S = 20.0
 """For the other ranks, once one has failed."""
 
-_MAX_RUN_S = 300.0
+_MAX_RUN_S = 600.0
+"""A run that has not ended by then is killed, so that its test fails."""
+
+_IMPORTS = ("peft", "transformers.models.llama.modeling_llama", "transformers.generation.utils")
+"""What the trainer and the package's rounds would import later, in every fork anew."""
 
 
 def main(module: str) -> None:
     sys.path[0] = str(Path(__file__).parents[1])  # what runs before a trainer imports `reliability.dying` and the like
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for name in (module, "verl_valgen.mixin", "verl_valgen.backends.lockstep", "peft"):
+    for name in (module, *_IMPORTS):
         importlib.import_module(name)
-    importlib.import_module("transformers.models.llama.modeling_llama")
     for line in sys.stdin:
         request = json.loads(line)
         running = set()
@@ -70,10 +74,14 @@ def run_rank(module: str, request: dict[str, Any], rank: int) -> None:
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size,
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(request["port"]),
         )  # fmt: skip
-    sys.path.insert(0, "")
-    sys.argv = [module, *request["arguments"]]
+    program = request["program"]
+    sys.path.insert(0, "" if program is None else str(Path(program).parent))
+    sys.argv = [program or module, *request["arguments"]]
     exec(compile(request["before"], "<before>", "exec"), {"__name__": "before"})
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if program is None:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(program, run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -44,12 +44,14 @@ class TrainerServer:
         environment: Mapping[str, str] | None = None,
         num_ranks: int | None = None,
         before: str = "",
+        program: Path | None = None,
     ) -> ForkedRun:
         """One run in `directory`.
 
         Args:
             num_ranks: None is without what torchrun sets.
             before: A program that every rank runs before the trainer's.
+            program: The file to run, of `write_program` or verl's own; None is verl's trainer by its module's name.
         """
         directory.mkdir(parents=True, exist_ok=True)
         outputs = [directory / name for name in ("stdout.txt", "stderr.txt")]
@@ -66,6 +68,7 @@ class TrainerServer:
                 "num_ranks": num_ranks or 1,
                 "port": port,
                 "before": before,
+                "program": None if program is None else str(program),
             }
         )
         stdout, stderr = (path.read_text(errors="replace") for path in outputs)

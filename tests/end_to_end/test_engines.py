@@ -12,10 +12,13 @@ import pandas as pd
 import pytest
 from checkpoints import assert_greedy_samples, plain_greedy, plain_model
 from end_to_end.server import TrainerServer
-from end_to_end.trainer import HAS_ENGINES, VAL_BATCH_SIZE, Assets, Run, run, strategy, write_program
+from end_to_end.trainer import HAS_ENGINES, VAL_BATCH_SIZE, Assets, Run, strategy, write_program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-pytestmark = pytest.mark.skipif(not HAS_ENGINES, reason="verl.trainer.fsdp_sft_trainer has no engines")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not HAS_ENGINES, reason="verl.trainer.fsdp_sft_trainer has no engines"),
+]
 
 MAX_NEW_TOKENS = 8
 GREEDY = {"VERL_GENERATION_DO_SAMPLE": "false", "VERL_GENERATION_MAX_NEW_TOKENS": str(MAX_NEW_TOKENS)}
@@ -72,11 +75,11 @@ def fit(self):
 """
 
 
-def test_the_copy_is_gone_after_a_round_without_a_garbage_collection(tmp_path, assets):
+def test_the_copy_is_gone_after_a_round_without_a_garbage_collection(server, tmp_path, assets):
     """With fused kernels, where it has a `forward` of its own."""
     program = write_program(tmp_path / "program.py", FREED)
     overrides = [*assets.overrides(), strategy("fsdp"), "model.use_fused_kernels=true"]
-    result = run(tmp_path, overrides, environment=GREEDY, program=program)
+    result = server.run(tmp_path, overrides, environment=GREEDY, program=program)
     assert result.returncode == 0, result.output[-5000:]
     assert json.loads((tmp_path / "freed.json").read_text()) == [True, True]
 
@@ -109,9 +112,9 @@ def fit(self):
 """
 
 
-def test_padded_batches_are_answered_like_nested_ones(tmp_path, assets):
+def test_padded_batches_are_answered_like_nested_ones(server, tmp_path, assets):
     program = write_program(tmp_path / "program.py", PADDED_AND_NESTED)
-    result = run(tmp_path, [*assets.overrides(), "data.pad_mode=right"], environment=GREEDY, program=program)
+    result = server.run(tmp_path, [*assets.overrides(), "data.pad_mode=right"], environment=GREEDY, program=program)
     assert result.returncode == 0, result.output[-5000:]
     padded, nested = json.loads((tmp_path / "answers.json").read_text())
     assert padded == nested

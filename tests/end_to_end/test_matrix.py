@@ -1,7 +1,8 @@
 """The main job, on verl's real trainer: FSDP1 and FSDP2, one and two ranks, LoRA or not.
 
 The other dimensions (environment or config, single-turn or multi-turn data, trackers, greedy or sampling, how verl
-packs a batch, what it keeps in host memory) are spread over the eight runs of each trainer.
+packs a batch, what it keeps in host memory) are spread over the eight runs of each trainer. Two of them are processes
+of their own from the start, as a user's are, with torchrun and without; the others are forks.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from checkpoints import plain_greedy, plain_model
+from end_to_end.server import TrainerServer
 from end_to_end.trainer import (
     GENERATION_CONFIG,
     HAS_ENGINES,
@@ -53,6 +55,8 @@ class Case:
     do_sample: bool = False
     by_file: bool = False
     """Started as `.../verl/trainer/<name>.py` instead of `-m verl.trainer.<name>`."""
+    is_forked: bool = True
+    is_slow: bool = True
     overrides: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -62,11 +66,11 @@ class Case:
 
 
 FSDP_SFT_CASES = [
-    Case("fsdp2", 1, False, "environment", ("wandb",), multiturn=False),
+    Case("fsdp2", 1, False, "environment", ("wandb",), multiturn=False, is_forked=False, is_slow=False),
     Case("fsdp2", 1, True, "config", ("swanlab",)),
     Case("fsdp2", 2, False, "config", MLFLOW, multiturn=False, overrides=("use_remove_padding=true",)),
-    Case("fsdp2", 2, True, "environment", ("wandb",), do_sample=True),
-    Case("fsdp", 1, False, "config", MLFLOW, do_sample=True),
+    Case("fsdp2", 2, True, "environment", ("wandb",), do_sample=True, is_forked=False, is_slow=False),
+    Case("fsdp", 1, False, "config", MLFLOW, do_sample=True, is_slow=False),
     Case("fsdp", 1, True, "environment", ("swanlab",), multiturn=False),
     Case("fsdp", 2, False, "environment", ("swanlab",), by_file=True),
     Case("fsdp", 2, True, "config", ("wandb", *MLFLOW), multiturn=False),
@@ -76,19 +80,33 @@ PADDED, FIXED = "model.use_remove_padding=false", "data.use_dynamic_bsz=false"
 CHECKPOINTING = "model.enable_gradient_checkpointing=true"
 OFFLOAD = ("engine.param_offload=true", "engine.optimizer_offload=true")
 ENGINE_CASES = [
-    Case("fsdp2", 1, False, "environment", ("wandb",), overrides=(PADDED,)),
+    Case("fsdp2", 1, False, "environment", ("wandb",), overrides=(PADDED,), is_forked=False, is_slow=False),
     Case("fsdp2", 1, True, "config", ("swanlab",), overrides=("engine.offload_policy=true",)),
     Case("fsdp2", 2, False, "config", MLFLOW, overrides=OFFLOAD),
-    Case("fsdp2", 2, True, "environment", ("wandb",), do_sample=True, overrides=(CHECKPOINTING, FIXED)),
-    Case("fsdp", 1, False, "config", MLFLOW, do_sample=True, overrides=(CHECKPOINTING, "engine.full_determinism=true")),
+    Case(
+        *("fsdp2", 2, True, "environment", ("wandb",)),
+        do_sample=True,
+        overrides=(CHECKPOINTING, FIXED),
+        is_forked=False,
+        is_slow=False,
+    ),
+    Case(
+        *("fsdp", 1, False, "config", MLFLOW),
+        do_sample=True,
+        overrides=(CHECKPOINTING, "engine.full_determinism=true"),
+        is_slow=False,
+    ),
     Case("fsdp", 1, True, "environment", ("swanlab",), overrides=OFFLOAD),
     Case("fsdp", 2, False, "environment", ("swanlab",), by_file=True, overrides=(FIXED,)),
     Case("fsdp", 2, True, "config", ("wandb", *MLFLOW), overrides=(PADDED, FIXED)),
 ]
-CASES = ENGINE_CASES if HAS_ENGINES else FSDP_SFT_CASES
+CASES = [
+    pytest.param(case, id=str(case), marks=[pytest.mark.slow] if case.is_slow else [])
+    for case in (ENGINE_CASES if HAS_ENGINES else FSDP_SFT_CASES)
+]
 
 
-def run_case(directory: Path, case: Case, assets: Assets) -> Run:
+def run_case(server: TrainerServer, directory: Path, case: Case, assets: Assets) -> Run:
     values = {"do_sample": str(case.do_sample).lower(), "max_new_tokens": MAX_NEW_TOKENS} | SAMPLING
     environment = {
         "WANDB_MODE": "offline", "SWANLAB_MODE": "offline", "MLFLOW_TRACKING_URI": f"sqlite:///{directory}/mlflow.db",
@@ -105,19 +123,18 @@ def run_case(directory: Path, case: Case, assets: Assets) -> Run:
         arguments += ["model.lora_rank=4", "model.lora_alpha=16"]
     arguments += [strategy(case.strategy), f"trainer.logger=[{','.join(('console', *case.trackers))}]"]
     arguments += case.overrides
-    verl_file = importlib.util.find_spec(VERL_MODULE).origin if case.by_file else None
-    return run(
+    return (server.run if case.is_forked else run)(
         directory,
         arguments,
         environment=environment,
         num_ranks=None if case.num_ranks == 1 else case.num_ranks,
-        program=["-m", VERL_MODULE] if verl_file is None else [verl_file],
+        program=Path(importlib.util.find_spec(VERL_MODULE).origin) if case.by_file else None,
     )
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
-def finished(request, tmp_path_factory, assets) -> tuple[Case, Run, Assets]:
-    result = run_case(tmp_path_factory.mktemp("run"), request.param, assets)
+@pytest.fixture(scope="module", params=CASES)
+def finished(request, server, tmp_path_factory, assets) -> tuple[Case, Run, Assets]:
+    result = run_case(server, tmp_path_factory.mktemp("run"), request.param, assets)
     assert result.returncode == 0, result.output[-5000:]
     return request.param, result, assets
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from checkpoints import assert_greedy_samples, plain_model
-from end_to_end.trainer import run, strategy
+from end_to_end.trainer import strategy
 from transformers import AutoTokenizer
+
+pytestmark = pytest.mark.slow
 
 GREEDY = {"VERL_GENERATION_DO_SAMPLE": "false", "VERL_GENERATION_MAX_NEW_TOKENS": "12"}
 
@@ -19,9 +21,9 @@ GREEDY = {"VERL_GENERATION_DO_SAMPLE": "false", "VERL_GENERATION_MAX_NEW_TOKENS"
     ],
     ids=["spread", "sharded"],
 )
-def test_two_ranks_answer_as_the_checkpoint_does(tmp_path, assets, fsdp, how):
+def test_two_ranks_answer_as_the_checkpoint_does(server, tmp_path, assets, fsdp, how):
     overrides = [*assets.overrides(), strategy(fsdp), *how]
-    result = run(tmp_path, overrides, environment=GREEDY, num_ranks=2)
+    result = server.run(tmp_path, overrides, environment=GREEDY, num_ranks=2)
     assert result.returncode == 0, result.output[-5000:]
     assert "samples at this validation" not in result.output  # no round was skipped
     samples, tokenizer = result.samples(3), AutoTokenizer.from_pretrained(assets.model)

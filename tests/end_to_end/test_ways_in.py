@@ -1,4 +1,4 @@
-"""The ways in besides verl's plain command, and what must not happen where generation is off."""
+"""The ways in besides verl's plain command, and what must not happen in other programs."""
 
 from __future__ import annotations
 
@@ -9,98 +9,27 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from checkpoints import assert_greedy_samples, plain_greedy, plain_model, read_sharded
+from checkpoints import assert_greedy_samples, plain_greedy, plain_model
 from end_to_end.trainer import (
     CONFIG_NAME,
     GENERATION_CONFIG,
-    TRAINER_NAME,
     VERL_MODULE,
     VERL_VERSION,
-    Assets,
-    Run,
     run,
     strategy,
     write_program,
 )
 from transformers import AutoTokenizer
 
-from verl_valgen.hosts.schedule import Schedule
-
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = {"VERL_GENERATION_DO_SAMPLE": "false", "VERL_GENERATION_MAX_NEW_TOKENS": "8"}
 
-# Imported by verl inside the trainer's process (`model.external_lib`): seeds it, and reports at its end.
-OBSERVER = f"""
-import atexit, json, os, random, sys
-import numpy as np, torch
-torch.manual_seed(0); np.random.seed(0); random.seed(0)
-trainer = [cls.__name__ for cls in sys.modules["__main__"].{TRAINER_NAME}.__mro__]
 
-def report():
-    json.dump(dict(
-        trainer=trainer,
-        loaded=sorted(name for name in sys.modules if name.startswith("verl_valgen")),
-        random=[torch.get_rng_state().sum().item(), np.random.get_state()[1].tolist(), random.getstate()[1][:5]],
-    ), open("observed_" + os.environ["RANK"] + ".json", "w"))
-
-atexit.register(report)
-"""
-
-
-def observed_run(
-    directory: Path, assets: Assets, environment: dict[str, str], overrides: list[str], num_ranks: int
-) -> tuple[Run, list[dict[str, Any]]]:
-    """A run that seeds itself, and what each rank saw at its end."""
-    directory.mkdir()
-    (directory / "observer.py").write_text(OBSERVER)
-    result = run(
-        directory,
-        [*assets.overrides(multiturn=True), "model.external_lib=observer", *overrides],
-        environment=environment,
-        num_ranks=num_ranks,
-    )
-    assert result.returncode == 0, result.output[-5000:]
-    return result, [json.loads((directory / f"observed_{rank}.json").read_text()) for rank in range(num_ranks)]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "num_ranks"), [([strategy("fsdp2")], 1), ([strategy("fsdp"), "model.lora_rank=4"], 2)]
-)
-def test_training_is_the_same_with_generation_and_without(tmp_path, assets, overrides, num_ranks):
-    sampling = {"VERL_GENERATION_MAX_NEW_TOKENS": "8"}
-    overrides = [*overrides, "trainer.test_freq=1"]
-    rounds = [
-        "+generation.before_train=true",
-        "+generation.strategies={likeliest: {best_of: 2}, beam: {do_sample: false, num_beams: 2}}",
-    ]
-    on, seen_on = observed_run(
-        tmp_path / "on", assets, sampling, [*overrides, *rounds, "+generation.metrics=[exact_match]"], num_ranks
-    )
-    off, seen_off = observed_run(tmp_path / "off", assets, {}, overrides, num_ranks)
-    assert len(on.samples(0)) == len(on.samples(1)) == 10
-    assert not off.generations.exists()
-
-    for key in ("train/loss", "val/loss"):
-        assert len(on.logged(key)) == 3
-        assert on.logged(key) == off.logged(key)
-    parameters = [read_sharded(result.checkpoints / "global_step_3") for result in (on, off)]
-    assert parameters[0].keys() == parameters[1].keys()
-    assert all(torch.equal(parameters[0][name], parameters[1][name]) for name in parameters[0])
-    for rank_on, rank_off in zip(seen_on, seen_off, strict=True):
-        assert rank_on["random"] == rank_off["random"]
-        # Off means that verl's own class trains, and that nothing of ours that generates is even loaded.
-        assert rank_on["trainer"][:3] == [TRAINER_NAME, "ValidationGenerationMixin", TRAINER_NAME]
-        assert rank_off["trainer"] == [TRAINER_NAME, "object"]
-        heavy = {"mixin", "rounds", "gather", "plain_copy", "sampling", "prompts", "trackers"}
-        heavy |= {"metrics", "own_prompts", "questions", "scoring"}
-        assert {name.split(".")[1] for name in rank_off["loaded"] if "." in name}.isdisjoint(heavy)
-
-
-def test_a_users_own_yaml_anywhere_on_disk(tmp_path, assets):
+@pytest.mark.slow
+def test_a_users_own_yaml_anywhere_on_disk(server, tmp_path, assets):
     folder = tmp_path / "somewhere else"
     folder.mkdir()
     (folder / "mine.yaml").write_text(
@@ -112,23 +41,25 @@ def test_a_users_own_yaml_anywhere_on_disk(tmp_path, assets):
     # Environment beats YAML, the command line beats both.
     arguments += ["generation.max_new_tokens=4"]
     environment = {"VERL_MAX_VAL_SAMPLES": "2", "VERL_GENERATION_MAX_NEW_TOKENS": "9"}
-    result = run(tmp_path / "run", arguments, environment=environment)
+    result = server.run(tmp_path / "run", arguments, environment=environment)
     assert result.returncode == 0, result.output[-5000:]
     samples = result.samples(3)
     assert len(samples) == 2
     assert samples[0]["params"] == {"do_sample": False, "max_new_tokens": 4, "dtype": "float32"}
 
 
-def test_config_path_of_a_users_own_folder(tmp_path, assets):
+@pytest.mark.slow
+def test_config_path_of_a_users_own_folder(server, tmp_path, assets):
     (tmp_path / "mine.yaml").write_text(f"defaults: [{CONFIG_NAME}, _self_]\ngeneration: {{do_sample: false}}\n")
     arguments = ["--config-path", str(tmp_path), "--config-name", "mine", "--cfg", "job"]
-    result = run(tmp_path / "run", [*arguments, *assets.overrides()])
+    result = server.run(tmp_path / "run", [*arguments, *assets.overrides()])
     assert result.returncode == 0, result.output[-5000:]
     assert "do_sample: false" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(VERL_VERSION.release < (0, 6), reason="verl 0.5 loads no adapters")
-def test_a_dora_adapter_is_merged(tmp_path, assets):
+def test_a_dora_adapter_is_merged(server, tmp_path, assets):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -139,7 +70,7 @@ def test_a_dora_adapter_is_merged(tmp_path, assets):
     model.save_pretrained(tmp_path / "adapter")
     # verl 0.6.1 has no such key of its own; 0.9.1 loads no adapters where the rank is 0.
     adapter = [f"++model.lora_adapter_path={tmp_path}/adapter", "model.lora_rank=4"]
-    result = run(
+    result = server.run(
         tmp_path / "run",
         [*assets.overrides(multiturn=True), strategy("fsdp2"), *adapter],
         environment=GREEDY,
@@ -165,10 +96,11 @@ def fit(self):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", ["fsdp", "fsdp2"])
-def test_a_subclass_generates_before_after_and_during_fit(tmp_path, assets, fsdp):
+def test_a_subclass_generates_before_after_and_during_fit(server, tmp_path, assets, fsdp):
     """Without engines on single-turn data: the batches' loss mask is shifted; with them the batches are nested."""
-    result = run(
+    result = server.run(
         tmp_path / "run",
         [*assets.overrides(), strategy(fsdp)],
         environment=GREEDY,
@@ -195,24 +127,7 @@ def test_a_subclass_generates_before_after_and_during_fit(tmp_path, assets, fsdp
     assert answers[0]["before"][0][1] != generations
 
 
-def test_resuming_counts_on_and_sets_samples_of_a_longer_run_aside(tmp_path, assets):
-    arguments = [*assets.overrides(multiturn=True), "trainer.test_freq=1"]
-    first = run(tmp_path, arguments, environment=GREEDY)
-    assert first.returncode == 0, first.output[-5000:]
-    stale = first.generations / "step_00000009.jsonl"
-    stale.write_text(json.dumps({"from": "a longer run"}) + "\n")
-    before = (first.generations / "step_00000003.jsonl").read_bytes()
-    second = run(tmp_path, [*arguments, "trainer.total_training_steps=5"], environment=GREEDY)
-    assert second.returncode == 0, second.output[-5000:]
-    assert sorted(path.name for path in second.generations.glob("*.jsonl")) == [
-        f"step_{step:08d}.jsonl" for step in range(1, 6)
-    ]
-    assert (second.generations / "step_00000003.jsonl").read_bytes() == before
-    assert (second.generations / "old-1" / stale.name).exists()
-    assert second.samples(5)[0]["step"] == 5
-    assert str(Schedule(3, 5, 5, 1)) in second.output
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("example", ["environment.sh", "config.sh", "subclass.py", "judging.sh"])
 def test_the_examples_run_as_they_stand(tmp_path, example):
     """In a copy, for they write beside themselves."""
@@ -270,6 +185,7 @@ def test_an_unrelated_hydra_program_loads_next_to_nothing(tmp_path, way):
     assert loaded == {"verl_valgen", "verl_valgen.activation", "verl_valgen.hosts", "verl_valgen.patching"}
 
 
+@pytest.mark.any_verl
 def test_importing_the_package_loads_nothing_heavy():
     heavy = ("torch", "verl", "transformers", "wandb", "swanlab", "mlflow", "hydra", "omegaconf")
     code = f"import sys, verl_valgen; print([name for name in {heavy} if name in sys.modules])"
@@ -277,6 +193,7 @@ def test_importing_the_package_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_the_wheel_works_in_an_empty_environment(tmp_path, assets):
     """Built, installed beside nothing else, and used; the peers come from this environment's site-packages."""
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]

@@ -97,8 +97,8 @@ if __name__ == "__main__":
 """
 
 
-def write_program(path: Path, body: str, *, before: str = "") -> list[str]:
-    """Writes a program with a trainer of its own and returns what `run` needs to start it.
+def write_program(path: Path, body: str, *, before: str = "") -> Path:
+    """Writes a program with a trainer of its own and returns its path.
 
     Args:
         body: Of the trainer's class.
@@ -107,7 +107,7 @@ def write_program(path: Path, body: str, *, before: str = "") -> list[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     body = textwrap.indent(textwrap.dedent(body).strip(), "    ")
     path.write_text(before + PROGRAM.format(module=VERL_MODULE, trainer=TRAINER_NAME, config=CONFIG_NAME, body=body))
-    return [str(path)]
+    return path
 
 
 @dataclass(frozen=True)
@@ -162,16 +162,21 @@ def run(
     *,
     environment: Mapping[str, str] | None = None,
     num_ranks: int | None = None,
-    program: Sequence[str] = ("-m", VERL_MODULE),
+    program: Path | None = None,
     python: str = sys.executable,
 ) -> Run:
-    """One run in `directory`; `num_ranks=None` runs without torchrun."""
+    """One run in `directory`.
+
+    Args:
+        num_ranks: None runs without torchrun.
+        program: The file to run; None is verl's trainer by its module's name.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     launcher = [python]
     if num_ranks is not None:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     process = subprocess.run(
-        [*launcher, *program, *arguments, *IN_ITS_FOLDER],
+        [*launcher, *(["-m", VERL_MODULE] if program is None else [str(program)]), *arguments, *IN_ITS_FOLDER],
         cwd=directory,
         env=environment_of_a_run(environment or {}),
         capture_output=True,

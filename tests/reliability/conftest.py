@@ -1,5 +1,7 @@
 """How much of this folder is tried: a part, the same in every run, or all of it with `VALGEN_RELIABILITY=full`.
 
+What takes whole runs of the trainer is `slow`; of generated input `make test` has a few examples.
+
 What is measured goes to the file that `VALGEN_RELIABILITY_FIGURES` names, as JSON lines.
 """
 
@@ -16,7 +18,7 @@ IS_WHOLE = os.environ.get("VALGEN_RELIABILITY") == "full"
 # A module takes the profile by its name, as a decorator: loaded here, it would hold for all tests that come after.
 settings.register_profile(
     "reliability",
-    max_examples=5000 if IS_WHOLE else 100,
+    max_examples=5000 if IS_WHOLE else 20,
     deadline=None,
     derandomize=True,
     database=None,

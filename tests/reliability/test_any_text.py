@@ -26,6 +26,8 @@ from verl_valgen.trackers.console import ConsoleTracker
 from verl_valgen.trackers.jsonl import JsonlTracker
 from verl_valgen.trackers.table import build_table, sample_texts
 
+pytestmark = pytest.mark.any_verl
+
 PROFILE = settings.get_profile("reliability")
 
 NASTY = [
@@ -180,6 +182,7 @@ def destination(request, tmp_path, monkeypatch):
     opened.discard()
 
 
+@pytest.mark.slow
 def test_a_run_holds_every_row_and_number_of_nasty_samples(destination, caplog):
     samples = nasty_samples()
     tracker = CompositeTracker({"run": destination.tracker})

@@ -28,7 +28,9 @@ from reliability.conftest import record_figure
 from reliability.dying import MlflowServer
 from reliability.round_times import notes_of
 from reliability.test_killed import attempts_by_step
-from reliability.test_same_training import SEED_AND_REPORT, differences, loaded
+from same_training import SEED_AND_REPORT, differences, random_states
+
+pytestmark = [pytest.mark.slow, pytest.mark.any_verl]
 
 STEPS = [1, 2, 3, 4, 5]
 GENERATION = [
@@ -113,9 +115,9 @@ def reference(runs, tmp_path_factory) -> Seen:
     return seen
 
 
-def random_states(seen: Seen) -> dict[str, Any]:
+def torch_and_numpy_states(seen: Seen) -> dict[str, Any]:
     """But for Python's own, from which clients of trackers draw how long to wait before they ask again."""
-    (states,) = loaded(seen.run.directory.glob("random_states_*.pt")).values()
+    (states,) = random_states(seen.run).values()
     return {name: states[name] for name in ("torch", "numpy")}
 
 
@@ -128,7 +130,7 @@ def assert_unharmed(case: str, seen: Seen, reference: Seen, warnings: list[str])
     )  # fmt: skip
     for key in ("train/loss", "val/loss"):
         assert seen.run.logged(key) == reference.run.logged(key)
-    assert list(differences(random_states(seen), random_states(reference))) == []
+    assert list(differences(torch_and_numpy_states(seen), torch_and_numpy_states(reference))) == []
     assert len(seen.round_s) == len(STEPS)
     assert max(seen.round_s) <= max(reference.round_s) + MAX_ROUND_S
     assert seen.exit_s <= reference.exit_s + MAX_EXIT_S

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from disks import fill, make_room, mounted
-from end_to_end.trainer import Run, run, write_program
+from end_to_end.trainer import Run
 from killed_writer import METRIC, NUM_SAMPLES, value_of
 from readback import history_row, wandb_records
 from reliability.conftest import IS_WHOLE
@@ -78,6 +78,8 @@ def assert_nothing_is_lost(directory: Path, completed: set[tuple[int, int]], num
         assert (best["metric"], best["mode"]) == (METRIC, "max")
 
 
+@pytest.mark.slow
+@pytest.mark.any_verl
 @pytest.mark.parametrize("seed", range(NUM_FOLDERS))
 def test_every_round_is_there_whole_and_once_however_often_the_writer_is_killed(tmp_path, seed):
     chance = random.Random(seed)
@@ -114,12 +116,10 @@ def test_every_round_is_there_whole_and_once_however_often_the_writer_is_killed(
 
 
 # The trainer goes into a process group of its own, and takes with it what it has started.
-BEFORE = f"""
-import os, sys
+BEFORE = """
+import os
 os.setsid()
-sys.path.insert(0, {str(HERE)!r})
-import killing
-exec(os.environ.get("DEATH", ""))
+from reliability import killing
 """
 # Of one run of three steps, each of which verl saves after its round: the logger, and where death comes.
 DEATHS = [
@@ -168,9 +168,9 @@ def rounds_in_mlflow(uri: str) -> list[list[int]]:
     return found
 
 
-def test_a_trainer_that_is_killed_in_a_round_makes_it_again_when_it_resumes(tmp_path, assets):
+@pytest.mark.slow
+def test_a_trainer_that_is_killed_in_a_round_makes_it_again_when_it_resumes(server, tmp_path, assets):
     """It is killed three times: while it gathers at step 2, writes step 3, and has written and logs step 3."""
-    program = write_program(tmp_path / "program.py", "pass", before=BEFORE)
     environment = {
         "VERL_GENERATION_MAX_NEW_TOKENS": "6", "VERL_MAX_VAL_SAMPLES": str(NUM_SAMPLES),
         "WANDB_MODE": "offline", "SWANLAB_MODE": "offline", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
@@ -183,7 +183,7 @@ def test_a_trainer_that_is_killed_in_a_round_makes_it_again_when_it_resumes(tmp_
 
     def start(logger: str, death: str) -> Run:
         loggers = f"trainer.logger=[console,{logger}]"
-        return run(tmp_path, [*arguments, loggers], environment=environment | {"DEATH": death}, program=program)
+        return server.run(tmp_path, [*arguments, loggers], environment=environment, before=BEFORE + death)
 
     written: dict[Path, bytes] = {}
     for (logger, death), steps in zip(DEATHS, ([1], [1, 2], [1, 2, 3]), strict=True):
@@ -274,9 +274,11 @@ def assert_a_failing_disk_costs_its_rounds_alone(directory: Path, failing: Any, 
     assert len(caplog.records) == len(told)
 
 
+@pytest.mark.any_verl
 def test_a_full_disk_costs_its_rounds_and_one_warning(small_disk, caplog):
     assert_a_failing_disk_costs_its_rounds_alone(small_disk, full_disk, ["jsonl", "best.json"], caplog)
 
 
+@pytest.mark.any_verl
 def test_files_that_cannot_grow_cost_their_rounds_and_one_warning(tmp_path, caplog):
     assert_a_failing_disk_costs_its_rounds_alone(tmp_path, limited_files, ["jsonl"], caplog)

@@ -123,6 +123,7 @@ def watched(tmp_path_factory, assets: Assets, closed_port) -> Watched:
     return Watched(result, [json.loads((directory / f"watched_{rank}.json").read_text()) for rank in range(2)])
 
 
+@pytest.mark.slow
 def test_no_key_is_in_what_a_run_says_and_writes(watched):
     directory = watched.run.directory
     folders = (directory / "hydra", watched.run.generations)
@@ -138,6 +139,7 @@ def test_no_key_is_in_what_a_run_says_and_writes(watched):
     assert "judge: a sample has no score: RuntimeError: no answer for ***" in watched.run.output
 
 
+@pytest.mark.slow
 def test_what_looks_like_code_stays_text(watched):
     for step in (2, 3):
         samples = watched.run.samples(step)
@@ -151,10 +153,12 @@ def test_what_looks_like_code_stays_text(watched):
     assert list(watched.run.directory.rglob(MARKER)) == []
 
 
+@pytest.mark.slow
 def test_rounds_unpickle_nothing(watched):
     assert [note for notes in watched.notes for note in notes["unpickled"]] == []
 
 
+@pytest.mark.slow
 def test_rounds_start_the_process_of_the_metrics_and_no_other(watched):
     started, of_other_rank = (notes["started"] for notes in watched.notes)
     (command,) = started
@@ -162,6 +166,7 @@ def test_rounds_start_the_process_of_the_metrics_and_no_other(watched):
     assert of_other_rank == []
 
 
+@pytest.mark.slow
 def test_rounds_write_into_the_folder_and_the_trackers_runs_alone(watched, closed_port):
     directory = watched.run.directory
     of_trackers = [directory / name for name in ("wandb", "swanlog", "tmp")]
@@ -177,6 +182,7 @@ def test_rounds_write_into_the_folder_and_the_trackers_runs_alone(watched, close
     assert reached == {("127.0.0.1", closed_port)}
 
 
+@pytest.mark.any_verl
 def test_a_failing_tracker_does_not_tell_its_key(monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", KEYS["WANDB_API_KEY"])
 

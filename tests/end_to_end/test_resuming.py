@@ -1,0 +1,60 @@
+"""Runs that go on from a checkpoint: steps, samples and the best value count on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from end_to_end.trainer import GENERATION_CONFIG
+
+from verl_valgen.hosts.schedule import Schedule
+
+pytestmark = pytest.mark.slow
+
+GREEDY = {"VERL_GENERATION_DO_SAMPLE": "false", "VERL_GENERATION_MAX_NEW_TOKENS": "8"}
+
+
+def test_resuming_counts_on_and_sets_samples_of_a_longer_run_aside(server, tmp_path, assets):
+    arguments = [*assets.overrides(multiturn=True), "trainer.test_freq=1"]
+    first = server.run(tmp_path, arguments, environment=GREEDY)
+    assert first.returncode == 0, first.output[-5000:]
+    stale = first.generations / "step_00000009.jsonl"
+    stale.write_text(json.dumps({"from": "a longer run"}) + "\n")
+    before = (first.generations / "step_00000003.jsonl").read_bytes()
+    second = server.run(tmp_path, [*arguments, "trainer.total_training_steps=5"], environment=GREEDY)
+    assert second.returncode == 0, second.output[-5000:]
+    assert sorted(path.name for path in second.generations.glob("*.jsonl")) == [
+        f"step_{step:08d}.jsonl" for step in range(1, 6)
+    ]
+    assert (second.generations / "step_00000003.jsonl").read_bytes() == before
+    assert (second.generations / "old-1" / stale.name).exists()
+    assert second.samples(5)[0]["step"] == 5
+    assert str(Schedule(3, 5, 5, 1)) in second.output
+
+
+def test_first_turns_of_some_validations_and_on_after_a_stop(server, tmp_path, assets):
+    """`turn`, `every` and the best value over a resumed run; own prompts in place of the data's."""
+    (tmp_path / "own.txt").write_text("1+1?\n2+2?\n")
+    overrides = [
+        *GENERATION_CONFIG, *assets.overrides(multiturn=True), "trainer.test_freq=1", "trainer.save_freq=2",
+        "generation.do_sample=false", "generation.max_new_tokens=4", "generation.every=2", "generation.turn=all",
+        "generation.best_metric=num_new_tokens", "trainer.max_val_samples=8", "trainer.total_epochs=2",
+    ]  # fmt: skip
+    first = server.run(tmp_path, [*overrides, "trainer.total_training_steps=4"])
+    assert first.returncode == 0, first.output[-5000:]
+    assert "samples at steps 2 and 4, in" in first.output
+    assert sorted(path.name for path in first.generations.glob("step_*")) == [f"step_{s:08d}.jsonl" for s in (2, 4)]
+    rows = [sample["row"] for sample in first.samples(4)]
+    assert len(rows) > len(set(rows)) == 8  # every third conversation has two turns
+    best = json.loads((first.generations / "best.json").read_text())
+
+    own = ["generation.prompts=own.txt", "trainer.total_training_steps=6", "trainer.resume_mode=auto"]
+    second = server.run(tmp_path, [*overrides, *own])
+    assert second.returncode == 0, second.output[-5000:]
+    assert [(s["row"], s["prompt_text"], s["reference"]) for s in second.samples(6)] == [
+        (None, "1+1?", None),
+        (None, "2+2?", None),
+    ]
+    after = json.loads((second.generations / "best.json").read_text())
+    assert after["value"] >= best["value"]
+    assert after["step"] in (best["step"], 6)

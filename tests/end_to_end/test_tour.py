@@ -1,0 +1,127 @@
+"""The tour: training is the same to the bit with generation and without, and answers are those of the trained model."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from checkpoints import assert_greedy_samples, plain_model
+from end_to_end.test_tour_samples import held_by_trackers
+from end_to_end.tour import LORA, ROUNDS, STEPS, STOPPED_AT, Tour
+from end_to_end.trainer import HAS_ENGINES, TRAINER_NAME, Run
+from same_training import assert_checkpoints_differ, assert_same_training
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.xdist_group("tour")
+
+
+def test_nothing_that_training_leaves_differs(tour: Tour):
+    """Logs, parameters, optimizer, data loader and random states; whole, and resumed in the middle."""
+    assert_same_training(tour.on, tour.off, last_step=STEPS, num_steps=STEPS, num_validations=2)
+    assert_same_training(tour.on_resumed, tour.off_resumed, last_step=STEPS, num_steps=2, num_validations=1)
+
+
+def test_what_is_compared_differs_between_steps(tour: Tour):
+    assert_checkpoints_differ(tour.off, STOPPED_AT, STEPS)
+
+
+def observed(run: Run, key: str) -> list[list[str]]:
+    """What each rank saw at its end."""
+    return [json.loads((run.directory / f"observed_{rank}.json").read_text())[key] for rank in range(2)]
+
+
+def test_off_means_that_verls_own_class_trains_and_nothing_that_generates_is_loaded(tour: Tour):
+    assert [trainer[:3] for trainer in observed(tour.on, "trainer")] == [
+        [TRAINER_NAME, "ValidationGenerationMixin", TRAINER_NAME]
+    ] * 2
+    assert observed(tour.off, "trainer") == [[TRAINER_NAME, "object"]] * 2
+    used = ("mixin", "prompts", "rounds", "weights", "backends.hf", "backends.sampling", "scores", "trackers")
+    assert {f"verl_valgen.{name}" for name in used} <= set(observed(tour.on, "loaded")[0])
+    for loaded in observed(tour.off, "loaded"):
+        assert [name for name in loaded if name.removeprefix("verl_valgen.").startswith(used)] == []
+    assert not tour.off.generations.exists()
+    assert "Validation Samples" not in tour.off.output
+    assert tour.off.warnings == []
+    # verl's own values, and no others.
+    for history in held_by_trackers(tour.off, steps=()).values():
+        keys = {key for values in history.values() for key in values}
+        assert "val/loss" in keys
+        assert not any(key.startswith(("val/gen", "val/sample")) for key in keys)
+
+
+def test_the_rounds_have_the_first_rows_of_rank_0_and_the_own_prompts(tour: Tour, assets):
+    tokenizer = AutoTokenizer.from_pretrained(assets.model)
+    frame = pd.read_parquet(tour.on.directory / "val.parquet")
+    expected = []
+    for row in (0, 2, 4):  # rank 0 of two has every second row
+        if HAS_ENGINES:
+            *before, answer = list(frame["messages"].iloc[row])
+            expected.append((row, before, answer["content"]))
+        else:
+            before = [{"role": "user", "content": frame["question"].iloc[row]}]
+            expected.append((row, before, frame["answer"].iloc[row]))
+    for question, reference in (("Name the capital of France.", None), ("1+1?", "2")):
+        expected.append((None, [{"role": "user", "content": question}], reference))
+    for step in ROUNDS:
+        prompts = {(s["index"], s["row"], s["prompt"], s["prompt_text"], s["reference"]) for s in tour.on.samples(step)}
+        assert prompts == {
+            (
+                index,
+                row,
+                tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True),
+                before[-1]["content"],
+                reference,
+            )
+            for index, (row, before, reference) in enumerate(expected)
+        }
+
+
+@pytest.mark.parametrize("step", ROUNDS)
+def test_greedy_answers_are_those_of_a_plain_model(tour: Tour, assets, step):
+    """Before training of the one on the disk, then of the checkpoint with the same weights."""
+    if step == 0:
+        model = AutoModelForCausalLM.from_pretrained(assets.model, dtype=torch.float32).eval()
+    else:
+        model = plain_model(tour.on.checkpoints / f"global_step_{step}", assets.model, LORA)
+    tokenizer = AutoTokenizer.from_pretrained(assets.model)
+    samples = [sample for sample in tour.on.samples(step) if sample["strategy"] == "greedy"]
+    assert len(samples) == 5
+    for sample in samples:
+        assert_greedy_samples([sample], model, tokenizer, sample["params"]["max_new_tokens"])
+
+
+def test_the_answers_change_as_the_model_learns(tour: Tour):
+    texts = [tuple(sample["generation"] for sample in tour.on.samples(step)) for step in ROUNDS]
+    assert len(set(texts)) == len(texts)
+
+
+def test_the_console_shows_every_answer(tour: Tour):
+    for step in ROUNDS:
+        lines = [f"=== Validation Samples (Step {step}) ==="]
+        samples = tour.on.samples(step)
+        for index in range(5):
+            of_prompt = [sample for sample in samples if sample["index"] == index]
+            lines.append(f"Prompt {index + 1}: {of_prompt[0]['prompt_text']}")
+            for sample in of_prompt:
+                number = f", {sample['completion'] + 1}" if sample["params"]["do_sample"] else ""
+                text = sample["generation"].replace("\n", "\\n")
+                lines.append(f"Generation {index + 1} ({sample['strategy']}{number}): {text}")
+            lines.append("-" * 50)
+        assert "\n".join(lines) + "\n" in tour.on.stdout
+
+
+def test_a_resumed_run_makes_its_rounds_again_and_sets_later_ones_aside(tour: Tour):
+    whole, resumed = tour.on, tour.on_resumed
+    names = [f"step_{step:08d}.jsonl" for step in ROUNDS]
+    assert sorted(path.name for path in resumed.generations.glob("step_*")) == names
+    # What lies before the checkpoint stays; what lies beyond it belongs to another run, and the same is said again.
+    assert [path.name for path in (resumed.generations / "old-1").glob("*.jsonl")] == names[-1:]
+    for name in names:
+        assert (resumed.generations / name).read_bytes() == (whole.generations / name).read_bytes()
+    assert (resumed.generations / "old-1" / names[-1]).read_bytes() == (whole.generations / names[-1]).read_bytes()
+    best = [json.loads((run.generations / "best.json").read_text()) for run in (whole, resumed)]
+    assert best[0] == best[1]
+    assert "samples at steps 2 and 4, in checkpoints/generations" in resumed.output
+    assert "samples of an earlier run beyond step 2 were moved to checkpoints/generations/old-1" in resumed.output

@@ -1,0 +1,170 @@
+"""The samples of the tour, and how they are judged: strategies, metrics, rows with parameters, prompts of one's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from end_to_end.test_matrix import only_mlflow_run
+from end_to_end.tour import (
+    NUM_PROMPTS,
+    NUM_SAMPLES,
+    ROUNDS,
+    SAMPLED,
+    STEPS,
+    STRATEGIES,
+    Tour,
+    generation,
+    train,
+    training,
+    write_inputs,
+)
+from end_to_end.trainer import GENERATION_CONFIG, Run
+from readback import read_mlflow, read_swanlab, read_wandb
+
+pytestmark = pytest.mark.xdist_group("tour")
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(server, tmp_path_factory, assets) -> Run:
+    """The same with FSDP1, without LoRA and without ranks."""
+    directory = tmp_path_factory.mktemp("judging")
+    write_inputs(directory, assets)
+    arguments = [*GENERATION_CONFIG, *training(assets, "fsdp"), *generation()]
+    return train(server, directory, arguments, ",swanlab", None)
+
+
+@pytest.fixture(params=["tour", pytest.param("on_one_rank", marks=pytest.mark.slow)])
+def finished(request) -> Run:
+    made: Tour | Run = request.getfixturevalue(request.param)
+    return made.on if isinstance(made, Tour) else made
+
+
+def test_it_ends_well_with_one_warning_per_cause(finished):
+    assert finished.returncode == 0, finished.output[-5000:]
+    warnings = [line for line in finished.output.splitlines() if "[WARNING] - " in line and "verl_valgen" in line]
+    causes = [line.partition("[WARNING] - ")[2].partition(":")[0] for line in warnings]
+    assert sorted(causes) == ["metric broken", "metric reward", "row 2"]
+
+
+def test_every_prompt_is_answered_under_each_strategy_at_every_round(finished):
+    assert f"{NUM_SAMPLES} samples at steps 0, 2 and 4, in checkpoints/generations" in finished.output
+    for step in ROUNDS:
+        samples = finished.samples(step)
+        assert [(s["index"], s["strategy"], s["completion"]) for s in samples] == [
+            (index, name, completion)
+            for index in range(NUM_PROMPTS)
+            for name in STRATEGIES
+            for completion in range(2 if name in SAMPLED else 1)
+        ]
+        assert [s["row"] is None for s in samples[::13]] == [False] * 3 + [True] * 2
+        for sample in samples:
+            expected = STRATEGIES[sample["strategy"]]
+            assert {name: sample["params"].get(name) for name in expected} == expected
+            assert ("mean_logprob" in sample["scores"]) == (sample["strategy"] == "likeliest")
+
+
+def test_strategies_do_what_they_say(finished):
+    for sample in finished.samples(STEPS):
+        if sample["strategy"] == "stop" and sample["finish_reason"] == "stop":
+            assert sample["generation"].endswith("a")
+        if sample["strategy"] == "stop":
+            assert "a" not in sample["generation"][:-1]
+    by_strategy = {name: [s["generation"] for s in finished.samples(0) if s["strategy"] == name] for name in STRATEGIES}
+    assert len({tuple(texts) for texts in by_strategy.values()}) >= 7  # a small model may not tell all of them apart
+
+
+def test_a_row_has_parameters_of_its_own(finished):
+    lengths = {s["row"]: s["params"]["max_new_tokens"] for s in finished.samples(STEPS) if s["row"] is not None}
+    # Two ranks have every second row. What row 2 has cannot be used.
+    assert lengths in ({0: 10, 1: 3, 2: 10}, {0: 10, 2: 10, 4: 3})
+
+
+def test_scores_are_recorded_where_there_is_something_to_compare_with(finished):
+    with_reference = {"exact_match", "token_f1", "rouge_l", "bleu", "chrf", "shorter"}
+    for sample in finished.samples(STEPS):
+        names = set(sample["scores"]) - {"mean_logprob"}
+        assert ("math" in names) == str(sample["reference"]).isdigit()  # else the name of a capital
+        names.discard("math")
+        if sample["reference"] is None:
+            assert names == {"shorter"}
+        elif sample["row"] is None:  # it has no `data_source`, which the reward function wants
+            assert names == with_reference
+        else:
+            assert names == with_reference | {"reward", "reward_chars"}
+        assert sample["scores"]["shorter"] == float(sample["num_new_tokens"] < 9)
+
+
+def test_trackers_hold_scalars_and_scores(finished):
+    expected = {
+        "val/gen/num_samples", "val/gen/seconds", "val/gen/tokens_per_s", "val/gen/num_new_tokens", "val/gen/cut_off",
+        "val/gen/empty", "val/gen/distinct_2", "val/gen/seq_rep_4", "val/gen/exact_match", "val/gen/greedy/bleu",
+        "val/gen/nucleus/shorter_best", "val/gen/nucleus/exact_match_pass_at_2", "val/gen/nucleus/math_majority",
+        "val/gen/by_source/capitals/chrf", "val/gen/best", "val/gen/best_step", "val/gen/likeliest/mean_logprob",
+    }  # fmt: skip
+    samples = finished.samples(STEPS)
+    greedy = [s["scores"]["bleu"] for s in samples if s["strategy"] == "greedy" and "bleu" in s["scores"]]
+    lengths = [s["num_new_tokens"] for s in samples]
+    values = {"val/gen/greedy/bleu": sum(greedy) / len(greedy), "val/gen/num_new_tokens": sum(lengths) / len(lengths)}
+    for history in held_by_trackers(finished).values():
+        for step in ROUNDS:
+            assert expected <= history[step].keys()
+        assert {key: history[STEPS][key] for key in values} == pytest.approx(values)
+
+
+def test_trackers_hold_every_sample_of_every_round(finished):
+    for name, history in held_by_trackers(finished).items():
+        for step in ROUNDS:
+            samples, table = finished.samples(step), history[step]["val/samples"]
+            assert {"exact_match", "shorter", "mean_logprob", "reward_chars"} <= set(table["columns"]), name
+            for key in ("strategy", "prompt", "generation", "finish_reason"):
+                column = table["columns"].index(key)
+                assert [row[column] for row in table["data"]] == [sample[key] for sample in samples], (name, step, key)
+
+
+def held_by_trackers(result: Run, steps: Sequence[int] = ROUNDS) -> dict[str, dict[int, dict[str, Any]]]:
+    """{tracker: {step: {key: value}}} of those that the run had.
+
+    Args:
+        steps: Of the rounds, whose tables are under `val/samples`.
+    """
+    held = {}
+    for run_directory in result.directory.glob("swanlog/*run-*/"):
+        held["swanlab"] = read_swanlab(run_directory)
+    for run_directory in result.directory.glob("wandb/offline-run-*/"):
+        held["wandb"] = read_wandb(run_directory)
+    if (result.directory / "mlflow.db").exists():
+        logged = read_mlflow(*only_mlflow_run(result))
+        assert sorted(logged["tables"]) == list(steps)
+        history = held["mlflow"] = {step: {"val/samples": table} for step, table in logged["tables"].items()}
+        for key, by_step in logged["metrics"].items():
+            for step, value in by_step.items():
+                history.setdefault(step, {})[key] = value
+    assert held
+    return held
+
+
+def test_the_best_round_is_kept_and_told(finished):
+    means = {}
+    for step in ROUNDS:
+        lengths = [s["num_new_tokens"] for s in finished.samples(step) if s["strategy"] == "nucleus"]
+        means[step] = sum(lengths) / len(lengths)
+    best_step = min(means, key=lambda step: means[step])
+    best = json.loads((finished.generations / "best.json").read_text())
+    del best["before"]
+    assert best == {
+        "metric": "nucleus/num_new_tokens", "mode": "min", "value": means[best_step], "step": best_step,
+    }  # fmt: skip
+    (line,) = [line for line in finished.stdout.splitlines() if line.startswith(f"Step {STEPS}: ")]
+    assert f"best {means[best_step]:.3g} at step {best_step};" in line
+
+
+def test_a_round_ends_with_one_line(finished):
+    lines = [line for line in finished.stdout.splitlines() if line.startswith("Step ")]
+    assert [line.partition(":")[0] for line in lines] == [f"Step {step}" for step in ROUNDS]
+    for line in lines:
+        assert " samples in " in line
+        assert " tokens/s; best " in line
+        assert "; num_new_tokens " in line

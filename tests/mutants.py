@@ -1,0 +1,224 @@
+"""Plants faults in a copy of the package, one after the other, each of which `make test` must catch.
+
+    python tests/mutants.py [--narrow] [NUMBER ...]
+
+The tests run as `make test` runs them, one environment after the other, up to the first failure; with `--narrow` only
+those that should catch the fault. That they pass without it has to be seen to first: `make mutants` runs them. The
+table in docs/reliability.md says what caught each. A fault that survives ends the program with status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- mutants: from here on written by `make mutants` -->", "<!-- mutants: to here -->"
+ENVIRONMENTS = ("fsdp-sft", "engine")
+MAX_S = 3600.0
+"""For the tests of one environment. Longer, they have caught nothing."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    fault: str
+    path: str
+    """Of the file, in `verl_valgen/`."""
+    before: str
+    """Stands there exactly once."""
+    after: str
+    narrow: str
+    """Tests that should catch it."""
+
+
+TOUR = "tests/end_to_end/test_tour.py"
+MUTANTS = [
+    Mutant(
+        "training differs by one bit",
+        "weights/gather.py",
+        "shard = parameter.to_local().to(device=device, dtype=target)",
+        "shard = parameter.to_local().to(device=device, dtype=target); "
+        "shard.view(-1)[:1].view(torch.int32).bitwise_xor_(1)",
+        TOUR,
+    ),
+    Mutant(
+        "the prompt is one token short",
+        "rounds/queries.py",
+        "Request(query.prompt.input_ids, ",
+        "Request(query.prompt.input_ids[:-1], ",
+        TOUR,
+    ),
+    Mutant(
+        "one parameter of the copy is wrong",
+        "weights/gather.py",
+        "plain.receive(name, parameter)",
+        'plain.receive(name, parameter * (2 if ".0." in name and "o_proj" in name else 1))',
+        f"{TOUR} tests/distributed/test_gather.py",
+    ),
+    Mutant(
+        "a rank is left waiting",
+        "weights/gather.py",
+        "if not agree(error is None, device):",
+        "if error is not None or not agree(True, device):",
+        "tests/distributed/test_gather.py",
+    ),
+    Mutant(
+        "a control character reaches the terminal",
+        "text.py",
+        "if unicodedata.category(char) in _INVISIBLE_CATEGORIES:",
+        'if char != "\\x9b" and unicodedata.category(char) in _INVISIBLE_CATEGORIES:',
+        "tests/unit/test_text.py",
+    ),
+    Mutant(
+        "a tracker loses a row",
+        "trackers/table.py",
+        "for name in scores] for sample in samples\n",
+        "for name in scores] for sample in samples[:-1] or samples\n",
+        "tests/trackers tests/end_to_end/test_tour_samples.py",
+    ),
+    Mutant(
+        "a variable goes before the command line",
+        "settings/load.py",
+        "**{key: key for key in in_config if key in on_command_line},",
+        "**{key: key for key in in_config if key in on_command_line and key not in in_environment},",
+        "tests/unit/settings",
+    ),
+    Mutant(
+        "generation switched off loads torch",
+        "activation.py",
+        "from verl_valgen.patching import patched\n",
+        "import torch\n\nfrom verl_valgen.patching import patched\n",
+        "tests/end_to_end/test_ways_in.py tests/unit/settings",
+    ),
+    Mutant(
+        "generation switched off wraps verl's class",
+        "activation.py",
+        "if trainer_class is None and settings.enabled:",
+        "if trainer_class is None:",
+        f"tests/end_to_end/test_wrong_configuration.py {TOUR}",
+    ),
+    Mutant(
+        "a sampled text depends on the batch",
+        "backends/sampling.py",
+        "torch.tensor(list(keys), dtype=torch.int64)",
+        "torch.tensor([(place, 0) for place, _ in enumerate(keys)], dtype=torch.int64)",
+        "tests/unit/backends",
+    ),
+    Mutant(
+        "the process does not end",
+        "mixin.py",
+        "            return super().fit()",
+        '            __import__("threading").Thread(target=__import__("time").sleep, args=(1e6,)).start()\n'
+        "            return super().fit()",
+        TOUR,
+    ),
+]
+
+
+def copy_tree(directory: Path) -> None:
+    """What git knows of, and links to the environments."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True,
+    ).stdout.decode()  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():  # else it was removed
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, directory / name)
+    for name in ENVIRONMENTS:
+        (directory / f".venv-{name}").symlink_to((ROOT / f".venv-{name}").resolve())
+
+
+def plant(mutant: Mutant, directory: Path) -> None:
+    path = directory / "verl_valgen" / mutant.path
+    source = path.read_text()
+    if source.count(mutant.before) != 1:
+        sys.exit(
+            f"{mutant.fault}: {mutant.path} must have {mutant.before!r} once, has it {source.count(mutant.before)}x"
+        )
+    planted = source.replace(mutant.before, mutant.after)
+    compile(planted, str(path), "exec")
+    path.write_text(planted)
+
+
+def first_failure(directory: Path, environment: str, narrow: str) -> str | None:
+    """The test that failed, None if all passed.
+
+    Raises:
+        SystemExit: The tests could not be run, or did not end.
+    """
+    made = [f"--old-file=.venv-{name}/.installed" for name in ENVIRONMENTS]  # whatever the copy's dates say
+    process = subprocess.Popen(
+        ["make", *made, f"test-{environment}", f"PYTEST_ARGS=-x {narrow}"],
+        cwd=directory,
+        env=os.environ | {"PYTHONPATH": str(directory)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=MAX_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        sys.exit(f"the tests did not end within {MAX_S:.0f} s")
+    failed = re.findall(r"\| (?:FAILED|ERROR) (tests/\S+)", output)
+    if process.returncode and not failed:
+        sys.exit(f"the tests could not be run:\n{output[-3000:]}")
+    return failed[0] if failed else None
+
+
+def try_mutant(mutant: Mutant, is_narrow: bool) -> tuple[str | None, float]:
+    """What caught it, with the environment, and seconds from the start of the tests."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as name:
+        directory = Path(name)
+        copy_tree(directory)
+        plant(mutant, directory)
+        start = time.monotonic()
+        for environment in ENVIRONMENTS:
+            if failed := first_failure(directory, environment, mutant.narrow if is_narrow else ""):
+                return f"`{failed.removeprefix('tests/')}` ({environment})", time.monotonic() - start
+        return None, time.monotonic() - start
+
+
+def write_table(rows: dict[str, str]) -> None:
+    """Puts the rows, by fault, in place of those in docs/reliability.md; others stay."""
+    text = TABLE.read_text()
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    old = {line.split(" | ")[0].removeprefix("| "): line for line in text[start:end].splitlines() if "`" in line}
+    lines = ["| fault | planted in | first test that failed | seconds |", "|---|---|---|---|"]
+    lines += [row for mutant in MUTANTS if (row := (old | rows).get(mutant.fault))]
+    TABLE.write_text(text[:start] + "\n" + "\n".join(lines) + "\n" + text[end:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("numbers", nargs="*", type=int, help="from 1; none are all")
+    parser.add_argument("--narrow", action="store_true", help="run only the tests that should catch the fault")
+    arguments = parser.parse_args()
+    survived = []
+    for number in arguments.numbers or range(1, len(MUTANTS) + 1):
+        mutant = MUTANTS[number - 1]
+        caught_by, seconds = try_mutant(mutant, arguments.narrow)
+        print(f"{number}. {mutant.fault}: {caught_by or 'SURVIVED'}, {seconds:.0f} s", flush=True)
+        if caught_by is None:
+            survived.append(mutant.fault)
+        if not arguments.narrow:
+            result = caught_by or "none: `make test` passed"
+            write_table({mutant.fault: f"| {mutant.fault} | `{mutant.path}` | {result} | {seconds:.0f} |"})
+    if survived:
+        sys.exit(f"not caught: {', '.join(survived)}")
+
+
+if __name__ == "__main__":
+    main()
