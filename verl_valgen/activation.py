@@ -77,6 +77,10 @@ def _run(
 
     try:
         settings = load_settings(config, os.environ, task_overrides(), read_when_off=trainer_class is not None)
+        if settings.enabled and trainer_class is None:  # a class of one's own may bring its own validation data
+            num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+            if (reason := host_class.why_validation_will_crash(config, num_ranks)) is not None:
+                raise ConfigError(reason)
     except ConfigError as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node: each has an environment of its own
             print(f"verl-valgen: {e}", file=sys.stderr)
