@@ -74,7 +74,7 @@ def _run(
     run_verl: Callable[[DictConfig], None],
     trainer_class: type | None,
 ) -> None:
-    checked = _checked(config, generates_by_hand=trainer_class is not None)
+    checked = _checked(config, host_class, generates_by_hand=trainer_class is not None)
     if trainer_class is None and checked is not None:
         trainer_class = _generating(getattr(module, host_class.trainer_name))
     if trainer_class is None and host_class.has_accelerator(module):
@@ -89,7 +89,7 @@ def _run(
         return run_verl(config)
 
 
-def _checked(config: DictConfig, *, generates_by_hand: bool) -> Preflight | None:
+def _checked(config: DictConfig, host_class: type[Host], *, generates_by_hand: bool) -> Preflight | None:
     """The checked configuration; None where generation is off, in which case nothing that generates is loaded.
 
     Raises:
@@ -104,6 +104,10 @@ def _checked(config: DictConfig, *, generates_by_hand: bool) -> Preflight | None
         from verl_valgen.rounds.preflight import check_names
 
         checked = check_names(config, settings, mistakes)
+    if settings.enabled and not generates_by_hand:  # a class of one's own may bring its own validation data
+        num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if (reason := host_class.why_validation_will_crash(config, num_ranks)) is not None:
+            mistakes.lines.append(reason)
     if mistakes.lines:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node: each has an environment of its own
             for line in mistakes.lines:

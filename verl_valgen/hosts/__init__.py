@@ -1,13 +1,14 @@
-"""verl's SFT trainers, one module each: where its model, loaders, tokenizer, step and rank are, what it takes to run.
+"""Hosts: verl's SFT trainers, each seen through the same set of names (`base.Host`).
 
-Hosts know verl; nothing else does. A new one is a module here and a line in `HOSTS`.
+A host says where its trainer keeps model, loaders, tokenizer, step and rank, and what that trainer needs to run here.
+Hosts know verl; nothing else does. A new one is a module in this folder and a line in `HOSTS`.
 """
 
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from pathlib import PurePath
+from pkgutil import resolve_name
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -18,23 +19,24 @@ HOSTS = {
     "verl.trainer.fsdp_sft_trainer": "verl_valgen.hosts.fsdp_sft:FSDPSFTHost",
     "verl.trainer.sft_trainer": "verl_valgen.hosts.sft:SFTHost",
 }
-"""verl's module -> "module:class" of its host."""
+"""The module of each of verl's trainers, and "module:class" of the host for it."""
 
 
 def load_host_class(verl_module: str) -> type[Host]:
-    module, _, attribute = HOSTS[verl_module].partition(":")
-    return getattr(import_module(module), attribute)
+    """Imports the host for one of verl's modules, a key of `HOSTS`."""
+    host_class: type[Host] = resolve_name(HOSTS[verl_module])
+    return host_class
 
 
 def host_class_for(trainer_class: type) -> tuple[type[Host], ModuleType]:
-    """The host of a trainer class and the module that its verl class was defined in.
+    """Finds the host for a trainer class, and the module that defines the verl class it derives from.
 
     Raises:
-        TypeError: `trainer_class` derives from none of verl's SFT trainers that are known here.
+        TypeError: `trainer_class` derives from none of verl's SFT trainers that have a host.
     """
     for verl_module in HOSTS:
         host_class = load_host_class(verl_module)
-        # `python -m verl.trainer...` runs the module under the name of `__main__`.
+        # `python -m verl.trainer...` runs the module under the name `__main__`.
         module_names = {verl_module, "__main__"} if is_main_module(verl_module) else {verl_module}
         for cls in trainer_class.__mro__:
             if cls.__name__ == host_class.trainer_name and cls.__module__ in module_names:
@@ -43,11 +45,11 @@ def host_class_for(trainer_class: type) -> tuple[type[Host], ModuleType]:
 
 
 def is_main_module(name: str) -> bool:
-    """Whether the program that runs is this module, by `python -m` or by its file."""
+    """Whether the running program is the module `name`, started by `python -m` or by its file."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     if spec is not None:
         return spec.name == name
-    file = getattr(main, "__file__", None)  # `python -c` and a prompt have none
+    file = getattr(main, "__file__", None)  # absent under `python -c` and at a prompt
     expected = PurePath(f"{name.replace('.', '/')}.py").parts
     return file is not None and PurePath(file).parts[-len(expected) :] == expected

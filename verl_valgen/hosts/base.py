@@ -1,6 +1,7 @@
-"""What the rest of the package needs to know of a trainer.
+"""`Host`: what the rest of the package asks of verl's trainers.
 
-A host's class is also asked what a run needs where generation is off: what gathers is imported where it is used.
+Some of it is asked where generation is off, too (running on CPU, without flash-attn): `weights/` is imported only by
+the members that use it.
 """
 
 from __future__ import annotations
@@ -22,30 +23,26 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from verl_valgen.hosts.loaders import hooked
 from verl_valgen.hosts.schedule import Schedule
+from verl_valgen.text import describe
 
 logger = logging.getLogger(__name__)
 
 
 class Host(ABC):
-    """A built trainer, seen through one set of names."""
+    """A trainer of verl's that has been built, seen through names that do not depend on verl's version.
 
-    trainer_name: ClassVar[str]
-    """Name of the trainer class in verl's module."""
+    The members come in three groups: the model, the training run, and, as class methods, the program before there is a
+    trainer.
+    """
 
-    config: DictConfig
+    # The model: engine, device, weights. A worker process could answer for these.
+
     model: nn.Module
-    """The model as it is trained: sharded, possibly with adapters."""
-    tokenizer: PreTrainedTokenizerBase
-    val_dataset: Dataset
+    """The model in training: sharded, possibly with adapters."""
     device: torch.device
     """The device that this rank computes on."""
     compute_dtype: torch.dtype
-    """The dtype of verl's mixed precision."""
-    is_logging_rank: bool
-    """Whether this is the rank that owns verl's trackers."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    """The parameters' dtype in verl's mixed precision."""
 
     @property
     def loggers(self) -> list[str]:
@@ -55,31 +52,10 @@ class Host(ABC):
 
     @property
     def model_class(self) -> type:
-        """The class that a plain copy of the model has."""
+        """The transformers class that a plain copy of the model has."""
         from verl_valgen.weights.plain_copy import base_model, original_class, unwrap
 
         return original_class(base_model(unwrap(self.model)))
-
-    @property
-    def generation_config(self) -> GenerationConfig | None:
-        """The model's own."""
-        from verl_valgen.weights.plain_copy import base_model, unwrap
-
-        return base_model(unwrap(self.model)).generation_config
-
-    @property
-    def num_parameters(self) -> int:
-        """Of the whole model; the same on all ranks."""
-        from verl_valgen.weights.gather import num_parameters
-
-        return num_parameters(self.model)
-
-    @property
-    def largest_unit_bytes(self) -> int:
-        """See `verl_valgen.weights.gather.largest_unit_bytes`."""
-        from verl_valgen.weights.gather import largest_unit_bytes
-
-        return largest_unit_bytes(self.model)
 
     @property
     def model_config(self) -> PretrainedConfig:
@@ -88,53 +64,113 @@ class Host(ABC):
 
         return base_model(unwrap(self.model)).config
 
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """transformers' generation configuration that came with the model."""
+        from verl_valgen.weights.plain_copy import base_model, unwrap
+
+        return base_model(unwrap(self.model)).generation_config
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, the same number on all ranks."""
+        from verl_valgen.weights.gather import num_parameters
+
+        return num_parameters(self.model)
+
+    @property
+    def largest_unit_bytes(self) -> int:
+        """Bytes that gathering takes beside the copy: see `verl_valgen.weights.gather.largest_unit_bytes`."""
+        from verl_valgen.weights.gather import largest_unit_bytes
+
+        return largest_unit_bytes(self.model)
+
     def on_device(self) -> AbstractContextManager[None]:
-        """Parameters that verl keeps in host memory between steps are on the device while it is open."""
+        """While open, parameters that verl keeps in host memory between steps are on the device."""
         return nullcontext()
 
     def gather(self, dtype: torch.dtype, *, keep: bool) -> PreTrainedModel | None:
-        """A plain copy of the model where it is kept, None elsewhere. Collective: all ranks must call.
+        """Copies the weights into a plain transformers model. Collective: all ranks must call.
 
         See `verl_valgen.weights.gather.gather`.
+
+        Returns:
+            The copy on `device` where `keep` is true, None on other ranks.
         """
         from verl_valgen.weights.gather import gather
 
         return gather(self.model, dtype=dtype, device=self.device, keep=keep)
 
     def why_not_sharded(self) -> str | None:
-        """Why `generate` cannot run through the sharded model, None where it can."""
+        """The reason why `generate` cannot run through the sharded model, None if it can."""
         return None
 
+    # The training run: data, schedule, trackers. The process that holds the loop answers for these.
+
+    config: DictConfig
+    """verl's configuration."""
+    tokenizer: PreTrainedTokenizerBase
+    val_dataset: Dataset
+    is_logging_rank: bool
+    """Whether this rank owns verl's trackers."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
     @abstractmethod
-    def schedule(self) -> Schedule: ...
+    def schedule(self) -> Schedule:
+        """The numbers by which `fit()` decides when to validate."""
 
     def validation_rows(self, limit: int) -> list[int]:
-        """Rows of the data set that this rank's first validation batches hold, in their order, at most `limit`."""
+        """Rows of the data set in this rank's first validation batches, in their order, at most `limit`."""
         loader = self.trainer.val_dataloader
         num_rows = min(limit, len(loader) * loader.batch_size)
         return list(islice(iter(self.trainer.val_sampler), num_rows))
 
     @abstractmethod
     def why_no_validation_batch(self) -> str | None:
-        """The reason for which a validation would see no batch, None where it sees one."""
-
-    def hooked(self, hook: Callable[[int], None], *, before_train: bool) -> AbstractContextManager[None]:
-        """While it is open, `fit()` calls `hook(step)` at the end of every validation, on all ranks in step.
-
-        Args:
-            before_train: And before the first training batch.
-        """
-        return hooked(self.trainer, hook, before_train=before_train)
+        """The reason why validation will see no batch, None if it will see one."""
 
     @property
     def chat_template_kwargs(self) -> Mapping[str, Any]:
-        """What verl's data sets pass to the chat template of every row."""
+        """Keyword arguments that verl's data sets pass to the chat template for every row."""
         return OmegaConf.select(self.config, "data.apply_chat_template_kwargs") or {}
 
+    def hooked(self, hook: Callable[[int], None], *, before_train: bool) -> AbstractContextManager[None]:
+        """While open, `fit()` calls `hook(step)` at the end of every validation, on all ranks in step.
+
+        Args:
+            before_train: Whether `fit()` also calls it before the first training batch.
+        """
+        return hooked(self.trainer, hook, before_train=before_train)
+
+    # The program: what a trainer needs before it exists.
+
+    trainer_name: ClassVar[str]
+    """Name of the trainer class in verl's module."""
+
     @classmethod
-    def while_building(cls) -> AbstractContextManager[None]:
-        """Open while verl's trainer is constructed."""
-        return nullcontext()
+    def why_validation_will_crash(cls, config: DictConfig, num_ranks: int) -> str | None:
+        """Foretells from the configuration that verl is certain to crash where it first validates.
+
+        Opens data files for their number of rows, and loads nothing.
+
+        Args:
+            num_ranks: Processes of the run.
+
+        Returns:
+            The key, its value and what is wrong with it, None unless the crash is certain.
+        """
+        try:
+            return cls._foretell_crash(config, num_ranks)
+        except Exception as e:  # a configuration or a file that verl will refuse in its own words
+            logger.debug("whether validation can work is not known: %s", describe(e))
+            return None
+
+    @classmethod
+    def _foretell_crash(cls, config: DictConfig, num_ranks: int) -> str | None:
+        """`why_validation_will_crash` of this trainer; may raise where the configuration is wrong."""
+        return None
 
     @classmethod
     @abstractmethod
@@ -144,18 +180,26 @@ class Host(ABC):
     @classmethod
     @abstractmethod
     def launch_support(cls, module: ModuleType, config: DictConfig) -> AbstractContextManager[None]:
-        """What verl's trainer in `module` needs to run here, where it would fail otherwise. Says what it does."""
+        """While open, verl's trainer in `module` runs on this machine even where it would fail by itself.
+
+        Logs what it changes.
+        """
+
+    @classmethod
+    def while_building(cls) -> AbstractContextManager[None]:
+        """Must be open while verl's trainer is constructed."""
+        return nullcontext()
 
 
 def current_device(device_type: str) -> torch.device:
-    """The device of a type that this rank computes on."""
+    """The device of type "cpu", "cuda" or "npu" that this rank computes on."""
     if device_type == "cpu":
         return torch.device("cpu")
     return torch.device(device_type, getattr(torch, device_type).current_device())
 
 
 def flash_attn_works() -> bool:
-    """Says so where it does not: the model is then loaded with transformers' own attention."""
+    """Whether flash-attn can be imported; logs that the model gets transformers' own attention if not."""
     # An installed build may have been made for another torch: only the import tells.
     try:
         importlib.import_module("flash_attn")

@@ -1,4 +1,4 @@
-"""`verl.trainer.fsdp_sft_trainer.FSDPSFTTrainer`, verl 0.5 to 0.7.0."""
+"""The host for `verl.trainer.fsdp_sft_trainer.FSDPSFTTrainer`, verl 0.5 to 0.7.0."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from verl_valgen.hosts import cpu
+from verl_valgen.hosts import cpu, forecast
 from verl_valgen.hosts.base import Host, current_device, flash_attn_works
 from verl_valgen.hosts.schedule import Schedule
 from verl_valgen.patching import patched
 
 
 class FSDPSFTHost(Host):
+    """verl's older trainer, which shards the model itself."""
+
     trainer_name = "FSDPSFTTrainer"
 
     def __init__(self, trainer: Any) -> None:
@@ -27,7 +29,12 @@ class FSDPSFTHost(Host):
         self.val_dataset = trainer.val_dataset
         self.is_logging_rank = trainer.device_mesh.get_rank() == 0
         self.device = current_device(trainer.device_mesh.device_type)
-        self.compute_dtype = torch.bfloat16  # hard-coded in the trainer's mixed precision
+        self.compute_dtype = torch.bfloat16  # hard-coded in verl's trainer
+
+    def why_not_sharded(self) -> str | None:
+        if self.config.ulysses_sequence_parallel_size > 1:
+            return "with ulysses_sequence_parallel_size > 1 a forward pass takes a part of each sequence"
+        return None
 
     def schedule(self) -> Schedule:
         trainer_config = self.config.trainer
@@ -50,10 +57,25 @@ class FSDPSFTHost(Host):
             f"({loader.batch_size} rows each, data.micro_batch_size_per_gpu), and verl drops incomplete batches"
         )
 
-    def why_not_sharded(self) -> str | None:
-        if self.config.ulysses_sequence_parallel_size > 1:
-            return "with ulysses_sequence_parallel_size > 1 a forward pass takes a part of each sequence"
-        return None
+    @classmethod
+    def _foretell_crash(cls, config: DictConfig, num_ranks: int) -> str | None:
+        num_ranks //= config.ulysses_sequence_parallel_size
+        batch_size = config.data.micro_batch_size_per_gpu
+        rows = forecast.num_rows(config, "val")
+        if rows is None or forecast.num_batches(rows, num_ranks, batch_size) > 0:
+            return None
+        schedule = forecast.new_schedule(config, num_ranks)
+        if schedule is None or not (steps := schedule.validation_steps()):
+            return None
+        return (
+            f"data.val_files must have at least {batch_size * num_ranks} rows, a batch on each of {num_ranks} "
+            f"data-parallel ranks (data.micro_batch_size_per_gpu={batch_size}), got {rows}: verl drops incomplete "
+            f"batches and would crash at its first validation, at step {steps[0]}"
+        )
+
+    @classmethod
+    def has_accelerator(cls, module: ModuleType) -> bool:
+        return module.is_cuda_available or module.is_npu_available
 
     @classmethod
     @contextmanager
@@ -67,13 +89,9 @@ class FSDPSFTHost(Host):
                 )
             yield
 
-    @classmethod
-    def has_accelerator(cls, module: ModuleType) -> bool:
-        return module.is_cuda_available or module.is_npu_available
-
 
 class _DefaultAttention:
-    """`AutoModelForCausalLM` that ignores the trainer's hard-coded `attn_implementation="flash_attention_2"`."""
+    """Stands in for `AutoModelForCausalLM`, without the hard-coded `attn_implementation="flash_attention_2"`."""
 
     def __init__(self, auto_class: Any) -> None:
         self.auto_class = auto_class

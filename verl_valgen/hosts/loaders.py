@@ -21,7 +21,7 @@ def hooked(trainer: Any, hook: Callable[[int], None], *, before_train: bool) -> 
     Args:
         trainer: Has `train_dataloader`, `val_dataloader` and `resume_global_step`.
         before_train: Whether it is called before the first training batch as well, with the step that the run starts
-            from. (verl has opened its trackers by then.)
+            from. verl has opened its trackers by then.
     """
     start = trainer.resume_global_step
     counter = CountingLoader(trainer.train_dataloader, start, (lambda: hook(start)) if before_train else None)
@@ -31,6 +31,8 @@ def hooked(trainer: Any, hook: Callable[[int], None], *, before_train: bool) -> 
 
 
 class _LoaderProxy:
+    """A loader whose subclasses iterate in their own way; everything else is the wrapped loader's."""
+
     def __init__(self, loader: Any) -> None:
         self.loader = loader
 
@@ -42,10 +44,10 @@ class _LoaderProxy:
 
 
 class CountingLoader(_LoaderProxy):
-    """Counts the batches that were yielded, over all epochs: while a batch is in use, it is in the count."""
+    """Counts the batches it has yielded over all epochs; a batch in use is counted."""
 
     def __init__(self, loader: Any, start: int, at_start: Callable[[], None] | None = None) -> None:
-        """`at_start` is called once, before the first batch of all."""
+        """`count` begins at `start`; `at_start` is called once, before the very first batch."""
         super().__init__(loader)
         self.count = start
         self.at_start = at_start
@@ -60,7 +62,7 @@ class CountingLoader(_LoaderProxy):
 
 
 class NotifyingLoader(_LoaderProxy):
-    """Calls `at_end` when the loop asks for the batch after the last one; a loop that is left early calls nothing."""
+    """Calls `at_end` when the loop asks for the batch after the last one, and never if the loop is left early."""
 
     def __init__(self, loader: Any, at_end: Callable[[], None]) -> None:
         super().__init__(loader)

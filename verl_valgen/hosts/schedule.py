@@ -1,4 +1,4 @@
-"""At which steps verl's `fit()` validates, told before it runs. Pure functions on its numbers."""
+"""The steps at which verl's `fit()` will validate, worked out before it runs from the numbers that decide it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """The numbers that verl's loop decides by."""
+    """The numbers by which verl's loop decides when to validate, and this package when to generate."""
 
     start_step: int
     """The step that the run resumes from, 0 for a new one."""
     available_steps: int
-    """Steps that the data gives: steps per epoch times epochs."""
+    """Steps that the data suffices for: steps per epoch times epochs."""
     total_training_steps: int
-    """The step at which verl exits early, after a validation; the available steps unless configured."""
+    """The step at which verl validates and exits; equal to `available_steps` unless configured."""
     test_freq: int
-    """Validate every so many steps; 0 or less: only before the early exit."""
+    """Validations come every `test_freq` steps and before the exit; with 0 or less, only before the exit."""
     every: int = 1
-    """A round at every so many validations, counted from step 0, and at the last."""
+    """Rounds come at every `every`-th validation, counted from step 0, and at the last."""
     before_train: bool = False
-    """A round at the step that the run starts from."""
+    """Whether there is also a round at the step that the run starts from."""
 
     def validation_steps(self) -> list[int]:
+        """The steps after which verl validates, in ascending order."""
         exit_step = max(self.total_training_steps, self.start_step + 1)
         last_step = min(exit_step, self.available_steps)
         steps: set[int] = set()
@@ -34,6 +35,7 @@ class Schedule:
         return sorted(steps)
 
     def round_steps(self) -> list[int]:
+        """The steps at which there is a round of generation, in ascending order."""
         steps = self.validation_steps()
         chosen = [step for step in steps if step == steps[-1] or step // self.test_freq % self.every == 0]
         return [self.start_step, *chosen] if self.before_train and self.start_step < self.available_steps else chosen

@@ -1,9 +1,13 @@
-"""`verl.trainer.sft_trainer.SFTTrainer`, verl 0.6 to 0.9: the trainer that runs engines."""
+"""The host for `verl.trainer.sft_trainer.SFTTrainer`, verl 0.6 to 0.9: the trainer that runs engines.
+
+FSDP's engine holds a model that can be seen. Other engines are asked for their configuration and for their weights
+under Hugging Face's names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -15,35 +19,25 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from verl_valgen.hosts import cpu
+from verl_valgen.hosts import cpu, forecast, fused_kernels
 from verl_valgen.hosts.base import Host, current_device, flash_attn_works
 from verl_valgen.hosts.schedule import Schedule
-from verl_valgen.patching import patched
+from verl_valgen.text import printable
 
 if TYPE_CHECKING:
     from verl_valgen.weights.gather import Parameters
 
-_original_forwards: dict[type, Callable[..., Any]] = {}
-"""The `forward` of model classes before verl's first trainer in this process replaced it, for good."""
-
-
-def _with_original_forward(cls: Any) -> Any:
-    """The class itself, or where its `forward` was replaced, a class that has the original one.
-
-    (Set on a model, the method would hold the model: its memory would be free only after a garbage collection.)
-    """
-    forward = _original_forwards.get(cls, cls.forward)
-    return cls if forward is cls.forward else type(cls.__name__, (cls,), {"forward": forward})
-
 
 class SFTHost(Host):
+    """verl's trainer that runs engines."""
+
     trainer_name = "SFTTrainer"
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer)
         self.engine = trainer.engine
         self.config = trainer.config
-        self.model = self.engine.module  # of other engines than FSDP's it can be anything
+        self.model = self.engine.module  # anything at all, in other engines than FSDP's
         self.verl_model_config = trainer.model_config
         self.tokenizer = self.verl_model_config.tokenizer
         self.val_dataset = trainer.val_dataset
@@ -53,6 +47,7 @@ class SFTHost(Host):
 
     @property
     def is_sharded_by_fsdp(self) -> bool:
+        """Whether the engine is FSDP's, so that the model is a transformers model under FSDP1 or FSDP2."""
         return isinstance(self.model, FSDP | FSDPModule)
 
     @property
@@ -60,24 +55,22 @@ class SFTHost(Host):
         return super().model_class if self.is_sharded_by_fsdp else type(self._empty_model())
 
     @property
+    def model_config(self) -> PretrainedConfig:
+        return super().model_config if self.is_sharded_by_fsdp else self.verl_model_config.hf_config
+
+    @property
     def generation_config(self) -> GenerationConfig | None:
         return super().generation_config if self.is_sharded_by_fsdp else self.verl_model_config.generation_config
 
-    @property
-    def num_parameters(self) -> int:
-        return super().num_parameters if self.is_sharded_by_fsdp else self._num_parameters_of_other_engines
-
     @cached_property
-    def _num_parameters_of_other_engines(self) -> int:
+    def num_parameters(self) -> int:
+        if self.is_sharded_by_fsdp:
+            return super().num_parameters
         return sum(parameter.numel() for parameter in self._empty_model().parameters())
 
     @property
     def largest_unit_bytes(self) -> int:
-        return super().largest_unit_bytes if self.is_sharded_by_fsdp else 0  # what others take is not known
-
-    @property
-    def model_config(self) -> PretrainedConfig:
-        return super().model_config if self.is_sharded_by_fsdp else self.verl_model_config.hf_config
+        return super().largest_unit_bytes if self.is_sharded_by_fsdp else 0  # other engines do not say
 
     def gather(self, dtype: torch.dtype, *, keep: bool) -> PreTrainedModel | None:
         from verl_valgen.weights.gather import collect
@@ -93,7 +86,7 @@ class SFTHost(Host):
                 keep=keep,
             )
         if model is not None:
-            model.__class__ = _with_original_forward(type(model))
+            model.__class__ = fused_kernels.with_original_forward(type(model))
         return model
 
     def why_not_sharded(self) -> str | None:
@@ -101,14 +94,9 @@ class SFTHost(Host):
             return f"the model of {type(self.engine).__name__} is no transformers model"
         if self.engine.ulysses_sequence_parallel_size > 1:
             return "with engine.ulysses_sequence_parallel_size > 1 a forward pass takes a part of each sequence"
-        if self.model_class in _original_forwards and self.verl_model_config.use_fused_kernels:
+        if fused_kernels.may_be_replaced(self.model_class) and self.verl_model_config.use_fused_kernels:
             return "with model.use_fused_kernels a forward pass gives no logits"
         return None
-
-    @property
-    def chat_template_kwargs(self) -> Mapping[str, Any]:
-        thinking = OmegaConf.select(self.config, "data.enable_thinking_default")
-        return {**super().chat_template_kwargs, **({} if thinking is None else {"enable_thinking": bool(thinking)})}
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -138,7 +126,8 @@ class SFTHost(Host):
         """The engine's parameters under Hugging Face's names. Collective: all ranks must exhaust it.
 
         Raises:
-            ValueError: The engine gives adapters apart from the weights. (The other ranks give nothing.)
+            ValueError: On the logging rank, if the engine exports adapters apart from the weights. (Other ranks then
+                yield nothing.)
         """
         parameters, peft_config = self.engine.get_per_tensor_param()
         if peft_config is None:
@@ -160,14 +149,12 @@ class SFTHost(Host):
 
     def why_no_validation_batch(self) -> str | None:
         trainer = self.trainer
-        if not self.config.data.val_files:
-            return "data.val_files is not set" + (
-                f", so verl will fail where it validates (trainer.test_freq={trainer.test_freq})"
-                if trainer.test_freq > 0
-                else ""
-            )
         if trainer.val_dataloader is not None and len(trainer.val_dataloader) > 0:
             return None
+        if not trainer.val_dataset:
+            problem = "has no rows" if self.config.data.val_files else "is not set"
+            fails = f", so verl will fail where it validates (trainer.test_freq={trainer.test_freq})"
+            return f"data.val_files {problem}{fails if trainer.test_freq > 0 else ''}"
         num_ranks = self.engine.get_data_parallel_size()
         return (
             f"data.val_files has {len(trainer.val_dataset)} rows, fewer than one global batch "
@@ -175,20 +162,38 @@ class SFTHost(Host):
             f"{num_ranks} data-parallel ranks), and verl drops incomplete batches: its val/loss will be nan"
         )
 
+    @property
+    def chat_template_kwargs(self) -> Mapping[str, Any]:
+        thinking = OmegaConf.select(self.config, "data.enable_thinking_default")
+        return {**super().chat_template_kwargs, **({} if thinking is None else {"enable_thinking": bool(thinking)})}
+
     @classmethod
-    @contextmanager
-    def while_building(cls) -> Iterator[None]:
-        """Keeps the `forward` that `model.use_fused_kernels` replaces, in the model's class, by one without logits."""
-        from verl.workers.engine.fsdp import transformer_impl
+    def _foretell_crash(cls, config: DictConfig, num_ranks: int) -> str | None:
+        if config.engine.strategy not in ("fsdp", "fsdp2"):  # other engines split the ranks in ways of their own
+            return None
+        if not config.data.val_files:
+            problem = "must be set"
+        elif forecast.num_rows(config, "val") == 0:
+            problem = f"must have rows, got {printable(str(config.data.val_files), 200)}, which has none"
+        else:
+            return None
+        schedule = forecast.new_schedule(config, num_ranks // config.engine.ulysses_sequence_parallel_size)
+        # Where only the last step would validate, verl sees that there is nothing to validate.
+        if schedule is None or schedule.test_freq <= 0:
+            return None
+        steps = [step for step in schedule.validation_steps() if step % schedule.test_freq == 0]
+        if not steps:
+            return None
+        return (
+            f"data.val_files {problem}: trainer.test_freq={config.trainer.test_freq} makes verl validate at step "
+            f"{steps[0]}, where it would crash"
+        )
 
-        patch_model = transformer_impl.apply_monkey_patch
+    @classmethod
+    def has_accelerator(cls, module: ModuleType) -> bool:
+        from verl.utils.device import is_cuda_available, is_npu_available
 
-        def apply_monkey_patch(model: Any, *args: Any, **kwargs: Any) -> Any:
-            _original_forwards.setdefault(type(model), type(model).forward)
-            return patch_model(model, *args, **kwargs)
-
-        with patched(transformer_impl, "apply_monkey_patch", apply_monkey_patch):
-            yield
+        return is_cuda_available or is_npu_available
 
     @classmethod
     @contextmanager
@@ -201,14 +206,12 @@ class SFTHost(Host):
             yield
 
     @classmethod
-    def has_accelerator(cls, module: ModuleType) -> bool:
-        from verl.utils.device import is_cuda_available, is_npu_available
-
-        return is_cuda_available or is_npu_available
+    def while_building(cls) -> AbstractContextManager[None]:
+        return fused_kernels.forwards_remembered()
 
 
 def _compute_dtype(engine_config: Any) -> torch.dtype:
     from verl.utils.torch_dtypes import PrecisionType
 
-    mixed_precision = getattr(engine_config, "mixed_precision", None) or {}  # FSDP's; others have no such key
+    mixed_precision = getattr(engine_config, "mixed_precision", None) or {}  # a key of FSDP's configuration alone
     return PrecisionType.to_dtype(mixed_precision.get("param_dtype", "bf16"))
