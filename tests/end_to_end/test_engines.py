@@ -136,9 +136,10 @@ def test_without_validation_data_the_cause_is_named(server, tmp_path, assets):
     assert len(result.logged("train/loss")) == 3
 
 
-def test_where_a_trainer_of_ones_own_may_bring_data_verls_failure_stays_verls(tmp_path, assets):
+def test_where_a_trainer_of_ones_own_may_bring_data_verls_failure_stays_verls(server, tmp_path, assets):
     overrides = [*assets.overrides(), "data.val_files=null", "trainer.test_freq=2"]
-    result = run(tmp_path, overrides, environment=GREEDY, program=write_program(tmp_path / "program.py", "pass"))
+    program = write_program(tmp_path / "program.py", "pass")
+    result = server.run(tmp_path, overrides, environment=GREEDY, program=program)
     assert result.returncode != 0
     assert "so verl will fail where it validates (trainer.test_freq=2)" in result.output
     assert "'NoneType' object is not iterable" in result.output

@@ -82,10 +82,11 @@ def few_rows(assets: Assets, directory: Path, num_rows: int) -> str:
 
 
 @pytest.mark.skipif(HAS_ENGINES, reason="with engines verl goes on: see test_engines.py")
-def test_a_validation_set_that_yields_no_batch(tmp_path, assets):
+def test_a_validation_set_that_yields_no_batch(server, tmp_path, assets):
     """In a program with a trainer of its own, which might bring its own data: nothing is certain before it is built."""
     overrides = [*assets.overrides(multiturn=True), few_rows(assets, tmp_path, VAL_BATCH_SIZE - 1)]
-    result = run(tmp_path, overrides, environment=GREEDY, program=write_program(tmp_path / "program.py", "pass"))
+    program = write_program(tmp_path / "program.py", "pass")
+    result = server.run(tmp_path, overrides, environment=GREEDY, program=program)
     assert (
         "no samples: data.val_files has 3 rows, fewer than one batch on each of 1 data-parallel ranks" in result.output
     )

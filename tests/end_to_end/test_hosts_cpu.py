@@ -9,6 +9,8 @@ from checkpoints import read_sharded
 from end_to_end.trainer import HAS_ENGINES, MODEL_KEY, VAL_BATCH_SIZE, strategy
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 SAVE_CONTENTS = "checkpoint.save_contents" if HAS_ENGINES else "trainer.checkpoint.save_contents"
 
 
