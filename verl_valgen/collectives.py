@@ -53,13 +53,13 @@ def largest(value: float, device: torch.device) -> float:
 
 
 def broadcast(value: Any, is_source: bool, device: torch.device) -> Any:
-    """What JSON makes of the source's value (a tuple becomes a list). Collective: all ranks must call.
+    """Returns the source's value on every rank, as JSON makes it (a tuple becomes a list). Collective: all ranks must call.
 
     Args:
-        value: Of the one rank that is the source; whatever the others pass is not looked at.
+        value: Read on the source alone, which is exactly one rank.
 
     Raises:
-        Exception: On the source, where its value cannot be sent, after the last collective; the others get None.
+        Exception: On the source, after the last collective, if its value cannot be sent; the others get None.
     """
     if world_size() == 1:
         return json.loads(json.dumps(value))
@@ -74,7 +74,7 @@ def broadcast(value: Any, is_source: bool, device: torch.device) -> Any:
 
 
 def gather_values(value: Any, device: torch.device) -> list[Any]:
-    """What JSON makes of the values of all ranks, in their order. Collective: all ranks must call.
+    """Returns the values of all ranks in rank order, as JSON makes them. Collective: all ranks must call.
 
     Raises:
         Exception: On a rank whose value cannot be sent, after the last collective; the others get None for it.
@@ -128,7 +128,7 @@ def run_on_all_ranks(
 
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """What `function` returns, or the exception that it raised. Not collective.
+    """Returns (result of `function`, None), or (None, the exception that it raised). Not collective.
 
     The exception's frames are cleared: they may hold a copy of the model, whose memory is to be free when ranks meet.
     """
@@ -146,7 +146,7 @@ _NOTHING = torch.zeros(0, dtype=torch.uint8)
 
 
 def _encoded(value: Any) -> tuple[Tensor, Exception | None]:
-    """Nothing, and why, where JSON has no word for the value."""
+    """The value as bytes of JSON, or nothing and the reason why it cannot be sent."""
     try:
         # JSON escapes whatever is not ASCII.
         return torch.frombuffer(bytearray(json.dumps(value).encode("ascii")), dtype=torch.uint8), None

@@ -1,6 +1,7 @@
 """The records that travel: prompts and queries in, requests and completions through a backend, samples and rounds out.
 
-This module owns their fields, and the order of the fields in a JSONL line. It knows neither models nor trackers.
+This module owns their fields, and the order of the fields in a JSONL line; they stay in one file, as they are read
+together. It knows neither models nor trackers.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Prompt:
     input_ids: list[int]
     """The model's input, up to and including the generation prompt; no padding."""
     text: str
-    """What a person reads: the last user message, or the prompt without special tokens."""
+    """The prompt for a person to read: the last user message, or all of it without special tokens."""
     reference: str | None
     """The expected answer without special tokens, stripped; None if there is none."""
     data: RowData = field(default_factory=RowData)
@@ -113,7 +114,7 @@ class Verdict(NamedTuple):
     vote: str
     """See `Metric.vote`."""
     texts: dict[str, str] = {}  # noqa: RUF012  (never written to)
-    """What a function returned beside numbers, by name: the answer that it extracted, say."""
+    """Texts that a function returned beside numbers, by name: the answer that it extracted, say."""
 
 
 @dataclass(frozen=True)

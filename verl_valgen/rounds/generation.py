@@ -47,7 +47,7 @@ class Begun:
     dtype: torch.dtype
     """The dtype of the computation; through the sharded model it is the trainer's own."""
     held: ExitStack
-    """What must be put back when the answers are there."""
+    """Closed when the answers are there: puts back what the round has moved."""
     model: PreTrainedModel | None = None
     """The gathered copy, on a rank that answers with one."""
     error: Exception | None = None

@@ -1,6 +1,7 @@
-"""How a round goes about it: with a copy or without, on how many ranks, how many prompts at once.
+"""The plan of a round, and the memory that it needs: with a copy or without, on how many ranks, in what batches.
 
-Pure functions on numbers that are the same on all ranks, so that all come to the same result without a word.
+`make_plan` and `shares` are pure functions on numbers that are the same on all ranks, so that all ranks come to the same
+plan without a message.
 """
 
 from __future__ import annotations
@@ -17,35 +18,40 @@ from verl_valgen.backends.batching import most_new_tokens
 from verl_valgen.records import Request
 
 FULL_BATCH, LARGEST_BATCH = 32, 64
-"""Of `generation.batch_size: auto`. Up to the first a step takes about as long as for one sequence, so that there is no
-use in another rank; between the two it takes less than twice as long, so that one batch is better than two, but two
-ranks are better still. (Measured: docs/performance.md.)"""
+"""Bounds of `generation.batch_size: auto`.
 
-# What is left of free memory for what nobody counts: fragmentation, workspaces, other processes.
+Up to FULL_BATCH sequences a decoding step takes as long as for one, so a second rank gains nothing. Up to LARGEST_BATCH
+it takes less than twice as long, so one batch beats two on the same rank. (Measured: docs/performance.md.)
+"""
+
+# The rest is for what nobody counts: fragmentation, workspaces, other processes.
 _SHARE_OF_FREE = 0.9
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a round needs of a device, in bytes."""
+    """The memory that a round needs on a device, in bytes."""
 
     copy: int
     """The plain copy, on a rank that answers."""
     unit: int
-    """What is whole at any one time during the gather, on every rank."""
+    """The largest unit that is whole at any one time during the gather, on every rank."""
     sequence: int
-    """One sequence, prompt and answer, the longest."""
+    """The longest sequence, prompt and answer."""
     logprobs: int = 0
-    """To tell how likely an answer is, one at a time."""
+    """The log-probability of one answer; they are computed one at a time."""
 
 
 @dataclass(frozen=True)
 class Plan:
+    """How a round is answered."""
+
     is_sharded: bool
-    """Through the sharded model, on all ranks; else with a plain copy."""
+    """Whether all ranks answer through the sharded model; else some answer with a plain copy."""
     num_ranks: int
-    """Those that answer: the logging rank, and after it the next."""
+    """Number of ranks that answer: the logging rank and those after it."""
     batch_size: int
+    """Most requests that one rank answers at once."""
 
 
 def make_plan(
@@ -59,10 +65,11 @@ def make_plan(
     batch_size: int | str,
     why_not_sharded: str | None,
 ) -> Plan:
-    """
+    """Chooses between copy and sharded model, and the numbers of ranks and requests at once.
+
     Args:
         num_requests: At least one.
-        free: Bytes that every rank has.
+        free: Bytes that are free on every rank.
         gather, ranks, batch_size: The settings of these names.
         why_not_sharded: Why the sharded model cannot generate; None where it can.
 
@@ -74,9 +81,9 @@ def make_plan(
     sharded_takes = needs.unit + needs.logprobs
     copy_takes = needs.copy + sharded_takes
     if gather != "sharded" and copy_takes + needs.sequence <= free:
-        most_ranks = min(world_size if ranks == "auto" else int(ranks), world_size, num_requests)
-        size = _batch_size(batch_size, num_requests, most_ranks, (free - copy_takes) / needs.sequence)
-        num_ranks = min(most_ranks, max(1, num_requests // size)) if ranks == "auto" else most_ranks
+        max_ranks = min(world_size if ranks == "auto" else int(ranks), world_size, num_requests)
+        size = _batch_size(batch_size, num_requests, max_ranks, (free - copy_takes) / needs.sequence)
+        num_ranks = min(max_ranks, max(1, num_requests // size)) if ranks == "auto" else max_ranks
         return Plan(False, num_ranks, size)
     if gather != "copy" and why_not_sharded is None and sharded_takes + needs.sequence <= free:
         return Plan(
@@ -92,16 +99,16 @@ def make_plan(
 
 
 def shares(num_requests: int, num_ranks: int) -> list[range]:
-    """The requests of each rank that answers: neighbours, as even as may be, in their order."""
+    """The indices of each answering rank's requests: contiguous, in order, and as evenly divided as possible."""
     bounds = [num_requests * i // num_ranks for i in range(num_ranks + 1)]
     return [range(begin, end) for begin, end in pairwise(bounds)]
 
 
-def _batch_size(setting: int | str, num_requests: int, num_ranks: int, that_fit: float) -> int:
-    """What is asked for, as far as it fits: what does not would be halved anyway."""
+def _batch_size(setting: int | str, num_requests: int, num_ranks: int, num_that_fit: float) -> int:
+    """The batch size that is asked for, as far as it fits: a larger one would be halved anyway."""
     share = math.ceil(num_requests / num_ranks)
     wanted = min(max(share, FULL_BATCH), LARGEST_BATCH) if setting == "auto" else int(setting)
-    return max(1, int(min(wanted, that_fit)))
+    return max(1, int(min(wanted, num_that_fit)))
 
 
 def _gib(num_bytes: float) -> str:
@@ -109,7 +116,7 @@ def _gib(num_bytes: float) -> str:
 
 
 def free_bytes(device: torch.device) -> float:
-    """What this process can still allocate on a device; told of CUDA alone, elsewhere without limit."""
+    """Bytes that this process can still allocate on a device; infinity except on CUDA, where it is known."""
     if device.type != "cuda":
         return math.inf
     free, _ = torch.cuda.mem_get_info(device)
@@ -117,7 +124,7 @@ def free_bytes(device: torch.device) -> float:
 
 
 def sequence_bytes(config: Any, prompt_length: int, max_new_tokens: int, dtype: torch.dtype) -> int:
-    """An estimate, on the large side, of what one sequence takes while it is answered.
+    """Bytes that one sequence takes while it is answered, estimated on the large side.
 
     Keys and values, the widest activations of the prompt's forward pass, and what logits processors make of the logits.
 
@@ -135,7 +142,7 @@ def sequence_bytes(config: Any, prompt_length: int, max_new_tokens: int, dtype: 
 
 
 def largest_sequence_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> int:
-    """`sequence_bytes` of the request that takes the most, all of its beams together; 0 of none."""
+    """`sequence_bytes` of the request that takes the most, with all of its beams; 0 without requests."""
     return max(
         (
             sequence_bytes(config, len(request.input_ids), most_new_tokens(request, config), dtype)
@@ -147,7 +154,7 @@ def largest_sequence_bytes(requests: Sequence[Request], config: Any, dtype: torc
 
 
 def logprobs_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> int:
-    """What it takes to say how likely an answer is, of the request that takes the most; 0 where none asks for it.
+    """Bytes that the log-probability of an answer takes, for the request that takes the most; 0 where none asks for it.
 
     The logits of all its tokens, and in float32 three times those of the new ones.
     """

@@ -1,4 +1,4 @@
-"""What happens once before the first round, on the logging rank: prompts are read, and the run says what will come."""
+"""Preparation of a run's rounds on the logging rank: reads the prompts, and logs what will come and when."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _PACKAGES = ("verl-valgen", "verl", "torch", "transformers", "peft")
 
 
 def describe_run(host: Host, settings: GenerationSettings, start_step: int) -> dict[str, Any]:
-    """What is known of a run when it starts, as JSON holds it. Of verl's configuration only what names things."""
+    """Describes a run that starts, in values that JSON holds; verl's configuration is not copied, which may hold secrets."""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "start_step": start_step,

@@ -1,1 +1,1 @@
-"""What answers are worth: metrics of single samples, and the numbers of a round."""
+"""Scores: metrics judge single samples, aggregates make the numbers of a round of them."""

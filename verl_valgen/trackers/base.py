@@ -1,4 +1,4 @@
-"""What a tracker is.
+"""The interface of a tracker.
 
 A tracker takes finished rounds to one destination. It knows nothing of models, ranks or verl, and it may raise:
 `composite.py` is the one place that catches, warns and disables. A tracker is opened on the trainer's thread, and used
@@ -19,7 +19,7 @@ class Tracker(ABC):
     """Whether the trainer waits for a call, if only for a moment; else calls are made while it goes on."""
 
     is_kept = False
-    """Whether it is called again however often it failed: a disk that was full may have room again."""
+    """Whether the tracker is called again however often it failed: a disk that was full may have room again."""
 
     @abstractmethod
     def log(self, round: Round) -> None:

@@ -26,7 +26,7 @@ _RUNS_FILE = "runs.json"
 """A list of the runs that have written to the folder, in the order of their starts."""
 
 _FILES_OF_A_RUN = (_RUNS_FILE, "best.json")
-"""What belongs to a run as a whole, beside its step files."""
+"""Files that describe a run as a whole, beside its step files."""
 
 
 class JsonlTracker(Tracker):

@@ -1,4 +1,4 @@
-"""What trackers show of a round: the table `val/samples`, texts `val/sample_<i>_prompt/_generation`, and numbers.
+"""The contents that trackers show of a round: the table `val/samples`, texts `val/sample_<i>_prompt/_generation`, and numbers.
 
 This module owns the columns, the keys, and which text is cut to which length. It knows no tracker: cells are str, int,
 float or None.

@@ -1,4 +1,4 @@
-"""Metrics: what a sample is worth. Here are their names, and how a setting becomes one.
+"""Metrics judge single samples. Here are their names, and how a setting becomes a metric.
 
 A new one is a class in a module here and a line in `METRICS`. `check_metrics` executes nothing of a user's: functions
 are loaded where they run, in a process of their own (`worker.py`). No module here imports torch.
@@ -21,9 +21,9 @@ class BuiltIn(NamedTuple):
     path: str
     """module:class"""
     package: str | None = None
-    """What it imports."""
+    """The package that the metric imports."""
     extra: str | None = None
-    """Of ours, which installs that."""
+    """Our extra that installs the package."""
 
 
 METRICS = {

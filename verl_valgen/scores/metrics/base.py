@@ -1,4 +1,4 @@
-"""What a metric is."""
+"""The interface of a metric, and how texts are normalized to be compared."""
 
 from __future__ import annotations
 

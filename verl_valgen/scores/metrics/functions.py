@@ -20,16 +20,16 @@ from verl_valgen.settings.checks import ConfigError, plain
 _MAX_SOURCE_BYTES = 1 << 20
 
 _VERLS_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
-"""Of verl's reward functions; each takes some of them."""
+"""The arguments of verl's reward functions; each function takes some of them."""
 
 
 _NAME = re.compile("([A-Za-z0-9_-]{1,64})=(.*)", re.DOTALL)
 
 
 def parts(spec: str) -> tuple[str, str, str]:
-    """Of a function: what it is recorded as, its file or module, its name there. Of another metric: its name, "", "".
+    """Splits the specification of a metric into the name that it is recorded as, its file or module, its name there.
 
-    `name=file.py:function` gives another name than the function's own.
+    The last two are "" for a metric of ours. `name=file.py:function` records a function under another name than its own.
     """
     named = _NAME.fullmatch(spec)
     path, _, attribute = (named[2] if named else spec).rpartition(":")
@@ -37,7 +37,7 @@ def parts(spec: str) -> tuple[str, str, str]:
 
 
 def metric_name(spec: str) -> str:
-    """What a metric is recorded as: its own name, or that of the function."""
+    """The name that a metric is recorded as: its own, or the function's."""
     return parts(spec)[0]
 
 
@@ -83,12 +83,12 @@ def check_function(spec: str, source: str) -> None:
             raise ConfigError(f"{source}: {shown}: there is no such file")
     else:
         try:
-            found = importlib.util.find_spec(path)
+            module_spec = importlib.util.find_spec(path)
         except (ImportError, ValueError, AttributeError) as e:
             raise ConfigError(f"{source}: {shown}: {plain(str(e), 200)}") from None
-        if found is None:
+        if module_spec is None:
             raise ConfigError(f"{source}: {shown}: there is no such module")
-        file = Path(found.origin) if found.origin and found.origin.endswith(".py") else None
+        file = Path(module_spec.origin) if module_spec.origin and module_spec.origin.endswith(".py") else None
     if file is None:
         return  # no source to read: it will be seen when it is loaded
     if file.stat().st_size > _MAX_SOURCE_BYTES:
@@ -110,7 +110,7 @@ def check_function(spec: str, source: str) -> None:
 
 def _definition(tree: ast.Module, name: str) -> ast.stmt | None:
     """The last statement of a module that binds a name; a star import might bind any."""
-    found = None
+    definition = None
     for statement in _statements(tree):
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names = {statement.name}
@@ -121,12 +121,12 @@ def _definition(tree: ast.Module, name: str) -> ast.stmt | None:
         else:
             continue
         if names & {name, "*"}:
-            found = statement
-    return found
+            definition = statement
+    return definition
 
 
 def _statements(node: ast.AST) -> Iterator[ast.stmt]:
-    """Those of a module, in order, within `if`, `try` and `with` too, but not within functions and classes."""
+    """The statements of a module, in order, within `if`, `try` and `with` too, but not within functions and classes."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.stmt):
             yield child

@@ -36,7 +36,10 @@ class Math(Metric):
         return float(self._verify(gold, self._parsed(sample.generation))) if gold else None
 
     def _parsed(self, text: str) -> list[Any]:
-        """What math-verify finds. It takes a formula for one within delimiters, and of a bare one the first number."""
+        """The mathematics that math-verify finds in a text.
+
+        It recognises a formula within delimiters only; of a bare one it would take the first number.
+        """
         is_bare = not any(delimiter in text for delimiter in _DELIMITERS) and not _PROSE.search(text)
         return (is_bare and self._parse(f"${text}$")) or self._parse(text)
 

@@ -30,7 +30,7 @@ class _Sacrebleu(ReferenceMetric):
             import sacrebleu
         except ImportError as error:
             raise ImportError(f"{self.name} needs a package: pip install verl-valgen[metrics]") from error
-        # Of sentences: without the effective order, those of fewer than four words would all be 0.
+        # Without the effective order, sentences of fewer than four words would all score 0.
         self._metric = sacrebleu.BLEU(effective_order=True) if self.name == "bleu" else sacrebleu.CHRF()
 
     def compare(self, answer: str, reference: str) -> float:
