@@ -53,7 +53,7 @@ def largest(value: float, device: torch.device) -> float:
 
 
 def broadcast(value: Any, is_source: bool, device: torch.device) -> Any:
-    """Returns the source's value on every rank, as JSON makes it (a tuple becomes a list). Collective: all ranks must call.
+    """Returns the source's value on every rank, as JSON makes it: a tuple becomes a list. Collective: all must call.
 
     Args:
         value: Read on the source alone, which is exactly one rank.

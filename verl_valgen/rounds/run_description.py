@@ -17,7 +17,7 @@ _PACKAGES = ("verl-valgen", "verl", "torch", "transformers", "peft")
 
 
 def describe_run(host: Host, settings: GenerationSettings, start_step: int) -> dict[str, Any]:
-    """Describes a run that starts, in values that JSON holds; verl's configuration is not copied, which may hold secrets."""
+    """Describes a run in values that JSON holds. verl's configuration may hold secrets, and is not copied."""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "start_step": start_step,

@@ -1,4 +1,4 @@
-"""The contents that trackers show of a round: the table `val/samples`, texts `val/sample_<i>_prompt/_generation`, and numbers.
+"""Contents that trackers show of a round: table `val/samples`, texts `val/sample_<i>_prompt/_generation`, numbers.
 
 This module owns the columns, the keys, and which text is cut to which length. It knows no tracker: cells are str, int,
 float or None.

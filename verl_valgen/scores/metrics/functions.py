@@ -29,7 +29,7 @@ _NAME = re.compile("([A-Za-z0-9_-]{1,64})=(.*)", re.DOTALL)
 def parts(spec: str) -> tuple[str, str, str]:
     """Splits the specification of a metric into the name that it is recorded as, its file or module, its name there.
 
-    The last two are "" for a metric of ours. `name=file.py:function` records a function under another name than its own.
+    The last two are "" for a metric of ours. `name=file.py:function` records a function under another name.
     """
     named = _NAME.fullmatch(spec)
     path, _, attribute = (named[2] if named else spec).rpartition(":")
