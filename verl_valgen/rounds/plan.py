@@ -1,6 +1,6 @@
 """The plan of a round, and the memory that it needs: with a copy or without, on how many ranks, in what batches.
 
-`make_plan` and `shares` are pure functions on numbers that are the same on all ranks, so that all ranks come to one plan
+`make_plan` and `shares` are pure functions on numbers that are the same on all ranks, so that all come to the same plan
 without a message.
 """
 
