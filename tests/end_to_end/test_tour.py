@@ -123,5 +123,5 @@ def test_a_resumed_run_makes_its_rounds_again_and_sets_later_ones_aside(tour: To
     assert (resumed.generations / "old-1" / names[-1]).read_bytes() == (whole.generations / names[-1]).read_bytes()
     best = [json.loads((run.generations / "best.json").read_text()) for run in (whole, resumed)]
     assert best[0] == best[1]
-    assert "samples at steps 2 and 4, in checkpoints/generations" in resumed.output
+    assert " at steps 2 and 4, in checkpoints/generations" in resumed.output
     assert "samples of an earlier run beyond step 2 were moved to checkpoints/generations/old-1" in resumed.output

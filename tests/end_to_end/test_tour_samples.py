@@ -50,7 +50,9 @@ def test_it_ends_well_with_one_warning_per_cause(finished):
 
 
 def test_every_prompt_is_answered_under_each_strategy_at_every_round(finished):
-    assert f"{NUM_SAMPLES} samples at steps 0, 2 and 4, in checkpoints/generations" in finished.output
+    shape = f"({NUM_PROMPTS} prompts x {NUM_SAMPLES // NUM_PROMPTS} completions)"
+    assert f"{NUM_SAMPLES} samples {shape} at steps 0, 2 and 4, in checkpoints/generations" in finished.output
+    assert f"strategies: {', '.join(STRATEGIES)}; metrics: " in finished.output
     for step in ROUNDS:
         samples = finished.samples(step)
         assert [(s["index"], s["strategy"], s["completion"]) for s in samples] == [

@@ -33,6 +33,10 @@ class SmallHost:
         return True
 
     @staticmethod
+    def why_validation_will_crash(config: DictConfig, num_ranks: int) -> str | None:
+        return None
+
+    @staticmethod
     def launch_support(module: Any, config: DictConfig) -> Any:
         return nullcontext()
 
