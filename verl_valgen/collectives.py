@@ -116,7 +116,7 @@ def run_on_all_ranks(
         reports = [report] if device is None else gather_values(report, device)
     except Exception as e:  # this rank's value cannot be sent
         reports, error = [[None, describe(e)]], e
-    reports = [report or [None, "its result could not be sent"] for report in reports]
+    reports = [report or [None, "what it found could not be sent"] for report in reports]
     failed = {rank: text for rank, (_, text) in enumerate(reports) if text is not None}
     if not failed:
         return [value for value, _ in reports]
