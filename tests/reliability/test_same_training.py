@@ -8,6 +8,7 @@ stopped at a checkpoint and went on from there. The tour (`end_to_end/test_tour.
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -103,13 +104,17 @@ def runs_of(training: Training, directory: Path) -> Iterator[dict[str, tuple[Run
     shutil.rmtree(directory)
 
 
+LATE = re.compile(r"\w+: a round takes longer than [\d.]+ s to record; training does not wait")
+
+
 @pytest.mark.parametrize("half", [0, 1], ids=["whole", "resumed"])
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_that_a_run_leaves_differs(runs, way, half):
     if way not in runs:
         pytest.skip("a part of the ways is tried")
     on, off = runs[way][half], runs["off"][half]
-    assert on.warnings == []
+    # A disk may be slow for a moment, on a busy machine.
+    assert [warning for warning in on.warnings if not LATE.fullmatch(warning)] == []
     assert [path.name for path in sorted(on.generations.glob("step_*"))] == [
         f"step_{step:08d}.jsonl" for step in ((0, 2, 4) if half == 0 else (2, 4))
     ]
