@@ -129,14 +129,14 @@ def test_no_key_is_in_what_a_run_says_and_writes(watched):
     folders = (directory / "hydra", watched.run.generations)
     paths = [directory / "stdout.txt", directory / "stderr.txt"]
     paths += [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    assert len(paths) == 2 + 4 + 2  # Hydra's log and its three files, the rounds of steps 2 and 3
+    assert len(paths) == 2 + 4 + 3  # Hydra's log and its three files, the rounds of steps 2 and 3, runs.json
     assert "[verl_valgen.rounds.generation][DEBUG]" in watched.run.output
     found = [(path.name, secret) for path in paths for secret in SECRETS if secret in path.read_text(errors="replace")]
     assert found == []
     # That the trackers and the metric failed, and why, is said all the same.
     assert "http://***@127.0.0.1" in watched.run.output
     assert "swanlab: a round was not recorded: PermissionError: 401: refused ***" in watched.run.output
-    assert "judge: a sample has no score: RuntimeError: no answer for ***" in watched.run.output
+    assert "4 of 4 samples have no score, prompt 1 first: RuntimeError: no answer for *** (judge.py" in watched.run.output
 
 
 @pytest.mark.slow
@@ -172,7 +172,7 @@ def test_rounds_write_into_the_folder_and_the_trackers_runs_alone(watched, close
     of_trackers = [directory / name for name in ("wandb", "swanlog", "tmp")]
     written = [Path(path) for path in watched.notes[0]["written"] if path != os.devnull]
     of_rounds = {path for path in written if path.is_relative_to(watched.run.generations)}
-    assert {path.name for path in of_rounds} == {f"step_{step:08d}.jsonl.tmp" for step in (2, 3)}
+    assert {path.name for path in of_rounds} == {f"step_{step:08d}.jsonl.tmp" for step in (2, 3)} | {"runs.json.tmp"}
     elsewhere = set(written) - of_rounds
     assert [path for path in elsewhere if not any(map(path.is_relative_to, of_trackers))] == []
     assert watched.notes[1]["written"] == []
