@@ -42,8 +42,9 @@ test-fsdp-sft: $(FSDP_SFT)/.installed  ## runs them with verl.trainer.fsdp_sft_t
 test-engine: $(ENGINE)/.installed  ## runs them with verl.trainer.sft_trainer (verl 0.9.1)
 	$(call run_pytest,$(ENGINE), and not any_verl)
 
+# One environment after the other, for some of these runs take two ranks and are timed.
 test-slow: install  ## runs the slow tests with both trainers: 24 minutes on two cores
-	$(MAKE) --no-print-directory -j2 test-fsdp-sft test-engine LEVEL=slow
+	$(MAKE) --no-print-directory --keep-going test-fsdp-sft test-engine LEVEL=slow WORKERS=2
 
 test-all:  ## runs both, one after the other
 	$(MAKE) --no-print-directory test
