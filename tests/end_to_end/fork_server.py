@@ -21,7 +21,7 @@ from typing import Any
 _GRACE_S = 20.0
 """For the other ranks, once one has failed."""
 
-_MAX_RUN_S = 600.0
+_MAX_RUN_S = 300.0
 """A run that has not ended by then is killed, so that its test fails."""
 
 _IMPORTS = ("peft", "transformers.models.llama.modeling_llama", "transformers.generation.utils")
