@@ -61,8 +61,8 @@ MUTANTS = [
     Mutant(
         "one parameter of the copy is wrong",
         "weights/gather.py",
-        "plain.receive(name, parameter)",
-        'plain.receive(name, parameter * (2 if ".0." in name and "o_proj" in name else 1))',
+        "copy.receive(name, parameter)",
+        'copy.receive(name, parameter * (2 if ".0." in name and "o_proj" in name else 1))',
         f"{TOUR} tests/distributed/test_gather.py",
     ),
     Mutant(

@@ -48,7 +48,7 @@ def smallest(value: float, device: torch.device) -> float:
 
 
 def largest(value: float, device: torch.device) -> float:
-    """Collective: all ranks must call."""
+    """The largest value of all ranks, in float64. Collective: all ranks must call."""
     return -smallest(-value, device)
 
 

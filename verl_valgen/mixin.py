@@ -29,7 +29,7 @@ class ValidationGenerationMixin:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         host_class, _ = host_class_for(type(self))
         checked = self._preflight
-        if checked is None or checked.config is not config:  # a trainer that a program constructs by itself
+        if checked is None or not checked.still_holds(config):  # a trainer that a program constructs by itself
             checked = preflight(config)
         with host_class.while_building():
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]

@@ -61,10 +61,10 @@ class Query:
     best_of: int
     """Number of candidates from which each completion is chosen."""
 
-    @property
-    def where(self) -> str:
-        """Where the prompt comes from, for warnings."""
-        return f"row {self.prompt.row}" if self.prompt.row is not None else f"prompt {self.index + 1}"
+
+def origin(row: int | None, index: int) -> str:
+    """Where a prompt comes from, for warnings: its row, or without one its number in the round, from 1."""
+    return f"row {row}" if row is not None else f"prompt {index + 1}"
 
 
 @dataclass(frozen=True)

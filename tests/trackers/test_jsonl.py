@@ -162,3 +162,17 @@ def test_each_run_is_described(tmp_path):
             tracker.log(make_round([make_sample(step)], step))
     runs = json.loads((tmp_path / "runs.json").read_text())
     assert [run["experiment"] for run in runs] == ["first \x1b[31m", "second"]
+
+
+def test_a_description_that_cannot_be_written_costs_no_round(tmp_path):
+    tracker = JsonlTracker(tmp_path, {"model": object()})
+    with pytest.raises(TypeError, match="JSON serializable"):
+        tracker.log(make_round([make_sample(1)], 1))
+    tracker.log(make_round([make_sample(2)], 2))
+    assert sorted(read_jsonl(tmp_path)) == [1, 2]
+
+
+def test_a_new_run_takes_nothing_over_where_no_samples_are_left_either(tmp_path):
+    _touch(tmp_path, "runs.json", "best.json")
+    assert set_aside(tmp_path, 0) == tmp_path / "old-1"
+    assert os.listdir(tmp_path) == ["old-1"]

@@ -164,3 +164,17 @@ def test_a_misspelt_variable_ends_the_program_with_generation_off_too(calls, cap
     with pytest.raises(SystemExit):
         Program().run(OmegaConf.create({}))
     assert "did you mean VERL_GENERATION_ENABLED?" in capsys.readouterr().err
+
+
+def test_a_configuration_that_a_trainer_changes_is_read_anew(config, calls):
+    class Changing(Own):
+        def __init__(self, config: DictConfig) -> None:
+            config.generation.top_k = 9
+            super().__init__(config)
+
+    assert Program().run(config, Changing)._rounds.settings.top_k == 9
+
+
+def test_a_backend_is_looked_for_with_generation_off_too(calls):
+    with pytest.raises(ConfigError, match=r"generation\.backend must be one of auto, hf, fast, got 'nosuch'"):
+        Own(OmegaConf.create({"generation": {"enabled": False, "backend": "nosuch"}}))

@@ -1,7 +1,7 @@
 """`Host`: what the rest of the package asks of verl's trainers.
 
 Some of it is asked where generation is off, too (running on CPU, without flash-attn): `weights/` is imported only by
-the members that use it.
+the members that use it, so that a run with generation off loads none of it.
 """
 
 from __future__ import annotations
@@ -43,12 +43,6 @@ class Host(ABC):
     """The device that this rank computes on."""
     compute_dtype: torch.dtype
     """The parameters' dtype in verl's mixed precision."""
-
-    @property
-    def loggers(self) -> list[str]:
-        """verl's names of the trackers that the run asks for."""
-        loggers = self.config.trainer.logger
-        return [loggers] if isinstance(loggers, str) else list(loggers)
 
     @property
     def model_class(self) -> type:

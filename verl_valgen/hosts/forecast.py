@@ -1,4 +1,4 @@
-"""The numbers that verl's loop will decide by, told from the configuration alone, before anything is loaded.
+"""Predicts the rows and steps of a run from its configuration alone, before anything is loaded.
 
 Rows are counted in the footers of parquet files, which costs no more than opening them. A function returns None where
 it cannot be certain: remote files, a data set of the user's own, a run that may resume.

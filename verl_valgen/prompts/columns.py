@@ -26,10 +26,18 @@ def row_data(columns: Mapping[str, Any], params_key: str) -> RowData:
     data_source = cell_value(columns.get("data_source"))
     return RowData(
         data_source=None if data_source is None else str(data_source),
-        ground_truth=cell_value(columns.get("ground_truth")) if ground_truth is None else ground_truth,
+        ground_truth=_as_json(cell_value(columns.get("ground_truth")) if ground_truth is None else ground_truth),
         extra_info=cell_value(columns.get("extra_info")),
         params=cell_value(columns.get(params_key)),
     )
+
+
+def _as_json(value: Any) -> Any:
+    """A value as it comes back from JSON, in which it is recorded: what JSON cannot hold becomes text."""
+    try:
+        return json.loads(json.dumps(value, default=str, skipkeys=True))
+    except (ValueError, RecursionError):  # circular, or nested too deeply
+        return str(value)[:1000]
 
 
 def parameters(value: Any) -> dict[str, Any]:

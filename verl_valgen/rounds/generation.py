@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Begun:
+class GatheredRound:
     """Requests for which the weights are gathered, and which are still to be answered."""
 
     plan: Plan
@@ -43,11 +43,11 @@ class Begun:
     """The requests of this rank."""
     logging_rank: int
     deadline: float
-    """`time.time()` after which no answer is begun."""
+    """`time.time()` after which no answer is gathered."""
     dtype: torch.dtype
     """The dtype of the computation; through the sharded model it is the trainer's own."""
-    held: ExitStack
-    """Closed when the answers are there: puts back what the round has moved."""
+    cleanup: ExitStack
+    """Closed when the answers are there: puts back what the round has offloading."""
     model: PreTrainedModel | None = None
     """The gathered copy, on a rank that answers with one."""
     error: Exception | None = None
@@ -59,7 +59,7 @@ class Answerer:
 
     def __init__(self, host: Host, settings: GenerationSettings) -> None:
         self.host, self.settings = host, settings
-        self.log = OnceLogger(logger)
+        self.warnings = OnceLogger(logger)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,10 +70,10 @@ class Answerer:
         return torch.float32 if self.host.device.type == "cpu" else self.host.compute_dtype
 
     def __call__(self, requests: Sequence[Request] | None) -> list[Completion] | None:
-        """`begin` and `finish`. Collective: all ranks must call."""
+        """Answers requests in one go: gathers the weights, then generates. Collective: all ranks must call."""
         return self.finish(self.begin(requests))
 
-    def begin(self, requests: Sequence[Request] | None) -> Begun | None:
+    def begin(self, requests: Sequence[Request] | None) -> GatheredRound | None:
         """Shares the requests out and gathers the weights. Collective: all ranks must call.
 
         Args:
@@ -103,8 +103,8 @@ class Answerer:
             return None
         with ExitStack() as stack:
             stack.enter_context(preserved_blas_workspaces(host.device))
-            moved = stack.enter_context(ExitStack())
-            free = run_on_all_ranks(lambda: self._prepare(moved), host.is_logging_rank, host.device)
+            offloading = stack.enter_context(ExitStack())
+            free = run_on_all_ranks(lambda: self._prepare(offloading), host.is_logging_rank, host.device)
             if free is None:
                 return None
             try:
@@ -118,11 +118,11 @@ class Answerer:
             indices = shares(len(all_requests), plan.num_ranks)[position] if position < plan.num_ranks else range(0)
             share = [all_requests[i] for i in indices]
             dtype = host.compute_dtype if plan.is_sharded else self.dtype
-            model, error = (None, None) if plan.is_sharded else attempt(lambda: self._gather(share, moved))
-            return Begun(plan, share, logging_rank, deadline, dtype, stack.pop_all(), model, error)
+            model, error = (None, None) if plan.is_sharded else attempt(lambda: self._gather(share, offloading))
+            return GatheredRound(plan, share, logging_rank, deadline, dtype, stack.pop_all(), model, error)
 
-    def finish(self, begun: Begun | None) -> list[Completion] | None:
-        """Generates. Collective: all ranks must call.
+    def finish(self, gathered: GatheredRound | None) -> list[Completion] | None:
+        """Answers the requests of a gathered round on all ranks that have a share. Collective: all ranks must call.
 
         Returns:
             One completion per request, in their order, on the logging rank; None elsewhere. [] on the logging rank
@@ -131,24 +131,24 @@ class Answerer:
         Raises:
             Exception: As for `begin`.
         """
-        if begun is None:
+        if gathered is None:
             return [] if self.host.is_logging_rank else None
-        plan = begun.plan
-        with begun.held:
+        plan = gathered.plan
+        with gathered.cleanup:
             # Where only the logging rank answers, the ranks need not hear of each other.
             results = run_on_all_ranks(
-                lambda: self._generate(begun),
+                lambda: self._generate(gathered),
                 self.host.is_logging_rank,
                 None if plan.num_ranks == 1 else self.host.device,
             )
         if results is None or not self.host.is_logging_rank:
             return None
-        in_order = [results[(begun.logging_rank + position) % len(results)] for position in range(plan.num_ranks)]
+        in_order = [results[(gathered.logging_rank + position) % len(results)] for position in range(plan.num_ranks)]
         return [Completion(*fields) for completions in in_order for fields in completions]
 
-    def _prepare(self, moved: ExitStack) -> float:
+    def _prepare(self, offloading: ExitStack) -> float:
         """Moves the parameters to where they can be gathered from. Returns the number of bytes that are free then."""
-        moved.enter_context(self.host.on_device())
+        offloading.enter_context(self.host.on_device())
         return free_bytes(self.host.device)
 
     def _plan(self, requests: Sequence[Request], free: float) -> Plan:
@@ -171,7 +171,7 @@ class Answerer:
         )
         logger.debug("%s for %d prompts; %.1f GiB are free", plan, len(requests), free / 2**30)
         if plan.is_sharded and settings.gather == "auto" and host.is_logging_rank:
-            self.log.warn(
+            self.warnings.warn(
                 "no device has room for a copy of the model: the answers come through the sharded model, which gathers "
                 "every layer for every token"
             )
@@ -183,41 +183,45 @@ class Answerer:
     def _logprobs_bytes(self, requests: Sequence[Request]) -> int:
         return logprobs_bytes(requests, self.host.model_config.get_text_config(), self.dtype)
 
-    def _gather(self, share: Sequence[Request], moved: ExitStack) -> PreTrainedModel | None:
+    def _gather(self, share: Sequence[Request], offloading: ExitStack) -> PreTrainedModel | None:
         """The copy, on a rank that answers. Collective: all ranks must call."""
         model = self.host.gather(self.dtype, keep=bool(share))
-        moved.close()
+        offloading.close()
         if model is None and share:
             raise OtherRankError("another rank could not prepare for the gather")
         return model
 
-    def _generate(self, begun: Begun) -> list[list[Any]]:
+    def _generate(self, gathered: GatheredRound) -> list[list[Any]]:
         """This rank's completions, as lists of their fields. Collective with the sharded model: all ranks must call."""
-        if begun.error is not None:
-            raise begun.error
-        if begun.plan.is_sharded:
-            return self._generate_through_the_sharded_model(begun)
-        model, begun.model = begun.model, None  # to be free when the answers are exchanged
+        if gathered.error is not None:
+            raise gathered.error
+        if gathered.plan.is_sharded:
+            return self._generate_through_the_sharded_model(gathered)
+        model, gathered.model = gathered.model, None  # to be free when the answers are exchanged
         if model is None:
             return []
         model.generation_config = self._special_tokens()
-        limits = Limits(begun.plan.batch_size, begun.deadline, self.settings.compile)
+        limits = Limits(gathered.plan.batch_size, gathered.deadline, self.settings.compile)
         backend = backend_class(self.settings.backend, self.host.device.type)(
             model, self.host.tokenizer, self.settings.seed, limits
         )
-        return self._timed(backend, begun.share)
+        return self._timed(backend, gathered.share)
 
-    def _generate_through_the_sharded_model(self, begun: Begun) -> list[list[Any]]:
+    def _generate_through_the_sharded_model(self, gathered: GatheredRound) -> list[list[Any]]:
         """Collective: all ranks must call."""
         from verl_valgen.backends.lockstep import LockstepBackend
         from verl_valgen.weights.sharded import generating_through
 
         with generating_through(self.host.model, self._special_tokens(), self.host.device) as model:
             backend = LockstepBackend(
-                model, self.host.tokenizer, self.settings.seed, Limits(begun.plan.batch_size, begun.deadline),
-                sequence_bytes=self._sequence_bytes(begun.share), logprobs_bytes=self._logprobs_bytes(begun.share),
-            )  # fmt: skip
-            return self._timed(backend, begun.share)
+                model,
+                self.host.tokenizer,
+                self.settings.seed,
+                Limits(gathered.plan.batch_size, gathered.deadline),
+                sequence_bytes=self._sequence_bytes(gathered.share),
+                logprobs_bytes=self._logprobs_bytes(gathered.share),
+            )
+            return self._timed(backend, gathered.share)
 
     def _timed(self, backend: Backend, requests: Sequence[Request]) -> list[list[Any]]:
         start = time.perf_counter()

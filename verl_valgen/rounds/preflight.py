@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from verl_valgen.backends import BACKENDS
 from verl_valgen.prompts.files import OwnPrompt, read_own_prompts
@@ -19,6 +19,7 @@ from verl_valgen.scores.metrics import METRICS, check_metrics
 from verl_valgen.scores.metrics.functions import metric_name
 from verl_valgen.scores.names import ALWAYS, DERIVED, RESERVED
 from verl_valgen.settings.checks import ConfigError, Mistakes, plain, quoted
+from verl_valgen.settings.hydra import as_omegaconf
 from verl_valgen.settings.load import load_settings, task_overrides
 from verl_valgen.settings.settings import GenerationSettings
 
@@ -32,10 +33,16 @@ class Preflight:
     settings: GenerationSettings
     file_prompts: Sequence[OwnPrompt] = ()
     """The prompts of the file that `generation.prompts` names, not tokenized yet; none with generation off."""
+    snapshot: str = ""
+    """The part of the configuration that the settings were read from."""
+
+    def still_holds(self, config: Any) -> bool:
+        """Whether a trainer's configuration is the one that was checked, and unchanged since."""
+        return config is self.config and self.snapshot == _snapshot(config)
 
 
 def preflight(config: DictConfig | Mapping[str, Any]) -> Preflight:
-    """Reads and checks the configuration of somebody who generates by hand: values are read with generation off too.
+    """Reads and checks the configuration of somebody whose generates by hand: values are read with generation off too.
 
     Raises:
         ConfigError: Something is wrong; with a line for each mistake.
@@ -54,9 +61,9 @@ def check_names(config: Any, settings: GenerationSettings, mistakes: Mistakes) -
         mistakes: Those of the settings; what is not there is noted beside them.
     """
     file_prompts: Sequence[OwnPrompt] = ()
+    with mistakes.noted():  # `generate_samples` takes one with generation off too
+        _check_backend(settings.backend)
     if settings.enabled:
-        with mistakes.noted():
-            _check_backend(settings.backend)
         with mistakes.noted():
             check_metrics(settings.metrics, "generation.metrics")
         with mistakes.noted():
@@ -67,7 +74,13 @@ def check_names(config: Any, settings: GenerationSettings, mistakes: Mistakes) -
         with mistakes.noted():
             if settings.prompts:
                 file_prompts = read_own_prompts(settings.prompts, settings.params_key)
-    return Preflight(config, settings, file_prompts)
+    return Preflight(config, settings, file_prompts, _snapshot(config))
+
+
+def _snapshot(config: Any) -> str:
+    whole = as_omegaconf(config)
+    read = [OmegaConf.select(whole, key, throw_on_missing=False) for key in ("generation", "trainer.max_val_samples")]
+    return "\n".join(OmegaConf.to_yaml(part) if OmegaConf.is_config(part) else repr(part) for part in read)
 
 
 def _check_backend(name: str) -> None:
@@ -110,15 +123,15 @@ def _check_best_metric(settings: GenerationSettings) -> None:
         )
 
 
-def single_answers(settings: GenerationSettings) -> Iterator[str]:
-    """A sentence for each of `n` and `best_of` that has no effect because nothing is sampled, under which strategies.
+def notes_on_ignored_settings(settings: GenerationSettings) -> Iterator[str]:
+    """Explains where `n` or `best_of` has no effect, because nothing is sampled.
 
     Each answer of greedy decoding and of beam search would be the same.
     """
     strategies = settings.strategies or {"": {}}
     greedy = [name for name, params in strategies.items() if not settings.overridden(params, name).do_sample]
     if greedy:
-        who = f"strategies that do not sample ({', '.join(greedy)})" if settings.strategies else "do_sample=false"
+        whose = f"strategies that do not sample ({', '.join(greedy)})" if settings.strategies else "do_sample=false"
         for name, value in (("n", settings.n), ("best_of", settings.best_of)):
             if value > 1:
-                yield f"generation.{name}={value} has no effect with {who}: one answer per prompt"
+                yield f"generation.{name}={value} has no effect with {whose}: one answer per prompt"

@@ -13,7 +13,7 @@ from verl_valgen.hosts.schedule import Schedule
 from verl_valgen.prompts.files import OwnPrompt
 from verl_valgen.prompts.sources import read_prompts
 from verl_valgen.records import Prompt, Query
-from verl_valgen.rounds.preflight import single_answers
+from verl_valgen.rounds.preflight import notes_on_ignored_settings
 from verl_valgen.rounds.queries import make_queries
 from verl_valgen.rounds.recorder import GOES_ON, Recorder
 from verl_valgen.rounds.restore import preserved_random_state
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(
-    host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt], log: OnceLogger
+    host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt], warnings: OnceLogger
 ) -> tuple[Recorder | None, list[int] | None]:
     """The recorder and the steps of the rounds; (None, None), after a warning, where there is nothing to ask.
 
@@ -38,17 +38,25 @@ def prepare(
     schedule = replace(host.schedule(), every=settings.every, before_train=settings.before_train)
     directory = Path(host.config.trainer.default_local_dir) / "generations"
     _announce(queries, settings, schedule, directory)
-    _set_earlier_samples_aside(directory, schedule.start_step, log)
+    _set_earlier_samples_aside(directory, schedule.start_step, warnings)
     recorder = Recorder(
         queries,
         settings,
         tokenizer=host.tokenizer,
         directory=directory,
-        loggers=host.loggers,
+        loggers=host.config.trainer.logger,
         start_step=schedule.start_step,
-        run=describe_run(host, settings, schedule.start_step),
+        run=_describe(host, settings, schedule.start_step, warnings),
     )
     return recorder, schedule.round_steps()
+
+
+def _describe(host: Host, settings: GenerationSettings, start_step: int, warnings: OnceLogger) -> dict[str, Any] | None:
+    try:
+        return describe_run(host, settings, start_step)
+    except Exception as e:  # samples without a description are better than none
+        warnings.warn_of_error("the folder of samples will not say which run it belongs to", e, GOES_ON)
+        return None
 
 
 def vocab_size(host: Host) -> int:
@@ -86,15 +94,15 @@ def _announce(queries: Sequence[Query], settings: GenerationSettings, schedule: 
     texts = [f"{name}: {printable(', '.join(values), 300)}" for name, values in in_use.items() if values]
     if texts:
         logger.info("%s", "; ".join(texts))
-    for line in single_answers(settings):
+    for line in notes_on_ignored_settings(settings):
         logger.info("%s", line)
 
 
-def _set_earlier_samples_aside(directory: Path, start_step: int, log: OnceLogger) -> None:
+def _set_earlier_samples_aside(directory: Path, start_step: int, warnings: OnceLogger) -> None:
     try:
         folder = set_aside(directory, start_step)
     except OSError as e:
-        log.warn_of_error(f"samples of an earlier run stay in {directory}", e, GOES_ON)
+        warnings.warn_of_error(f"samples of an earlier run stay in {directory}", e, GOES_ON)
     else:
         if folder is not None:
             logger.info("samples of an earlier run beyond step %d were moved to %s", start_step, folder)

@@ -6,7 +6,6 @@ nowhere else. This module knows settings and records; it knows neither models no
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 from verl_valgen.prompts.columns import parameters
 from verl_valgen.prompts.tokens import decode
-from verl_valgen.records import DEFAULT_STRATEGY, Answer, Completion, Prompt, Query, Request, Sample
+from verl_valgen.records import DEFAULT_STRATEGY, Answer, Completion, Prompt, Query, Request, Sample, origin
 from verl_valgen.settings import generation_config
 from verl_valgen.settings.checks import ConfigError, plain
 from verl_valgen.settings.settings import GenerationSettings
@@ -62,13 +61,14 @@ def pair(queries: Sequence[Query], completions: Sequence[Completion]) -> list[An
         completions: The answers to `make_requests(queries)`, in order. Of the candidates of a completion the likeliest
             is kept, of equally likely ones the first.
     """
+    num_requests = sum(query.num_completions * query.best_of for query in queries)
+    assert len(completions) == num_requests, "there is one completion per request"
     answers = []
     remaining = iter(completions)
     for query in queries:
         for number in range(query.num_completions):
             candidates = [next(remaining) for _ in range(query.best_of)]
             answers.append(Answer(query, number, max(candidates, key=_likelihood)))
-    assert next(remaining, None) is None, "there is one completion per request"
     return sorted(answers, key=lambda answer: answer.query.index)  # stable
 
 
@@ -102,8 +102,9 @@ def _with_row_parameters(
         reason = str(e).replace("\n", "; ")
     except ValueError as e:
         reason = f"{source}: {e}"
-    where = f"row {prompt.row}" if prompt.row is not None else f"prompt {index + 1}"
-    logger.warning("%s: %s; it is answered with the global parameters", where, printable(reason, 400))
+    logger.warning(
+        "%s: %s; it is answered with the global parameters", origin(prompt.row, index), printable(reason, 400)
+    )
     return None
 
 
@@ -144,8 +145,7 @@ def _sample(answer: Answer, step: int, seed: int, dtype: str, tokenizer: Any) ->
         params={**query.params, **best_of, "dtype": dtype},
         scores={} if completion.mean_logprob is None else {"mean_logprob": completion.mean_logprob},
         data_source=prompt.data.data_source,
-        # A data set may hold anything; JSON cannot.
-        ground_truth=json.loads(json.dumps(prompt.data.ground_truth, default=str, skipkeys=True)),
+        ground_truth=prompt.data.ground_truth,
         output_ids=completion.output_ids,
         extra_info=prompt.data.extra_info,
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from verl_valgen.records import Answer, Completion, Query, Round, RoundNumbers, Sample
+from verl_valgen.records import Answer, Completion, Query, Round, RoundNumbers, Sample, origin
 from verl_valgen.rounds.queries import make_samples, pair, with_global_parameters
 from verl_valgen.scores.aggregates import summarize_round
 from verl_valgen.scores.best import FILE_NAME as BEST_FILE_NAME
@@ -46,7 +46,7 @@ class Recorder:
         directory: Path,
         loggers: str | Sequence[str],
         start_step: int,
-        run: Mapping[str, Any],
+        run: Mapping[str, Any] | None,
     ) -> None:
         self.queries, self.settings, self.tokenizer = list(queries), settings, tokenizer
         self.directory, self.loggers, self.run = directory, loggers, run
@@ -56,12 +56,21 @@ class Recorder:
             Best(directory, settings.best_metric, settings.best_mode, start_step) if settings.best_metric else None
         )
         self.trackers: CompositeTracker | None = None
-        self.log = OnceLogger(logging.getLogger(__name__))
+        self.warnings = OnceLogger(logging.getLogger(__name__))
 
-    def record(self, completions: Sequence[Completion], step: int, seconds: float, deadline: float, dtype: str) -> None:
-        """Ends a round.
+    def record(
+        self,
+        queries: Sequence[Query],
+        completions: Sequence[Completion],
+        step: int,
+        seconds: float,
+        deadline: float,
+        dtype: str,
+    ) -> None:
+        """Scores the completions of a round, and hands it to the trackers.
 
         Args:
+            queries: What was asked in this round.
             completions: The answers to `make_requests(queries)`, in order.
             seconds: How long they took.
             deadline: `time.time()` at which the metrics must be done; infinity: no limit of the round's own.
@@ -70,7 +79,7 @@ class Recorder:
         Raises:
             RuntimeError: All requests failed.
         """
-        answers = pair(self.queries, completions)
+        answers = pair(queries, completions)
         self._retire_failing_parameters(answers)
         self._warn_of_nan(answers, step)
         samples = make_samples(answers, step, self.settings.seed, dtype, self.tokenizer)
@@ -88,16 +97,16 @@ class Recorder:
         try:
             return self.scoring.score(samples, deadline)
         except Exception as e:  # answers without scores are better than none
-            self.log.warn_of_error("no scores at this validation", e, GOES_ON)
+            self.warnings.warn_of_error("no scores at this validation", e, GOES_ON)
             return samples
 
     def _numbers(self, samples: Sequence[Sample], step: int, seconds: float, num_tokens: int) -> RoundNumbers:
         try:
             numbers = summarize_round(samples, seconds, num_tokens)
-            return numbers if self.best is None else self.best.update(numbers, step)
         except Exception as e:  # samples without numbers are better than none
-            self.log.warn_of_error("no numbers at this validation", e, GOES_ON)
-            return RoundNumbers(len(samples), seconds, num_tokens / max(seconds, 1e-9))
+            self.warnings.warn_of_error("no numbers at this validation", e, GOES_ON)
+            numbers = RoundNumbers(len(samples), seconds, num_tokens / max(seconds, 1e-9))
+        return numbers if self.best is None else self.best.update(numbers, step)
 
     def _retire_failing_parameters(self, answers: Sequence[Answer]) -> None:
         """Warns of requests that failed, once per cause, and gives up the parameters of the rows concerned."""
@@ -108,16 +117,17 @@ class Recorder:
             if answer.completion.error:
                 failed_queries.setdefault(answer.completion.error, []).append(answer.query)
         for error, queries in failed_queries.items():
-            where = ", ".join(dict.fromkeys(query.where for query in queries))
-            self.log.warn(f"no answer to {printable(where, 200)}: {error}; {GOES_ON}", error)
-        failed_ids = {id(query) for queries in failed_queries.values() for query in queries}
+            where = ", ".join(dict.fromkeys(origin(query.prompt.row, query.index) for query in queries))
+            self.warnings.warn(f"no answer to {printable(where, 200)}: {error}; {GOES_ON}", error)
+        failed = {(query.index, query.strategy) for queries in failed_queries.values() for query in queries}
         self.queries = [
-            with_global_parameters(query, self.settings) if id(query) in failed_ids else query for query in self.queries
+            with_global_parameters(query, self.settings) if (query.index, query.strategy) in failed else query
+            for query in self.queries
         ]
 
     def _warn_of_nan(self, answers: Sequence[Answer], step: int) -> None:
         if num_nan := sum(answer.completion.had_nan for answer in answers):
-            self.log.warn(
+            self.warnings.warn(
                 f"{num_nan} of {len(answers)} answers at step {step} say nothing: the model's scores for the next "
                 f"token were NaN; {GOES_ON}",
                 cause="NaN",

@@ -7,7 +7,6 @@ costs a warning: `run` catches what answering raises.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ from verl_valgen.prompts.files import OwnPrompt
 from verl_valgen.prompts.masks import prompts_from_batch
 from verl_valgen.prompts.tokens import decode
 from verl_valgen.records import Prompt, Query
-from verl_valgen.rounds.generation import Answerer, Begun
+from verl_valgen.rounds.generation import Answerer, GatheredRound
 from verl_valgen.rounds.preparation import prepare, vocab_size
 from verl_valgen.rounds.queries import make_queries, make_requests, pair
 from verl_valgen.rounds.recorder import GOES_ON, Recorder
@@ -41,7 +40,9 @@ class OpenRound:
     step: int
     started_at: float
     """`time.time()`"""
-    begun: Begun | None
+    queries: Sequence[Query]
+    """What was asked, on the logging rank: a query's parameters may be given up before this round ends."""
+    gathered: GatheredRound | None
 
 
 class ValidationRounds:
@@ -58,11 +59,11 @@ class ValidationRounds:
         """The logging rank's alone, while `fit()` runs."""
         self.steps: list[int] = []
         """The steps of the rounds, as far as they are known in advance; on all ranks."""
-        self.log = OnceLogger(logger)
+        self.warnings = OnceLogger(logger)
         self.stack = ExitStack()
 
     def __enter__(self) -> None:
-        """Collective: all ranks must call."""
+        """Prepares the rounds, and hooks them into validation. Collective: all ranks must call."""
         if self._prepare():
             self.stack.enter_context(self.host.hooked(self.run, before_train=self.settings.before_train))
 
@@ -85,9 +86,11 @@ class ValidationRounds:
         steps: list[int] | None = None
         if self.host.is_logging_rank:
             try:
-                self.recorder, steps = prepare(self.host, self.settings, self.file_prompts, self.log)
+                self.recorder, steps = prepare(self.host, self.settings, self.file_prompts, self.warnings)
             except Exception as e:
-                self.log.warn_of_error("the prompts could not be prepared, so there will be no samples", e, GOES_ON)
+                self.warnings.warn_of_error(
+                    "the prompts could not be prepared, so there will be no samples", e, GOES_ON
+                )
         received = broadcast(steps, self.host.is_logging_rank, self.host.device)
         self.steps = received or []
         return received is not None
@@ -97,14 +100,13 @@ class ValidationRounds:
         if self.settings.every > 1 and step not in self.steps:
             return
         try:
-            with preserved_random_state(self.host.device):
-                self.end(self.begin(step))
+            self.end(self.begin(step))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as e:  # a panic of what is written in Rust is no Exception
             out_of_memory = isinstance(e, torch.OutOfMemoryError | MemoryError)
             advice = ["lower generation.max_new_tokens, or set generation.gather=sharded"] if out_of_memory else []
-            self.log.warn_of_error("no samples at this validation", e, *advice, GOES_ON)
+            self.warnings.warn_of_error("no samples at this validation", e, *advice, GOES_ON)
 
     def begin(self, step: int) -> OpenRound:
         """Gathers the weights of this moment for a round. Collective: all ranks must call.
@@ -113,8 +115,9 @@ class ValidationRounds:
             Exception: On the logging rank alone, after the last collective.
         """
         started_at = time.time()
-        requests = None if self.recorder is None else make_requests(self.recorder.queries)
-        return OpenRound(step, started_at, self.answerer.begin(requests))
+        queries = [] if self.recorder is None else self.recorder.queries
+        with preserved_random_state(self.host.device):
+            return OpenRound(step, started_at, queries, self.answerer.begin(make_requests(queries)))
 
     def end(self, round: OpenRound) -> None:
         """Answers with the gathered weights and records. Collective: all ranks must call.
@@ -122,12 +125,13 @@ class ValidationRounds:
         Raises:
             Exception: On the logging rank alone, after the last collective.
         """
-        completions = self.answerer.finish(round.begun)
-        if self.recorder is not None and round.begun is not None and completions is not None:
-            limit = self.settings.max_round_time_s
-            deadline = round.started_at + limit if limit else math.inf
-            dtype = str(round.begun.dtype).removeprefix("torch.")
-            self.recorder.record(completions, round.step, time.time() - round.started_at, deadline, dtype)
+        gathered = round.gathered
+        with preserved_random_state(self.host.device):
+            completions = self.answerer.finish(gathered)
+            if self.recorder is not None and gathered is not None and completions is not None:
+                seconds = time.time() - round.started_at
+                dtype = str(gathered.dtype).removeprefix("torch.")
+                self.recorder.record(round.queries, completions, round.step, seconds, gathered.deadline, dtype)
 
     def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
         """See `ValidationGenerationMixin.generate_samples`. Collective: all ranks must call."""
@@ -160,7 +164,7 @@ class ValidationRounds:
         in_batch = prompts_from_batch(batch, self.host.tokenizer, shifted=mask_is_shifted(self.host.val_dataset))
         prompts = [replace(prompt, stream=i) for i, prompt in enumerate(p for p in in_batch if p is not None)]
         if len(prompts) < len(in_batch):
-            self.log.warn(
+            self.warnings.warn(
                 f"{len(in_batch) - len(prompts)} of the batch's {len(in_batch)} samples have images or videos, and "
                 "only text is generated from: left out"
             )

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from verl_valgen.records import Sample
 from verl_valgen.scores.metrics import load_metric
 from verl_valgen.scores.metrics.base import Metric
-from verl_valgen.scores.metrics.functions import metric_name
+from verl_valgen.scores.metrics.functions import OwnMetric, metric_name
 from verl_valgen.text import describe, printable
 
 _PR_SET_PDEATHSIG = 1
@@ -69,7 +69,7 @@ def _judge(metric: Metric | str, name: str, sample: Sample) -> list[Any]:
             raise ValueError(f"no value is a number: {printable(repr(values), 200)}")
         return [scores, metric.is_correctness, vote, texts]
     except Exception as e:
-        return [describe(e) + _where_raised(e)]
+        return [describe(e) + (_where_raised(e) if isinstance(metric, OwnMetric) else "")]
 
 
 def _key(name: str, key: Any) -> str:
@@ -77,8 +77,8 @@ def _key(name: str, key: Any) -> str:
 
 
 def _where_raised(error: Exception) -> str:
-    """File and line of a user's function that an error came out of; "" where the function is ours."""
-    package = str(Path(__file__).parents[1])
+    """File and line of a user's function that an error came out of; "" where it did not get there."""
+    package = str(Path(__file__).parents[1]) + os.sep
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(package)]
     if not frames:
         return ""

@@ -99,6 +99,7 @@ def _load(
     if not enabled and not read_when_off:
         return GenerationSettings(enabled=False)
 
+    num_before = len(mistakes.lines)
     own: dict[str, Any] = {}
     extra: dict[str, Any] = {}
     known = known_keys()
@@ -108,16 +109,18 @@ def _load(
             check_name(section, name, known)
             (own if key in SETTINGS else extra)[name] = checked(key)
     settings = GenerationSettings(**{**own, "enabled": enabled}, extra=extra)
-    _check_together(settings, mistakes)
+    # Beside a wrong value its default stands, which may fit the others no better.
+    _check_together(settings, mistakes, values_are_right=len(mistakes.lines) == num_before)
     return settings
 
 
-def _check_together(settings: GenerationSettings, mistakes: Mistakes) -> None:
+def _check_together(settings: GenerationSettings, mistakes: Mistakes, *, values_are_right: bool) -> None:
     """Notes parameters that do not go together, of the run and of each strategy."""
-    if not mistakes.lines:  # beside a wrong value its default stands, which may fit the others no better
+    num_before = len(mistakes.lines)
+    if values_are_right:
         with mistakes.noted():
             generation_config.check(settings.parameters)
-    is_right_so_far = not mistakes.lines
+    is_right_so_far = values_are_right and len(mistakes.lines) == num_before
     for name, params in settings.strategies.items():
         source = f"generation.strategies.{name}"
         with mistakes.noted():

@@ -39,7 +39,7 @@ def with_table(page: str) -> str:
 def _yaml(default: Any) -> str:
     """A default as the configuration has it."""
     if default is MISSING:
-        return "see there"
+        return "depends"
     if default in ("", {}):
         return "null"
     return default if isinstance(default, str) else json.dumps(default)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_FAILURES = 3
 
-_MAX_PENDING_CALLS = 64
+_MAX_PENDING_CALLS = 32
 """Calls that wait for one tracker, at most; a further one drops the oldest."""
 
 _MAX_WAIT_S = 0.8

@@ -48,9 +48,9 @@ class JsonlTracker(Tracker):
         content = "".join(f"{_to_json(record)}\n" for record in records)
         _replace(self._directory / f"step_{round.step:08d}.jsonl", content)
         if self._run is not None:
+            run, self._run = dict(self._run), None
             path = self._directory / _RUNS_FILE
-            _replace(path, _to_json([*_earlier_runs(path), dict(self._run)], indent=2) + "\n")
-            self._run = None
+            _replace(path, _to_json([*_earlier_runs(path), run], indent=2) + "\n")
 
 
 def set_aside(directory: str | os.PathLike[str], start_step: int) -> Path | None:
@@ -67,25 +67,25 @@ def set_aside(directory: str | os.PathLike[str], start_step: int) -> Path | None
         path.unlink(missing_ok=True)
     matches = [(path, _STEP_FILE.fullmatch(path.name)) for path in sorted(directory.iterdir())]
     stale = [path for path, match in matches if match and (int(match[1]) > start_step or start_step == 0)]
+    about_runs = [path for name in _FILES_OF_A_RUN if (path := directory / name).exists()]
+    if start_step == 0:
+        stale += about_runs
     if not stale:
         return None
     folder = next(path for k in count(1) if not (path := directory / f"old-{k}").exists())
     folder.mkdir()
     for path in stale:
         path.rename(folder / path.name)
-    for path in (directory / name for name in _FILES_OF_A_RUN):
-        if path.exists():
-            if start_step == 0:
-                path.rename(folder / path.name)
-            else:
-                shutil.copyfile(path, folder / path.name)
+    if start_step > 0:
+        for path in about_runs:
+            shutil.copyfile(path, folder / path.name)
     return folder
 
 
 def _earlier_runs(path: Path) -> list[Any]:
     try:
         runs = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return []
     return runs if isinstance(runs, list) else []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -58,3 +60,9 @@ def test_parameters_are_a_mapping_or_its_json(value, expected):
 def test_other_parameters_are_refused(value, reason):
     with pytest.raises(ValueError, match=reason):
         parameters(value)
+
+
+def test_a_ground_truth_that_json_cannot_hold_becomes_text():
+    when = datetime(2026, 1, 2)
+    truth = {"when": when, 1: b"x", (2,): 3}
+    assert row_data({"ground_truth": truth}, "").ground_truth == {"when": str(when), "1": "b'x'"}

@@ -8,7 +8,7 @@ import pytest
 
 from verl_valgen.backends import BACKENDS
 from verl_valgen.rounds import preflight as preflight_module
-from verl_valgen.rounds.preflight import Preflight, check_names, preflight, single_answers
+from verl_valgen.rounds.preflight import Preflight, check_names, notes_on_ignored_settings, preflight
 from verl_valgen.settings.checks import ConfigError, Mistakes
 from verl_valgen.settings.load import GenerationSettings
 
@@ -90,8 +90,8 @@ def test_all_mistakes_are_told_those_of_values_first():
     assert [line.split()[0] for line in lines] == [f"generation.{key}" for key in keys]
 
 
-def test_with_generation_off_nothing_that_is_named_is_looked_for():
-    result = checked(enabled=False, metrics=["/nowhere.py:f"], prompts="/nowhere.txt", backend="vllm", top_k=3)
+def test_with_generation_off_neither_metrics_nor_files_are_looked_for():
+    result = checked(enabled=False, metrics=["/nowhere.py:f"], prompts="/nowhere.txt", top_k=3)
     assert (result.settings.enabled, result.settings.top_k, result.file_prompts) == (False, 3, ())
 
 
@@ -126,4 +126,4 @@ def test_a_file_that_was_read_is_not_read_again(tmp_path, monkeypatch):
     ],
 )
 def test_several_answers_without_sampling_are_told_to_be_one(values, expected):
-    assert list(single_answers(GenerationSettings(enabled=True, **values))) == expected
+    assert list(notes_on_ignored_settings(GenerationSettings(enabled=True, **values))) == expected

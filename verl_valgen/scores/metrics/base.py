@@ -19,7 +19,7 @@ class Metric(ABC):
 
     name: str
     is_correctness: bool | None = None
-    """Whether a score is 1 for a right answer and 0 for a wrong one; None: where all scores of a round are."""
+    """Whether a score is 1 for a right answer and 0 for a wrong one. None: it is if all of a round are."""
 
     @abstractmethod
     def __call__(self, sample: Sample) -> float | Mapping[str, Any] | None:
