@@ -1,7 +1,7 @@
 """From requests on the logging rank to completions there, with the ranks, the memory and the time that there are.
 
 This module knows how ranks share the work; it knows neither data sets nor trackers. Answering has two halves: `begin`
-gathers the weights, `finish` generates with them.
+gathers the weights, `finish` generates with them. Both stay in one file, as they agree on what each rank does.
 """
 
 from __future__ import annotations
@@ -90,15 +90,7 @@ class Answerer:
         host = self.host
         limit = self.settings.max_round_time_s
         deadline = time.time() + limit if limit else math.inf
-        packed, error = None, None
-        try:
-            packed = None if requests is None else pack(requests)
-        except Exception as e:  # the other ranks wait for a word
-            error = e
-        logging_rank, received = broadcast([rank(), packed], host.is_logging_rank, host.device) or (rank(), None)
-        if error is not None:
-            raise error
-        all_requests = [] if received is None else unpack(received)
+        logging_rank, all_requests = self._hand_out(requests)
         if not all_requests:
             return None
         with ExitStack() as stack:
@@ -145,6 +137,19 @@ class Answerer:
             return None
         in_order = [results[(gathered.logging_rank + position) % len(results)] for position in range(plan.num_ranks)]
         return [Completion(*fields) for completions in in_order for fields in completions]
+
+    def _hand_out(self, requests: Sequence[Request] | None) -> tuple[int, list[Request]]:
+        """Returns the logging rank and its requests on every rank. Collective: all ranks must call."""
+        packed, error = None, None
+        try:
+            packed = None if requests is None else pack(requests)
+        except Exception as e:  # the other ranks wait for a word
+            error = e
+        host = self.host
+        logging_rank, received = broadcast([rank(), packed], host.is_logging_rank, host.device) or (rank(), None)
+        if error is not None:
+            raise error
+        return logging_rank, [] if received is None else unpack(received)
 
     def _prepare(self, offloading: ExitStack) -> float:
         """Moves the parameters to where they can be gathered from. Returns the number of bytes that are free then."""

@@ -1,7 +1,7 @@
 """Checks of single configuration values: read one, say what is allowed, quote what came instead.
 
 This module owns `ConfigError`, how a value is read, and how several mistakes become one error. It knows neither keys
-nor variables.
+nor variables. The kinds of checks stay in one file, for each is a few lines.
 
 A value from YAML has to have its type: `true` is no integer, and `5.0` neither. A text is read strictly and the same
 way whether it comes from an environment variable or from YAML: `temperature: ${oc.env:MY_TEMPERATURE}` is a text too.

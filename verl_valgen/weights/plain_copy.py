@@ -1,7 +1,8 @@
 """A plain Hugging Face model, built empty from another model's structure or a configuration and filled by tensors.
 
-This module knows how FSDP and PEFT change a model's structure and names, and how to undo both. It does not know how a
-parameter is gathered, and nothing in it is collective.
+This module knows how FSDP and PEFT change a model's structure and names, and how to undo both; structure and filling
+stay in one file, as one undoes what the other finds. It does not know how a parameter is gathered, and nothing in it is
+collective.
 """
 
 from __future__ import annotations
