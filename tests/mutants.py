@@ -103,8 +103,8 @@ MUTANTS = [
     Mutant(
         "generation switched off wraps verl's class",
         "activation.py",
-        "if trainer_class is None and settings.enabled:",
-        "if trainer_class is None:",
+        "if settings.enabled or generates_by_hand:",
+        "if True:",
         f"tests/end_to_end/test_wrong_configuration.py {TOUR}",
     ),
     Mutant(
