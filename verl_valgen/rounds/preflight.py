@@ -74,7 +74,8 @@ def check_names(config: Any, settings: GenerationSettings, mistakes: Mistakes) -
         with mistakes.noted():
             if settings.prompts:
                 file_prompts = read_own_prompts(settings.prompts, settings.params_key)
-    return Preflight(config, settings, file_prompts, _snapshot(config))
+    # A configuration with mistakes is not trained with, and may be one that cannot even be read.
+    return Preflight(config, settings, file_prompts, "" if mistakes.lines else _snapshot(config))
 
 
 def _snapshot(config: Any) -> str:
