@@ -41,7 +41,7 @@ class OpenRound:
     started_at: float
     """`time.time()`"""
     queries: Sequence[Query]
-    """What was asked, on the logging rank: a query's parameters may be given up before this round ends."""
+    """The queries that were asked, on the logging rank: their parameters may be given up before this round ends."""
     gathered: GatheredRound | None
 
 
