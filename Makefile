@@ -33,7 +33,7 @@ demo: $(ENGINE)/.installed  ## trains a small model on CPU for two minutes and s
 	$(ENGINE)/bin/python examples/demo.py
 
 # Side by side: on two cores neither waits for the other's last test.
-test: install  ## runs the tests with both trainers, but for the slow ones: ten minutes on two cores
+test: install  ## runs the tests with both trainers, but for the slow ones: five minutes on two cores
 	$(MAKE) --no-print-directory -j2 test-fsdp-sft test-engine
 
 test-fsdp-sft: $(FSDP_SFT)/.installed  ## runs them with verl.trainer.fsdp_sft_trainer (verl 0.6.1)
@@ -43,7 +43,7 @@ test-engine: $(ENGINE)/.installed  ## runs them with verl.trainer.sft_trainer (v
 	$(call run_pytest,$(ENGINE), and not any_verl)
 
 # One environment after the other, for some of these runs take two ranks and are timed.
-test-slow: install  ## runs the slow tests with both trainers: 24 minutes on two cores
+test-slow: install  ## runs the slow tests with both trainers: 23 minutes on two cores
 	$(MAKE) --no-print-directory --keep-going test-fsdp-sft test-engine LEVEL=slow WORKERS=2
 
 test-all:  ## runs both, one after the other
