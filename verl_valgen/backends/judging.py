@@ -1,0 +1,101 @@
+"""Judges an answer by the logits of another reader: would it have chosen these tokens?
+
+Two computations of the same model choose the same tokens up to rounding, so the question is by how much the reader's
+logits would have to be other than they are. This module knows logits, parameters and noise; it knows neither models nor
+ranks. The figures behind the rule come from benchmarks/verification.py (docs/verification.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from verl_valgen.backends.sampling import gumbel_noise, logits_warpers, perturbed, stream_keys
+from verl_valgen.records import Request
+
+_LARGEST = 1e4
+"""In place of infinity, for which JSON has no word."""
+_CHUNK_NUMBERS = 2**22
+"""Logits that are judged at once."""
+_DOUBT = 0.03
+"""Logits are scaled by 1 +- this for tokens at the edge of top-p and its like: on either side they may be chosen."""
+
+
+def shortfalls(
+    logits: Tensor, request: Request, output_ids: Sequence[int], seed: int, processors: LogitsProcessorList
+) -> Tensor:
+    """How far each token of an answer lies below what the reader would have chosen.
+
+    For a greedy answer that is the distance of the token's logit from the largest. A sampled one is compared after the
+    same warpers and the same noise. There a token outside of what the warpers leave is judged by how far it lies below
+    the last one inside; and a rival that the noise prefers counts by how far it is from being outside, or from being
+    beaten, whichever is less.
+
+    Args:
+        logits: (T, V) of any dtype, the reader's at the positions before the answer's tokens.
+        request: What was asked.
+        output_ids: The answer, T tokens.
+        seed: See `sampling.stream_keys`.
+        processors: What transformers makes of the request's other parameters, warpers excluded.
+
+    Returns:
+        (T,) float32 on the logits' device, >= 0, in units of the spread of the position's logits: their standard
+        deviation over the vocabulary.
+    """
+    chosen = torch.tensor(output_ids, device=logits.device)
+    num_rows = max(1, _CHUNK_NUMBERS // logits.shape[1])
+    parts = []
+    for begin in range(0, len(output_ids), num_rows):
+        rows = slice(begin, begin + num_rows)
+        raw = logits[rows].float()
+        scores = _processed(raw, begin, request, output_ids, processors)
+        if request.params["do_sample"]:
+            positions = torch.arange(begin, begin + len(raw))
+            row, completion = (torch.tensor(number) for number in request.key)
+            keys = stream_keys(seed, row, completion, positions).to(logits.device)
+            missing = _missing_of_sample(scores, chosen[rows], keys, request)
+        else:
+            missing = scores.amax(-1) - _at(scores, chosen[rows])
+        parts.append((missing / raw.std(-1).clamp(min=1e-6)).nan_to_num(_LARGEST, _LARGEST).clamp(0, _LARGEST))
+    return torch.cat(parts)
+
+
+def _processed(
+    logits: Tensor, begin: int, request: Request, output_ids: Sequence[int], processors: LogitsProcessorList
+) -> Tensor:
+    """The logits of some positions after processors that look at the tokens before; `begin` is the first position."""
+    if not processors:
+        return logits
+    ids = torch.tensor([[*request.input_ids, *output_ids]], device=logits.device)
+    lengths = range(len(request.input_ids) + begin, len(request.input_ids) + begin + len(logits))
+    return torch.cat(
+        [processors(ids[:, :length], row[None].clone()) for length, row in zip(lengths, logits, strict=True)]
+    )
+
+
+def _missing_of_sample(scores: Tensor, chosen: Tensor, keys: Tensor, request: Request) -> Tensor:
+    """(N,): by how much logits, before the temperature, must change for the tokens to be drawn from (N, V) scores."""
+    warpers = logits_warpers(request.params, scores.device)
+    temperature = request.params.get("temperature") or 1.0
+
+    def is_left(factor: float) -> Tensor:
+        return warpers(chosen[:, None], scores * factor) > -math.inf  # (N, V)
+
+    left = [is_left(factor) for factor in (1 - _DOUBT, 1.0, 1 + _DOUBT)]
+    perhaps, surely = left[0] | left[1] | left[2], left[0] & left[1] & left[2]
+    scores = scores / temperature
+    last_inside = scores.masked_fill(~perhaps, math.inf).amin(-1)
+    own = _at(scores, chosen)
+    from_inside = torch.where(_at(perhaps, chosen), 0.0, last_inside - own)
+    rivals = perturbed(scores.masked_fill(~surely, -math.inf), keys)  # (N, V)
+    ahead = rivals - (own + gumbel_noise(keys, chosen))[:, None]
+    from_first = torch.minimum(ahead, scores - last_inside[:, None]).masked_fill(~surely, -math.inf).amax(-1)
+    return torch.maximum(from_inside, from_first) * temperature
+
+
+def _at(values: Tensor, chosen: Tensor) -> Tensor:
+    return values.gather(1, chosen[:, None])[:, 0]
