@@ -1,17 +1,18 @@
-"""Generates through the sharded model itself, where no copy of it fits one device.
+"""Forward passes of the sharded model itself: to generate where no copy of it fits, and to read what a copy has said.
 
-Every layer is gathered for every token, so it is slow, and all ranks must run the same forward passes. This module
-knows FSDP and PEFT; it does not know requests.
+Every layer is gathered for every pass, and all ranks must run the same passes. This module knows FSDP and PEFT; it does
+not know requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from verl_valgen.weights.plain_copy import base_model, original_class, unwrap
@@ -47,12 +48,50 @@ def generating_through(wrapped: nn.Module, generation_config: Any, device: torch
     through = through_class.__new__(through_class)
     vars(through).update(vars(inner))
     through.generation_config = generation_config
+    with _evaluating(wrapped), _uncast_adapter_inputs(unwrapped):
+        yield through
 
+
+@torch.no_grad()
+def read(
+    wrapped: nn.Module, input_ids: Sequence[int], num_last: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The trainer's own logits for one sequence, computed as verl validates. Collective: all ranks must call.
+
+    The sequence is alone in its batch, without padding and without a cache. Ranks may read different sequences.
+
+    Args:
+        wrapped: As for `generating_through`.
+        input_ids: L tokens.
+        num_last: N, the number of positions that are asked for, the last ones.
+        dtype: verl's compute dtype; in another than float32 verl computes under autocast.
+
+    Returns:
+        (N, V), in the dtype that the model gives. Where its forward pass cannot leave others out, those of all L
+        positions are computed on the way.
+    """
+    inner = base_model(unwrap(wrapped))
+    keeps = "logits_to_keep" in inspect.signature(original_class(inner).forward).parameters
+    ids = torch.tensor([list(input_ids)], device=device)  # (1, L)
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    with _evaluating(wrapped), autocast:
+        output = wrapped(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=torch.arange(ids.shape[1], device=device)[None],
+            use_cache=False,
+            **({"logits_to_keep": num_last} if keeps else {}),
+        )
+        return output.logits[0, -num_last:].clone()
+
+
+@contextmanager
+def _evaluating(wrapped: nn.Module) -> Iterator[None]:
+    """While open, the model is in eval mode. At the end it is as it was, and its parameters are sharded."""
     was_training = [(module, module.training) for module in wrapped.modules()]
     wrapped.eval()
     try:
-        with _uncast_adapter_inputs(unwrapped):
-            yield through
+        yield
     finally:
         for module, training in was_training:
             module.training = training

@@ -1,0 +1,86 @@
+"""Proves a round's answers: the trainer's own model reads two of them, and would have chosen (nearly) every token.
+
+The answers come from a copy of the weights, through a cache, in padded batches, perhaps through fused modules and a
+captured graph. Any of these can be wrong for a model that nobody has tried, and then the answers look like answers. The
+reader shares none of it: it is the sharded model in training, called as verl's validation calls it. This module decides
+what is read by whom, and what follows for the round; judging.py has the rule.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from verl_valgen.backends.judging import objection, shortfalls
+from verl_valgen.collectives import agree, attempt, broadcast, gather_values, rank, world_size
+from verl_valgen.hosts.base import Host
+from verl_valgen.records import Completion, Request
+from verl_valgen.rounds.plan import fits, sequence_bytes
+from verl_valgen.text import describe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class Finding(NamedTuple):
+    """What the check of a round's answers has found, the same on all ranks."""
+
+    verified: bool | None
+    """None where no check was possible."""
+    reason: str = ""
+    """What was seen, or why no check was possible."""
+
+
+class Excerpt(NamedTuple):
+    """An answer that is read."""
+
+    index: int
+    """Of its request."""
+    output_ids: list[int]
+
+
+def verify(
+    host: Host, requests: Sequence[Request], completions: Sequence[Completion] | None, seed: int
+) -> Finding:
+    """Has two answers of a round read by the trainer's own model. Collective: all ranks must call.
+
+    Even ranks read one and odd ranks the other in the same forward pass; a single rank reads one after the other.
+
+    Args:
+        requests: The same on all ranks.
+        completions: One for each request, on the logging rank; None there where there are none. What the others pass is
+            not looked at.
+        seed: `generation.seed`.
+    """
+    chosen, error = attempt(lambda: excerpts(requests, completions or []))
+    received = broadcast(chosen, host.is_logging_rank, host.device)
+    if not received:
+        return Finding(None, "no answer that could be read" if error is None else describe(error))
+    reads = [Excerpt(*fields) for fields in received]
+    own = reads if world_size() == 1 else [reads[rank() % len(reads)]]
+    objections, error = attempt(lambda: _read_all(host, requests, own, seed))
+    reports = gather_values([objections, None if error is None else describe(error)], host.device)
+    failures = [text for _, text in reports if text is not None]
+    if failures:
+        return Finding(None, failures[0])
+    found = [text for texts, _ in reports for text in texts if text is not None]
+    return Finding(not found, found[0] if found else "")
+
+
+def excerpts(requests: Sequence[Request], completions: Sequence[Completion]) -> list[Excerpt]:
+    """The answers to read, at most two: the one with the most padding before its prompt, and the longest with its prompt.
+
+    What is sensitive to padding shows in the first, what is sensitive to length in the second. Left out are answers
+    that are no words of the model: failures, and those that NaN has chosen.
+    """
+    readable = [i for i, c in enumerate(completions) if c.output_ids and not c.error and not c.had_nan]
+    if not readable:
+        return []
+    most_padded = max(readable, key=lambda i: (completions[i].num_padding, len(completions[i].output_ids)))
+    others = [i for i in readable if i != most_padded]
+    longest = max(others, key=lambda i: len(requests[i].input_ids) + len(completions[i].output_ids), default=None)
+    return [Excerpt(i, completions[i].output_ids) for i in (most_padded, longest) if i is not None]
