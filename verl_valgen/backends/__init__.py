@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pkgutil import resolve_name
+from typing import NamedTuple
 
-from verl_valgen.backends.base import Backend
+from verl_valgen.backends.base import Backend, Limits
 
 BACKENDS = {
     "hf": "verl_valgen.backends.hf:HFBackend",
     "fast": "verl_valgen.backends.fast.backend:FastBackend",
 }
 """Name -> "module:class"; the module is imported when the backend is asked for."""
+
+
+class Way(NamedTuple):
+    """A backend, and how much it may do for speed."""
+
+    name: str
+    """For people: "fast", "fast, unfused", "hf", "hf, one prompt at a time"."""
+    backend: str
+    """A key of `BACKENDS`."""
+    fuse: bool = True
+    one_at_a_time: bool = False
+
+    def within(self, limits: Limits) -> Limits:
+        """Returns the limits with which the backend goes this way."""
+        return replace(limits, fuse=self.fuse, one_at_a_time=self.one_at_a_time)
+
+
+_HF_WAYS = (Way("hf", "hf"), Way("hf, one prompt at a time", "hf", one_at_a_time=True))
+
+
+def ways(name: str, device_type: str) -> list[Way]:
+    """Returns the ways to answer, from the one that `generation.backend` asks for to the safest.
+
+    Each does less that could go wrong with a model that nobody has tried. (The sharded model, with `LockstepBackend`,
+    would be a further one: it needs no copy of the weights.)
+
+    Args:
+        name: As for `backend_class`.
+        device_type: The type of a `torch.device`.
+    """
+    name = _resolved(name, device_type)
+    if name == "hf":
+        return list(_HF_WAYS)
+    first = [Way(name, name)]
+    if name == "fast" and device_type == "cuda":  # elsewhere nothing is fused
+        first.append(Way("fast, unfused", name, fuse=False))
+    return [*first, *_HF_WAYS]
 
 
 def backend_class(name: str, device_type: str) -> type[Backend]:
@@ -20,6 +59,10 @@ def backend_class(name: str, device_type: str) -> type[Backend]:
         name: A key of `BACKENDS`, or "auto" for the best on devices of this type: "fast" on CUDA, "hf" elsewhere.
         device_type: The type of a `torch.device`.
     """
+    return resolve_name(BACKENDS[_resolved(name, device_type)])
+
+
+def _resolved(name: str, device_type: str) -> str:
     if name == "auto":
-        name = "fast" if device_type == "cuda" else "hf"
-    return resolve_name(BACKENDS[name])
+        return "fast" if device_type == "cuda" else "hf"
+    return name

@@ -28,6 +28,10 @@ class Limits:
     """`time.time()` after which no batch is begun; answers that are unfinished then end with the reason "time"."""
     compile: bool = False
     """Whether torch.compile may be used: the first use takes half a minute."""
+    fuse: bool = True
+    """Whether a backend may replace the model's modules by ones with fewer kernels."""
+    one_at_a_time: bool = False
+    """Whether every request has a batch of its own, whatever `batch_size` says."""
 
 
 class Backend(ABC):

@@ -53,6 +53,11 @@ class HFBackend(Backend):
                     completions[i] = Completion([], "error", error=describe(e))
         return completions
 
+    @property
+    def batch_size(self) -> int:
+        """The largest number of requests in one batch."""
+        return 1 if self.limits.one_at_a_time else self.limits.batch_size
+
     def prepare(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
         """Called before the batches of these groups, which share their parameters. A hook for subclasses."""
 
@@ -63,7 +68,7 @@ class HFBackend(Backend):
         self, requests: Sequence[Request], groups: Sequence[Group], completions: list[Completion]
     ) -> None:
         """Fills in the completions of groups that share their parameters."""
-        batch_size = self.limits.batch_size
+        batch_size = self.batch_size
         for group in groups:
             todo = group.indices
             while todo and time.time() <= self.limits.deadline:

@@ -47,7 +47,7 @@ class LockstepBackend(HFBackend):
         device = self.model.device
         completions: list[Completion] = [Completion([], "time")] * len(requests)
         todo = [group for groups in group_requests(requests, self.model.config) for group in groups]
-        batch_size = self.limits.batch_size
+        batch_size = self.batch_size
         error: Exception | None = None
         while largest(len(todo), device) > 0:
             if not agree(time.time() <= self.limits.deadline, device):

@@ -10,7 +10,7 @@ import torch
 from checkpoints import plain_greedy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from verl_valgen.backends import BACKENDS, backend_class
+from verl_valgen.backends import BACKENDS, backend_class, ways
 from verl_valgen.backends.base import Limits
 from verl_valgen.backends.fast.backend import FastBackend
 from verl_valgen.backends.hf import HFBackend, finish
@@ -256,3 +256,27 @@ def test_parameters_that_fail_cost_those_that_have_them(answer):
     assert (completions[2].output_ids, completions[2].finish_reason) == ([], "error")
     assert "IndexError" in completions[2].error
     assert completions[:2] + completions[3:] == expected[:2] + expected[3:]
+
+
+def test_ways_go_from_the_one_asked_for_to_the_safest():
+    assert [way.name for way in ways("auto", "cuda")] == ["fast", "fast, unfused", "hf", "hf, one prompt at a time"]
+    assert [way.name for way in ways("fast", "cpu")] == ["fast", "hf", "hf, one prompt at a time"]
+    assert ways("auto", "cpu") == ways("hf", "cuda") == ways("fast", "cuda")[2:]
+    for way in ways("auto", "cuda"):
+        assert issubclass(backend_class(way.backend, "cuda"), HFBackend)
+        limits = way.within(Limits(batch_size=3, compile=True))
+        assert (limits.batch_size, limits.compile) == (3, True)
+        assert (limits.fuse, limits.one_at_a_time) == (way.fuse, way.one_at_a_time)
+
+
+def test_one_prompt_at_a_time(answer, monkeypatch):
+    sizes = []
+    call_generate = HFBackend.call_generate
+    monkeypatch.setattr(
+        HFBackend,
+        "call_generate",
+        lambda self, ids, **kwargs: (sizes.append(len(ids)), call_generate(self, ids, **kwargs))[1],
+    )
+    requests = requests_of_lengths(*MIXED)
+    assert answer(requests, GREEDY, batch_size=4) == answer(requests, GREEDY, batch_size=4, one_at_a_time=True)
+    assert sizes == [4, 4, *[1] * len(MIXED)]

@@ -52,7 +52,8 @@ class FastBackend(HFBackend):
         longest = max(len(requests[group.indices[-1]].input_ids) + group.max_new_tokens for group in groups)
         self.cache_length = -(-longest // 64) * 64
         self.unsuitable = why_unsuitable(self.model, requests[groups[0].indices[0]].params, self.cache_length)
-        if self.unsuitable is None and self.model.device.type == "cuda" and not self.is_fused:
+        may_fuse = self.limits.fuse and self.model.device.type == "cuda"
+        if self.unsuitable is None and may_fuse and not self.is_fused:
             from verl_valgen.backends.fast.fused import fuse
 
             fuse(self.model)
