@@ -23,6 +23,10 @@ _CHUNK_NUMBERS = 2**22
 """Logits that are judged at once."""
 _DOUBT = 0.03
 """Logits are scaled by 1 +- this for tokens at the edge of top-p and its like: on either side they may be chosen."""
+_FAR = 0.35
+"""Shortfall of a token that counts against an answer."""
+_FAR_TOKENS, _FAR_SHARE = 1, 0.02
+"""So many tokens, and this share of them, may be as far off in a right answer."""
 
 
 def shortfalls(
@@ -62,6 +66,25 @@ def shortfalls(
             missing = scores.amax(-1) - _at(scores, chosen[rows])
         parts.append((missing / raw.std(-1).clamp(min=1e-6)).nan_to_num(_LARGEST, _LARGEST).clamp(0, _LARGEST))
     return torch.cat(parts)
+
+
+def objection(shortfalls: Tensor) -> str | None:
+    """Why an answer is not what the reader's model says, if it isn't.
+
+    Args:
+        shortfalls: (T,) as `shortfalls` gives them.
+
+    Returns:
+        None where the answer is plausible; else a phrase with numbers.
+    """
+    num_tokens = len(shortfalls)
+    num_far = int((shortfalls > _FAR).sum())
+    if num_far <= _FAR_TOKENS + _FAR_SHARE * num_tokens:
+        return None
+    return (
+        f"{num_far} of {num_tokens} tokens lie below what the trainer's model would choose, by up to "
+        f"{float(shortfalls.max()):.2g} times the spread of its logits"
+    )
 
 
 def _processed(
