@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["eos", "stop", "length", "time", "error"]
@@ -93,6 +93,25 @@ class Completion:
     """Why there is no answer, where the reason is "error"."""
     had_nan: bool = False
     """Whether a token was chosen by scores with NaN among them: then the answer is meaningless."""
+    num_padding: int = 0
+    """Padding tokens before the prompt, in the batch that it was answered in."""
+
+
+class ProvenAnswers(NamedTuple):
+    """The answers of a round, and whether they are the model's own."""
+
+    completions: Sequence[Completion]
+    """One per request, in their order."""
+    verified: bool | None
+    """Whether they passed the check against the trainer's model; None: they were not checked."""
+    dtype: str
+    """The dtype that they were computed in, as torch names it."""
+    deadline: float
+    """`time.time()` at which whatever is made of them must be done; infinity: no limit of the round's own."""
+
+
+WITHHELD = "(withheld: failed the check against the trainer's model)"
+"""Stands for an answer that is not the model's own, everywhere but in the JSONL files."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +166,20 @@ class Sample:
     """The row's ground truth, which reward functions compare with; None if there is none."""
     score_texts: dict[str, str] = field(default_factory=dict)
     """The texts that metrics returned beside their scores, such as the answer that a reward function extracted."""
+    verified: bool | None = None
+    """Whether the answers of the round passed the check against the trainer's model; None: they were not checked."""
 
     # Not recorded: for metrics, and for the numbers of the round.
     output_ids: Sequence[int] = ()
     extra_info: Any = None
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     """Each metric's judgement, by the metric's name."""
+
+    def shown(self) -> Sample:
+        """The sample for people to see: without its answer, if that failed the check."""
+        if self.verified is not False:
+            return self
+        return replace(self, generation=WITHHELD, scores={}, score_texts={}, output_ids=(), verdicts={})
 
     def to_dict(self) -> dict[str, Any]:
         """The record, in the order of the fields."""
@@ -226,6 +253,10 @@ class Round:
     samples: Sequence[Sample]
     """With their scores, prompt by prompt."""
     numbers: RoundNumbers
+
+    def shown(self) -> Round:
+        """The round for people to see: without answers that failed the check."""
+        return replace(self, samples=[sample.shown() for sample in self.samples])
 
 
 def pack(requests: Sequence[Request]) -> dict[str, Any]:

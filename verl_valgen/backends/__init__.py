@@ -30,14 +30,19 @@ class Way(NamedTuple):
         return replace(limits, fuse=self.fuse, one_at_a_time=self.one_at_a_time)
 
 
+LOCKSTEP_BACKEND = "verl_valgen.backends.lockstep:LockstepBackend"
+"""Answers through the sharded model, where all ranks take part: no backend that a user names."""
+SHARDED = Way("the sharded model, one prompt at a time", LOCKSTEP_BACKEND, one_at_a_time=True)
+"""The safest way, and the slowest: without a copy of the weights."""
+
 _HF_WAYS = (Way("hf", "hf"), Way("hf, one prompt at a time", "hf", one_at_a_time=True))
 
 
 def ways(name: str, device_type: str) -> list[Way]:
     """Returns the ways to answer, from the one that `generation.backend` asks for to the safest.
 
-    Each does less that could go wrong with a model that nobody has tried. (The sharded model, with `LockstepBackend`,
-    would be a further one: it needs no copy of the weights.)
+    Each does less that could go wrong with a model that nobody has tried.
+    (`SHARDED`, which needs no copy of the weights, is not among them.)
 
     Args:
         name: As for `backend_class`.

@@ -128,9 +128,13 @@ class HFBackend(Backend):
         eos_ids = as_id_set(config.eos_token_id)
         stop_lengths = stops.lengths(input_ids.shape[1]) if stops else [None] * len(requests)
         nan_lengths = nans.lengths(input_ids.shape[1])
-        return [
+        completions = [
             finish(ids, eos_ids, stop_length, nan_length, max_new_tokens)
             for ids, stop_length, nan_length in zip(output_ids, stop_lengths, nan_lengths, strict=True)
+        ]
+        return [
+            replace(completion, num_padding=input_ids.shape[1] - len(request.input_ids))
+            for request, completion in zip(requests, completions, strict=True)
         ]
 
     def call_generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from types import ModuleType
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -98,6 +98,15 @@ class Host(ABC):
     def why_not_sharded(self) -> str | None:
         """The reason why `generate` cannot run through the sharded model, None if it can."""
         return None
+
+    def read(self, input_ids: Sequence[int], num_last: int) -> Tensor:
+        """The model's own logits for one sequence, computed as verl validates. Collective: all ranks must call.
+
+        See `verl_valgen.weights.sharded.read`. Only where `why_not_sharded` gives no reason.
+        """
+        from verl_valgen.weights.sharded import read
+
+        return read(self.model, input_ids, num_last, self.compute_dtype, self.device)
 
     # The training run: data, schedule, trackers. The process that holds the loop answers for these.
 

@@ -12,12 +12,13 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
 
-from verl_valgen.backends import backend_class
+from verl_valgen.backends import LOCKSTEP_BACKEND, SHARDED, Way, backend_class, ways
 from verl_valgen.backends.base import Backend, Limits
 from verl_valgen.collectives import OtherRankError, attempt, broadcast, rank, run_on_all_ranks, world_size
 from verl_valgen.hosts.base import Host
@@ -38,7 +39,10 @@ logger = logging.getLogger(__name__)
 class GatheredRound:
     """Requests for which the weights are gathered, and which are still to be answered."""
 
+    way: Way
     plan: Plan
+    requests: list[Request]
+    """All of the round, the same on all ranks."""
     share: list[Request]
     """The requests of this rank."""
     logging_rank: int
@@ -59,6 +63,8 @@ class Answerer:
 
     def __init__(self, host: Host, settings: GenerationSettings) -> None:
         self.host, self.settings = host, settings
+        self.ways = [*ways(settings.backend, host.device.type), SHARDED]
+        """The ways to answer, from the one that is asked for to the safest."""
         self.warnings = OnceLogger(logger)
 
     @property
@@ -73,12 +79,16 @@ class Answerer:
         """Answers requests in one go: gathers the weights, then generates. Collective: all ranks must call."""
         return self.finish(self.begin(requests))
 
-    def begin(self, requests: Sequence[Request] | None) -> GatheredRound | None:
+    def begin(
+        self, requests: Sequence[Request] | None, way: Way | None = None, deadline: float | None = None
+    ) -> GatheredRound | None:
         """Shares the requests out and gathers the weights. Collective: all ranks must call.
 
         Args:
             requests: On the logging rank; None there if there are none to be had, which ends the call on all ranks.
                 What the other ranks pass is not looked at.
+            way: One of `ways`, the same on all ranks; None: the first.
+            deadline: `time.time()` at which answering ends; None: as `generation.max_round_time_s` says.
 
         Returns:
             What `finish` wants; None where there is nothing to answer, and where another rank failed.
@@ -88,8 +98,9 @@ class Answerer:
                 what failed elsewhere.
         """
         host = self.host
-        limit = self.settings.max_round_time_s
-        deadline = time.time() + limit if limit else math.inf
+        way = way or self.ways[0]
+        if deadline is None:
+            deadline = time.time() + (self.settings.max_round_time_s or math.inf)
         logging_rank, all_requests = self._hand_out(requests)
         if not all_requests:
             return None
@@ -100,7 +111,7 @@ class Answerer:
             if free is None:
                 return None
             try:
-                plan = self._plan(all_requests, min(free))
+                plan = self._plan(all_requests, min(free), way)
             except Exception:  # on all ranks alike
                 if host.is_logging_rank:
                     raise
@@ -111,7 +122,9 @@ class Answerer:
             share = [all_requests[i] for i in indices]
             dtype = host.compute_dtype if plan.is_sharded else self.dtype
             model, error = (None, None) if plan.is_sharded else attempt(lambda: self._gather(share, offloading))
-            return GatheredRound(plan, share, logging_rank, deadline, dtype, stack.pop_all(), model, error)
+            return GatheredRound(
+                way, plan, all_requests, share, logging_rank, deadline, dtype, stack.pop_all(), model, error
+            )
 
     def finish(self, gathered: GatheredRound | None) -> list[Completion] | None:
         """Answers the requests of a gathered round on all ranks that have a share. Collective: all ranks must call.
@@ -156,9 +169,10 @@ class Answerer:
         offloading.enter_context(self.host.on_device())
         return free_bytes(self.host.device)
 
-    def _plan(self, requests: Sequence[Request], free: float) -> Plan:
+    def _plan(self, requests: Sequence[Request], free: float, way: Way) -> Plan:
         """The same on all ranks, or the same exception: MemoryError where a round does not fit."""
         host, settings = self.host, self.settings
+        gather = "sharded" if way is SHARDED else settings.gather
         plan = make_plan(
             len(requests),
             Needs(
@@ -169,13 +183,13 @@ class Answerer:
             ),
             free,
             world_size(),
-            gather=settings.gather,
+            gather=gather,
             ranks=settings.ranks,
             batch_size=settings.batch_size,
             why_not_sharded=host.why_not_sharded() or _why_not_in_step(requests),
         )
         logger.debug("%s for %d prompts; %.1f GiB are free", plan, len(requests), free / 2**30)
-        if plan.is_sharded and settings.gather == "auto" and host.is_logging_rank:
+        if plan.is_sharded and gather == "auto" and host.is_logging_rank:
             self.warnings.warn(
                 "no device has room for a copy of the model: the answers come through the sharded model, which gathers "
                 "every layer for every token"
@@ -207,22 +221,22 @@ class Answerer:
             return []
         model.generation_config = self._special_tokens()
         limits = Limits(gathered.plan.batch_size, gathered.deadline, self.settings.compile)
-        backend = backend_class(self.settings.backend, self.host.device.type)(
-            model, self.host.tokenizer, self.settings.seed, limits
+        backend = backend_class(gathered.way.backend, self.host.device.type)(
+            model, self.host.tokenizer, self.settings.seed, gathered.way.within(limits)
         )
         return self._timed(backend, gathered.share)
 
     def _generate_through_the_sharded_model(self, gathered: GatheredRound) -> list[list[Any]]:
         """Collective: all ranks must call."""
-        from verl_valgen.backends.lockstep import LockstepBackend
         from verl_valgen.weights.sharded import generating_through
 
+        limits = gathered.way.within(Limits(gathered.plan.batch_size, gathered.deadline))
         with generating_through(self.host.model, self._special_tokens(), self.host.device) as model:
-            backend = LockstepBackend(
+            backend: Any = resolve_name(LOCKSTEP_BACKEND)(
                 model,
                 self.host.tokenizer,
                 self.settings.seed,
-                Limits(gathered.plan.batch_size, gathered.deadline),
+                limits,
                 sequence_bytes=self._sequence_bytes(gathered.share),
                 logprobs_bytes=self._logprobs_bytes(gathered.share),
             )

@@ -27,6 +27,9 @@ it takes less than twice as long, so one batch beats two on the same rank. (Meas
 # The rest is for what nobody counts: fragmentation, workspaces, other processes.
 _SHARE_OF_FREE = 0.9
 
+_JUDGING_BYTES = 2**28
+"""What judging.py makes of some rows of logits at a time."""
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -139,6 +142,27 @@ def sequence_bytes(config: Any, prompt_length: int, max_new_tokens: int, dtype: 
     # A sort in float32 with its int64 indices, once more for what it gives, and a handful of temporary tensors.
     logits = 48 * config.vocab_size
     return (cache + activations) * dtype.itemsize + logits
+
+
+def reading_bytes(config: Any, num_tokens: int, num_read: int, dtype: torch.dtype) -> int:
+    """Bytes that a forward pass over one sequence takes beside the weights, estimated on the large side.
+
+    Args:
+        config: transformers' configuration of the text model.
+        num_tokens: The sequence's length.
+        num_read: The number of tokens whose logits are looked at.
+    """
+    logits = (num_tokens + num_read) * config.vocab_size * dtype.itemsize
+    return sequence_bytes(config, num_tokens, 0, dtype) + logits + _JUDGING_BYTES
+
+
+def fits(num_bytes: int, device: torch.device) -> bool:
+    """Whether the allocator has so many bytes; always true on devices other than CUDA."""
+    try:
+        torch.empty(num_bytes if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 def largest_sequence_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> int:

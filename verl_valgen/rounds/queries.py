@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from verl_valgen.prompts.columns import parameters
@@ -119,9 +120,12 @@ def _by_strategy(
     return by_strategy
 
 
-def make_samples(answers: Sequence[Answer], step: int, seed: int, dtype: str, tokenizer: Any) -> list[Sample]:
+def make_samples(
+    answers: Sequence[Answer], step: int, seed: int, dtype: str, tokenizer: Any, verified: bool | None
+) -> list[Sample]:
     """The records of a round, in the order of the answers, with no scores but the model's own; none for failures."""
-    return [_sample(answer, step, seed, dtype, tokenizer) for answer in answers if not answer.completion.error]
+    samples = [_sample(answer, step, seed, dtype, tokenizer) for answer in answers if not answer.completion.error]
+    return [replace(s, verified=verified, scores={} if verified is False else s.scores) for s in samples]
 
 
 def _sample(answer: Answer, step: int, seed: int, dtype: str, tokenizer: Any) -> Sample:

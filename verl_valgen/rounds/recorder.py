@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from verl_valgen.records import Answer, Completion, Query, Round, RoundNumbers, Sample, origin
+from verl_valgen.records import Answer, ProvenAnswers, Query, Round, RoundNumbers, Sample, origin
 from verl_valgen.rounds.queries import make_samples, pair, with_global_parameters
 from verl_valgen.scores.aggregates import summarize_round
 from verl_valgen.scores.best import FILE_NAME as BEST_FILE_NAME
@@ -61,32 +61,31 @@ class Recorder:
     def record(
         self,
         queries: Sequence[Query],
-        completions: Sequence[Completion],
+        proven: ProvenAnswers,
         step: int,
         seconds: float,
-        deadline: float,
-        dtype: str,
     ) -> None:
-        """Scores the completions of a round, and hands it to the trackers.
+        """Scores the answers of a round, and hands it to the trackers. Unverified ones have no scores and no numbers.
 
         Args:
             queries: What was asked in this round.
-            completions: The answers to `make_requests(queries)`, in order.
+            proven: The answers to `make_requests(queries)`.
             seconds: How long they took.
-            deadline: `time.time()` at which the metrics must be done; infinity: no limit of the round's own.
-            dtype: The dtype that the answers were computed in.
 
         Raises:
             RuntimeError: All requests failed.
         """
-        answers = pair(queries, completions)
+        answers = pair(queries, proven.completions)
         self._retire_failing_parameters(answers)
         self._warn_of_nan(answers, step)
-        samples = make_samples(answers, step, self.settings.seed, dtype, self.tokenizer)
-        samples = self._scored(samples, deadline)
-        num_tokens = sum(len(completion.output_ids) for completion in completions)
-        trackers = self._open_trackers()
-        trackers.log(Round(step, samples, self._numbers(samples, step, seconds, num_tokens)))
+        samples = make_samples(answers, step, self.settings.seed, proven.dtype, self.tokenizer, proven.verified)
+        num_tokens = sum(len(completion.output_ids) for completion in proven.completions)
+        if proven.verified is False:
+            numbers = RoundNumbers(0, seconds, num_tokens / max(seconds, 1e-9))
+        else:
+            samples = self._scored(samples, proven.deadline)
+            numbers = self._numbers(samples, step, seconds, num_tokens)
+        self._open_trackers().log(Round(step, samples, numbers))
 
     def close(self) -> None:
         self.scoring.close()

@@ -22,8 +22,9 @@ from verl_valgen.prompts.files import OwnPrompt
 from verl_valgen.prompts.masks import prompts_from_batch
 from verl_valgen.prompts.tokens import decode
 from verl_valgen.records import Prompt, Query
-from verl_valgen.rounds.generation import Answerer, GatheredRound
+from verl_valgen.rounds.generation import GatheredRound
 from verl_valgen.rounds.preparation import prepare, vocab_size
+from verl_valgen.rounds.proven import ProvenAnswerer
 from verl_valgen.rounds.queries import make_queries, make_requests, pair
 from verl_valgen.rounds.recorder import GOES_ON, Recorder
 from verl_valgen.rounds.restore import preserved_random_state
@@ -54,7 +55,7 @@ class ValidationRounds:
 
     def __init__(self, host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt] = ()) -> None:
         self.host, self.settings, self.file_prompts = host, settings, file_prompts
-        self.answerer = Answerer(host, settings)
+        self.answerer = ProvenAnswerer(host, settings)
         self.recorder: Recorder | None = None
         """The logging rank's alone, while `fit()` runs."""
         self.steps: list[int] = []
@@ -125,13 +126,10 @@ class ValidationRounds:
         Raises:
             Exception: On the logging rank alone, after the last collective.
         """
-        gathered = round.gathered
         with preserved_random_state(self.host.device):
-            completions = self.answerer.finish(gathered)
-            if self.recorder is not None and gathered is not None and completions is not None:
-                seconds = time.time() - round.started_at
-                dtype = str(gathered.dtype).removeprefix("torch.")
-                self.recorder.record(round.queries, completions, round.step, seconds, gathered.deadline, dtype)
+            answers = self.answerer.finish(round.gathered)
+            if self.recorder is not None and answers is not None:
+                self.recorder.record(round.queries, answers, round.step, time.time() - round.started_at)
 
     def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
         """See `ValidationGenerationMixin.generate_samples`. Collective: all ranks must call."""
@@ -146,12 +144,14 @@ class ValidationRounds:
                     queries = make_queries(prompts, replace(self.settings, n=1, strategies={}), vocab_size(self.host))
                 except Exception as e:  # the other ranks wait for a word
                     error = e
-            completions = self.answerer(None if error else make_requests(queries))
+            proven = self.answerer(None if error else make_requests(queries))
         if error is not None:
             raise error
-        if completions is None:
+        if proven is None:
             return [], []
-        answers = [answer.completion for answer in pair(queries, completions)]
+        if proven.verified is False:
+            raise RuntimeError("the answers failed the check against the trainer's model")
+        answers = [answer.completion for answer in pair(queries, proven.completions)]
         for answer in answers:
             if answer.error:
                 raise RuntimeError(answer.error)

@@ -11,17 +11,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from transformers import LogitsProcessorList
 
 from verl_valgen.backends.judging import objection, shortfalls
 from verl_valgen.collectives import agree, attempt, broadcast, gather_values, rank, world_size
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Completion, Request
-from verl_valgen.rounds.plan import fits, sequence_bytes
+from verl_valgen.rounds.plan import fits, reading_bytes
 from verl_valgen.text import describe
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +37,12 @@ class Finding(NamedTuple):
 class Excerpt(NamedTuple):
     """An answer that is read."""
 
-    index: int
-    """Of its request."""
+    request: int
+    """The index of its request."""
     output_ids: list[int]
 
 
-def verify(
-    host: Host, requests: Sequence[Request], completions: Sequence[Completion] | None, seed: int
-) -> Finding:
+def verify(host: Host, requests: Sequence[Request], completions: Sequence[Completion] | None, seed: int) -> Finding:
     """Has two answers of a round read by the trainer's own model. Collective: all ranks must call.
 
     Even ranks read one and odd ranks the other in the same forward pass; a single rank reads one after the other.
@@ -62,7 +59,7 @@ def verify(
         return Finding(None, "no answer that could be read" if error is None else describe(error))
     reads = [Excerpt(*fields) for fields in received]
     own = reads if world_size() == 1 else [reads[rank() % len(reads)]]
-    objections, error = attempt(lambda: _read_all(host, requests, own, seed))
+    objections, error = attempt(lambda: _objections(host, requests, own, seed))
     reports = gather_values([objections, None if error is None else describe(error)], host.device)
     failures = [text for _, text in reports if text is not None]
     if failures:
@@ -72,7 +69,7 @@ def verify(
 
 
 def excerpts(requests: Sequence[Request], completions: Sequence[Completion]) -> list[Excerpt]:
-    """The answers to read, at most two: the one with the most padding before its prompt, and the longest with its prompt.
+    """The answers to read, at most two: the one behind the most padding, and the longest together with its prompt.
 
     What is sensitive to padding shows in the first, what is sensitive to length in the second. Left out are answers
     that are no words of the model: failures, and those that NaN has chosen.
@@ -84,3 +81,25 @@ def excerpts(requests: Sequence[Request], completions: Sequence[Completion]) -> 
     others = [i for i in readable if i != most_padded]
     longest = max(others, key=lambda i: len(requests[i].input_ids) + len(completions[i].output_ids), default=None)
     return [Excerpt(i, completions[i].output_ids) for i in (most_padded, longest) if i is not None]
+
+
+def _objections(host: Host, requests: Sequence[Request], own: Sequence[Excerpt], seed: int) -> list[str | None]:
+    """What the trainer's model has against each answer that this rank reads. Collective: all ranks must call.
+
+    Raises:
+        MemoryError: On all ranks, where one has no room for the reading.
+        Exception: On the rank concerned, after the last forward pass.
+    """
+    with ExitStack() as stack:
+        _, error = attempt(lambda: stack.enter_context(host.on_device()))
+        if not agree(error is None, host.device):
+            raise error or RuntimeError("another rank could not load its parameters")
+        sizes = [(len(requests[i].input_ids) + len(output_ids), len(output_ids)) for i, output_ids in own]
+        needs = max(reading_bytes(host.model_config.get_text_config(), *size, host.compute_dtype) for size in sizes)
+        if not agree(fits(needs + 2 * host.largest_unit_bytes, host.device), host.device):
+            raise MemoryError("there is no room for a forward pass of the trainer's model")
+        read: list[Any] = [host.read(requests[i].input_ids + ids, len(ids)) for i, ids in own]
+    return [
+        objection(shortfalls(logits, requests[i], ids, seed, LogitsProcessorList()))
+        for (i, ids), logits in zip(own, read, strict=True)
+    ]

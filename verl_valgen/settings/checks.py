@@ -92,6 +92,13 @@ def boolean() -> Check:
     return Check(_read_boolean, lambda _: True, "a boolean (true or false)")
 
 
+def boolean_or(name: str) -> Check:
+    def read(value: object) -> Any:
+        return name if isinstance(value, str) and value.strip().lower() == name else _read_boolean(value)
+
+    return Check(read, lambda _: True, f"a boolean (true or false) or {name}")
+
+
 def integer(allowed: str, accepts: Callable[[int], bool]) -> Check:
     return Check(_read_integer, accepts, allowed)
 

@@ -178,6 +178,12 @@ class GenerationSettings:
         "how the answering ranks get the weights. `copy`: a plain copy of the model on each of them; `sharded`: no "
         "copy, all ranks generate through the sharded model; auto: `sharded` where no copy fits",
     )
+    verify: bool | str = setting(
+        True,
+        checks.boolean_or("first"),
+        "whether the trainer's own model reads two answers of a round and must have chosen (nearly) the same tokens: "
+        "`true`: in every round; `first`: in the first, and after a change of the way that answers are made; `false`",
+    )
     max_round_time_s: float = setting(
         0.0,
         checks.number("a number of seconds >= 0 (0: no limit)", lambda x: x >= 0),

@@ -21,6 +21,9 @@ class Tracker(ABC):
     is_kept = False
     """Whether the tracker is called again however often it failed: a disk that was full may have room again."""
 
+    takes_unverified = False
+    """Whether the tracker gets answers that failed the check too; the others get a note in their place."""
+
     @abstractmethod
     def log(self, round: Round) -> None:
         """Records the samples and numbers of one round. Called once per round; the step may lie behind verl's."""

@@ -48,9 +48,10 @@ class CompositeTracker(Tracker):
 
     def log(self, round: Round) -> None:
         failed = {}
+        shown = round.shown()
         for name, tracker in self.trackers.items():
             try:
-                self._queues[name].submit(partial(tracker.log, round))
+                self._queues[name].submit(partial(tracker.log, round if tracker.takes_unverified else shown))
             except Exception as error:
                 failed[name] = error
         deadline = time.monotonic() + _MAX_WAIT_S

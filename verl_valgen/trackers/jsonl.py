@@ -37,6 +37,7 @@ class JsonlTracker(Tracker):
     """
 
     is_kept = True
+    takes_unverified = True
 
     def __init__(self, directory: str | os.PathLike[str], run: Mapping[str, Any] | None = None) -> None:
         self._directory = Path(directory)
