@@ -98,7 +98,8 @@ def _objections(host: Host, requests: Sequence[Request], own: Sequence[Excerpt],
         needs = max(reading_bytes(host.model_config.get_text_config(), *size, host.compute_dtype) for size in sizes)
         if not agree(fits(needs + 2 * host.largest_unit_bytes, host.device), host.device):
             raise MemoryError("there is no room for a forward pass of the trainer's model")
-        read: list[Any] = [host.read(requests[i].input_ids + ids, len(ids)) for i, ids in own]
+        # Of the last token nothing is asked: the model never saw it when it answered.
+        read: list[Any] = [host.read([*requests[i].input_ids, *ids[:-1]], len(ids)) for i, ids in own]
     return [
         objection(shortfalls(logits, requests[i], ids, seed, LogitsProcessorList()))
         for (i, ids), logits in zip(own, read, strict=True)
