@@ -93,8 +93,8 @@ class Completion:
     """Why there is no answer, where the reason is "error"."""
     had_nan: bool = False
     """Whether a token was chosen by scores with NaN among them: then the answer is meaningless."""
-    num_padding: int = 0
-    """Padding tokens before the prompt, in the batch that it was answered in."""
+    num_padding: int = field(default=0, compare=False)
+    """Padding tokens before the prompt, in the batch that it was answered in: nothing of the answer depends on it."""
 
 
 class ProvenAnswers(NamedTuple):

@@ -15,6 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -23,7 +25,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from verl_valgen.backends.base import Backend
+from verl_valgen.backends.base import Backend, UnsuitableError
 from verl_valgen.backends.batching import Group, as_id_set, group_requests, left_pad
 from verl_valgen.backends.observers import NanObserver, StopStringObserver
 from verl_valgen.backends.sampling import GumbelNoise, logits_warpers
@@ -32,6 +34,12 @@ from verl_valgen.settings.generation_config import SAMPLING_ONLY
 from verl_valgen.text import describe, describe_at_length
 
 logger = logging.getLogger(__name__)
+
+_WITHOUT_PROCESSORS = SAMPLING_ONLY | {
+    *("do_sample", "max_new_tokens", "stop_strings", "eos_token_id", "pad_token_id", "bos_token_id"),
+    *("max_time", "use_cache", "cache_implementation"),
+}
+"""Parameters that `generate` makes no logits processor of, sampling being done here."""
 
 
 class HFBackend(Backend):
@@ -166,6 +174,29 @@ class HFBackend(Backend):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         logprobs = logits[0, -num_new - 1 : -1].float().log_softmax(-1)  # (T, V)
         return logprobs.gather(1, ids[0, -num_new:, None]).mean().item()
+
+    def logits_processors(self, request: Request) -> LogitsProcessorList:
+        """What `generate` itself makes of a request's parameters: no warper, as nothing is sampled for transformers.
+
+        Raises:
+            UnsuitableError: This version of transformers does not tell.
+        """
+        prepared = LogitsProcessorList()
+        if request.params.keys() <= _WITHOUT_PROCESSORS:
+            return prepared
+        if Version(transformers.__version__) < Version("4.57"):
+            raise UnsuitableError(f"transformers {transformers.__version__} does not show its logits processors")
+
+        def keep(model: Any, input_ids: Tensor, *, logits_processor: Any, **kwargs: Any) -> Tensor:
+            prepared.extend(logits_processor)
+            return input_ids
+
+        input_ids, attention_mask = left_pad([request.input_ids], self.model.device)
+        config = self._generation_config(request.params, request.params["max_new_tokens"])
+        HFBackend.call_generate(
+            self, input_ids, attention_mask=attention_mask, generation_config=config, custom_generate=keep
+        )
+        return prepared
 
     def _generation_config(self, params: Mapping[str, Any], max_new_tokens: int) -> GenerationConfig:
         """Returns greedy search with the request's other parameters: sampling and stop strings are handled here."""

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 from transformers import LogitsProcessorList
 
+from verl_valgen.backends.hf import HFBackend
 from verl_valgen.backends.judging import objection, shortfalls
 from verl_valgen.collectives import agree, attempt, broadcast, gather_values, rank, world_size
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Completion, Request
 from verl_valgen.rounds.plan import fits, reading_bytes
+from verl_valgen.settings.generation_config import special_tokens
 from verl_valgen.text import describe
 
 logger = logging.getLogger(__name__)
@@ -100,7 +102,17 @@ def _objections(host: Host, requests: Sequence[Request], own: Sequence[Excerpt],
             raise MemoryError("there is no room for a forward pass of the trainer's model")
         # Of the last token nothing is asked: the model never saw it when it answered.
         read: list[Any] = [host.read([*requests[i].input_ids, *ids[:-1]], len(ids)) for i, ids in own]
+        processors = _logits_processors(host, [requests[i] for i, _ in own])
     return [
-        objection(shortfalls(logits, requests[i], ids, seed, LogitsProcessorList()))
-        for (i, ids), logits in zip(own, read, strict=True)
+        objection(shortfalls(logits, requests[i], ids, seed, of_request))
+        for (i, ids), logits, of_request in zip(own, read, processors, strict=True)
     ]
+
+
+def _logits_processors(host: Host, requests: Sequence[Request]) -> list[LogitsProcessorList]:
+    """What transformers makes of the requests' parameters, for the model in training. Not collective."""
+    from verl_valgen.weights.sharded import generating_through
+
+    with generating_through(host.model, special_tokens(host.generation_config, host.tokenizer), host.device) as model:
+        backend = HFBackend(model, host.tokenizer, seed=0)
+        return [backend.logits_processors(request) for request in requests]
