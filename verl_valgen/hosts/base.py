@@ -108,6 +108,20 @@ class Host(ABC):
 
         return read(self.model, input_ids, num_last, self.compute_dtype, self.device)
 
+    def mean_logprob(self, input_ids: Sequence[int], output_ids: Sequence[int]) -> float | None:
+        """The mean of ln p(token | preceding tokens) over an answer's tokens, as verl's own forward pass has it.
+
+        Collective: all ranks must call, with the same tokens. Works where `read` does not.
+
+        Args:
+            input_ids: Prompt and answer, without the answer's last token.
+            output_ids: The answer.
+
+        Returns:
+            None on ranks that verl gives no output, and where verl has no such forward pass.
+        """
+        return None
+
     # The training run: data, schedule, trackers. The process that holds the loop answers for these.
 
     config: DictConfig

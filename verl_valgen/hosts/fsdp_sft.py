@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
@@ -35,6 +35,17 @@ class FSDPSFTHost(Host):
         if self.config.ulysses_sequence_parallel_size > 1:
             return "with ulysses_sequence_parallel_size > 1 a forward pass takes a part of each sequence"
         return None
+
+    def mean_logprob(self, input_ids: Sequence[int], output_ids: Sequence[int]) -> float | None:
+        ids = torch.tensor([[*input_ids, output_ids[-1]]])  # (1, L)
+        positions = torch.arange(ids.shape[1])[None]
+        batch = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": positions,
+            "loss_mask": (positions >= ids.shape[1] - len(output_ids)).long(),
+        }
+        return -self.trainer.validation_step(batch).item()  # the mean over ranks that have all read the same
 
     def schedule(self) -> Schedule:
         trainer_config = self.config.trainer

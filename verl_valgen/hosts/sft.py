@@ -6,7 +6,7 @@ under Hugging Face's names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from types import ModuleType
@@ -97,6 +97,31 @@ class SFTHost(Host):
         if fused_kernels.may_be_replaced(self.model_class) and self.verl_model_config.use_fused_kernels:
             return "with model.use_fused_kernels a forward pass gives no logits"
         return None
+
+    def mean_logprob(self, input_ids: Sequence[int], output_ids: Sequence[int]) -> float | None:
+        from verl.utils import tensordict_utils as tu
+
+        ids = torch.tensor([*input_ids, output_ids[-1]])
+        tensors = {"input_ids": ids, "position_ids": torch.arange(len(ids)), "loss_mask": torch.ones_like(ids)}
+        data = tu.get_tensordict(
+            {name: torch.nested.as_nested_tensor([value], layout=torch.jagged) for name, value in tensors.items()},
+            non_tensor_dict={
+                "use_remove_padding": self.config.model.use_remove_padding,
+                "use_dynamic_bsz": False,
+                "use_fused_kernels": self.verl_model_config.use_fused_kernels,
+                "micro_batch_size_per_gpu": 1,
+                "temperature": 1.0,
+                "global_batch_size": self.engine.get_data_parallel_size(),
+                "pad_mode": "no_padding",
+                "pad_token_id": self.tokenizer.pad_token_id,
+            },
+        )
+        with self.engine.eval_mode():
+            output = self.engine.infer_batch(data, loss_function=None)
+        if not self.engine.is_mp_src_rank_with_outputs():
+            return None
+        logprobs = output["model_output"]["log_probs"].values()  # (L,); each stands at the position before its token
+        return logprobs[-len(output_ids) - 1 : -1].float().mean().item()
 
     @contextmanager
     def on_device(self) -> Iterator[None]:

@@ -216,9 +216,11 @@ class Answerer:
             raise gathered.error
         if gathered.plan.is_sharded:
             return self._generate_through_the_sharded_model(gathered)
-        model, gathered.model = gathered.model, None  # to be free when the answers are exchanged
+        model = gathered.model
         if model is None:
             return []
+        if self.host.why_not_sharded() is None:  # else the copy is wanted for the check of the answers
+            gathered.model = None  # to be free when the answers are exchanged
         model.generation_config = self._special_tokens()
         limits = Limits(gathered.plan.batch_size, gathered.deadline, self.settings.compile)
         backend = backend_class(gathered.way.backend, self.host.device.type)(

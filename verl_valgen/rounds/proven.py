@@ -89,9 +89,10 @@ class ProvenAnswerer:
         if gathered is None:
             return None, None, "another rank failed"
         completions, error = attempt(lambda: self.answerer.finish(gathered))
+        copy, gathered.model = gathered.model, None
         finding = Finding(None, "generation.verify switches it off")
         if self.settings.verify is True or (self.settings.verify == "first" and not self.is_proven):
-            finding = verify(self.host, gathered.requests, completions, self.settings.seed)
+            finding = verify(self.host, gathered.requests, completions, self.settings.seed, copy)
         if error is not None:
             raise error
         if finding.verified is None:

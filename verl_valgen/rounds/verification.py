@@ -3,7 +3,7 @@
 The answers come from a copy of the weights, through a cache, in padded batches, perhaps through fused modules and a
 captured graph. Any of these can be wrong for a model that nobody has tried, and then the answers look like answers. The
 reader shares none of it: it is the sharded model in training, called as verl's validation calls it. This module decides
-what is read by whom, and what follows for the round; judging.py has the rule.
+what is read by whom, and computes the reading; judging.py has the rule, proven.py what follows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 from transformers import LogitsProcessorList
 
 from verl_valgen.backends.hf import HFBackend
@@ -25,6 +27,9 @@ from verl_valgen.settings.generation_config import special_tokens
 from verl_valgen.text import describe
 
 logger = logging.getLogger(__name__)
+
+_MAX_LOGPROB_GAP = 0.3
+"""Nats. By so much an answer's mean log-probability may differ between the copy and verl's own forward."""
 
 
 class Finding(NamedTuple):
@@ -39,39 +44,52 @@ class Finding(NamedTuple):
 class Excerpt(NamedTuple):
     """An answer that is read."""
 
-    request: int
-    """The index of its request."""
+    request: Request
     output_ids: list[int]
 
+    @property
+    def input_ids(self) -> list[int]:
+        """What is read. Of the answer's last token nothing is asked: the model never saw it when it answered."""
+        return [*self.request.input_ids, *self.output_ids[:-1]]
 
-def verify(host: Host, requests: Sequence[Request], completions: Sequence[Completion] | None, seed: int) -> Finding:
+
+def verify(
+    host: Host, requests: Sequence[Request], completions: Sequence[Completion] | None, seed: int, copy: Any = None
+) -> Finding:
     """Has two answers of a round read by the trainer's own model. Collective: all ranks must call.
 
-    Even ranks read one and odd ranks the other in the same forward pass; a single rank reads one after the other.
+    Even ranks read one and odd ranks the other in the same forward pass; a single rank reads one after the other. Where
+    the model gives no logits, the logging rank's copy reads both.
 
     Args:
         requests: The same on all ranks.
         completions: One for each request, on the logging rank; None there where there are none. What the others pass is
             not looked at.
         seed: `generation.seed`.
+        copy: The logging rank's copy of the model; used where `host.why_not_sharded` gives a reason.
     """
-    chosen, error = attempt(lambda: excerpts(requests, completions or []))
+    chosen, error = attempt(lambda: _chosen(requests, completions or []))
     received = broadcast(chosen, host.is_logging_rank, host.device)
     if not received:
         return Finding(None, "no answer that could be read" if error is None else describe(error))
-    reads = [Excerpt(*fields) for fields in received]
-    own = reads if world_size() == 1 else [reads[rank() % len(reads)]]
-    objections, error = attempt(lambda: _objections(host, requests, own, seed))
-    reports = gather_values([objections, None if error is None else describe(error)], host.device)
-    failures = [text for _, text in reports if text is not None]
-    if failures:
+    excerpts = [Excerpt(requests[i], output_ids) for i, output_ids in received]
+    if (reason := host.why_not_sharded()) is not None:
+        if host.is_logging_rank:
+            logger.debug("the copy reads the answers, as the trainer's model gives no logits: %s", reason)
+        result, error = attempt(lambda: _objections_of_copy(host, copy, excerpts, seed))
+    else:
+        own = excerpts if world_size() == 1 else [excerpts[rank() % len(excerpts)]]
+        result, error = attempt(lambda: _objections_of_trainer(host, own, seed))
+    reports = gather_values([result, None if error is None else describe(error)], host.device)
+    if failures := [text for _, text in reports if text is not None]:
         return Finding(None, failures[0])
     found = [text for texts, _ in reports for text in texts if text is not None]
     return Finding(not found, found[0] if found else "")
 
 
-def excerpts(requests: Sequence[Request], completions: Sequence[Completion]) -> list[Excerpt]:
-    """The answers to read, at most two: the one behind the most padding, and the longest together with its prompt.
+def _chosen(requests: Sequence[Request], completions: Sequence[Completion]) -> list[tuple[int, list[int]]]:
+    """The answers to read, at most two, each after the index of its request: the one behind the most padding, and the
+    longest together with its prompt.
 
     What is sensitive to padding shows in the first, what is sensitive to length in the second. Left out are answers
     that are no words of the model: failures, and those that NaN has chosen.
@@ -82,11 +100,15 @@ def excerpts(requests: Sequence[Request], completions: Sequence[Completion]) -> 
     most_padded = max(readable, key=lambda i: (completions[i].num_padding, len(completions[i].output_ids)))
     others = [i for i in readable if i != most_padded]
     longest = max(others, key=lambda i: len(requests[i].input_ids) + len(completions[i].output_ids), default=None)
-    return [Excerpt(i, completions[i].output_ids) for i in (most_padded, longest) if i is not None]
+    return [(i, completions[i].output_ids) for i in (most_padded, longest) if i is not None]
 
 
-def _objections(host: Host, requests: Sequence[Request], own: Sequence[Excerpt], seed: int) -> list[str | None]:
-    """What the trainer's model has against each answer that this rank reads. Collective: all ranks must call.
+# The readers
+
+
+def _objections_of_trainer(host: Host, own: Sequence[Excerpt], seed: int) -> list[str | None]:
+    """What the model in training has against each answer that this rank reads. Collective: all ranks must call, with as
+    many answers.
 
     Raises:
         MemoryError: On all ranks, where one has no room for the reading.
@@ -96,23 +118,58 @@ def _objections(host: Host, requests: Sequence[Request], own: Sequence[Excerpt],
         _, error = attempt(lambda: stack.enter_context(host.on_device()))
         if not agree(error is None, host.device):
             raise error or RuntimeError("another rank could not load its parameters")
-        sizes = [(len(requests[i].input_ids) + len(output_ids), len(output_ids)) for i, output_ids in own]
-        needs = max(reading_bytes(host.model_config.get_text_config(), *size, host.compute_dtype) for size in sizes)
+        config = host.model_config.get_text_config()
+        needs = max(reading_bytes(config, len(e.input_ids), len(e.output_ids), host.compute_dtype) for e in own)
         if not agree(fits(needs + 2 * host.largest_unit_bytes, host.device), host.device):
             raise MemoryError("there is no room for a forward pass of the trainer's model")
-        # Of the last token nothing is asked: the model never saw it when it answered.
-        read: list[Any] = [host.read([*requests[i].input_ids, *ids[:-1]], len(ids)) for i, ids in own]
-        processors = _logits_processors(host, [requests[i] for i, _ in own])
+        read = [host.read(excerpt.input_ids, len(excerpt.output_ids)) for excerpt in own]
+        processors = _logits_processors(host, own)
     return [
-        objection(shortfalls(logits, requests[i], ids, seed, of_request))
-        for (i, ids), logits, of_request in zip(own, read, processors, strict=True)
+        objection(shortfalls(logits, excerpt.request, excerpt.output_ids, seed, of_request))
+        for logits, excerpt, of_request in zip(read, own, processors, strict=True)
     ]
 
 
-def _logits_processors(host: Host, requests: Sequence[Request]) -> list[LogitsProcessorList]:
+def _logits_processors(host: Host, own: Sequence[Excerpt]) -> list[LogitsProcessorList]:
     """What transformers makes of the requests' parameters, for the model in training. Not collective."""
     from verl_valgen.weights.sharded import generating_through
 
     with generating_through(host.model, special_tokens(host.generation_config, host.tokenizer), host.device) as model:
         backend = HFBackend(model, host.tokenizer, seed=0)
-        return [backend.logits_processors(request) for request in requests]
+        return [backend.logits_processors(excerpt.request) for excerpt in own]
+
+
+@torch.no_grad()
+def _objections_of_copy(host: Host, copy: Any, own: Sequence[Excerpt], seed: int) -> list[str | None]:
+    """What the copy has against each answer, without a cache and without padding, and verl's own forward against the
+    copy. Collective: all ranks must call, with the same answers.
+
+    Args:
+        copy: As the backend has left it, on the logging rank; None elsewhere.
+
+    Returns:
+        [] on the other ranks.
+    """
+    of_trainer = [host.mean_logprob(excerpt.input_ids, excerpt.output_ids) for excerpt in own]
+    if copy is None:
+        return []
+    backend = HFBackend(copy, host.tokenizer, seed=0)
+    return [
+        _objection_of_copy(backend, excerpt, logprob, seed) for excerpt, logprob in zip(own, of_trainer, strict=True)
+    ]
+
+
+def _objection_of_copy(backend: HFBackend, excerpt: Excerpt, of_trainer: float | None, seed: int) -> str | None:
+    model: Any = backend.model
+    ids = torch.tensor([excerpt.input_ids], device=model.device)
+    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    logits = logits[-len(excerpt.output_ids) :]
+    processors = backend.logits_processors(excerpt.request)
+    found = objection(shortfalls(logits, excerpt.request, excerpt.output_ids, seed, processors))
+    if found is not None or of_trainer is None:
+        return found
+    chosen = torch.tensor(excerpt.output_ids, device=model.device)
+    logprob = logits.float().log_softmax(-1).gather(1, chosen[:, None]).mean().item()
+    if abs(logprob - of_trainer) <= _MAX_LOGPROB_GAP:
+        return None
+    return f"the copy gives an answer a mean log-probability of {logprob:.2f}, the trainer's model {of_trainer:.2f}"
