@@ -35,6 +35,7 @@ def assert_samples_of_the_checkpoint(result: Run, model: Path, *, rows: list[int
     assert result.returncode == 0, result.output[-5000:]
     samples = result.samples(3)
     assert [sample["row"] for sample in samples] == rows
+    assert all(sample["verified"] is True for sample in samples)
     plain = plain_model(result.checkpoints / "global_step_3", model)
     assert_greedy_samples(samples, plain, AutoTokenizer.from_pretrained(model), MAX_NEW_TOKENS, **parameters)
 
@@ -54,6 +55,33 @@ def test_fused_kernels_replace_the_forward_of_the_trained_model_alone(server, tm
     ]
     result = server.run(tmp_path, overrides, environment=GREEDY)
     assert_samples_of_the_checkpoint(result, model, rows=[0, 1, 2, 3, 4], **VARIED)
+
+
+WRONG_WEIGHTS = """
+def fit(self):
+    from verl_valgen.weights.plain_copy import PlainCopy
+
+    finish = PlainCopy.finish
+
+    def finish_with_a_wrong_norm(copy):
+        model = finish(copy)
+        model.model.norm.weight.data.mul_(30)
+        return model
+
+    PlainCopy.finish = finish_with_a_wrong_norm
+    super().fit()
+"""
+
+
+def test_where_the_model_gives_no_logits_verls_own_forward_finds_wrong_weights(server, tmp_path, assets):
+    """The copy itself finds nothing amiss: it is asked about its own answers."""
+    program = write_program(tmp_path / "program.py", WRONG_WEIGHTS)
+    overrides = [*assets.overrides(), strategy("fsdp"), "model.use_fused_kernels=true", "trainer.test_freq=3"]
+    result = server.run(tmp_path, overrides, environment=GREEDY, program=program)
+    assert result.returncode == 0, result.output[-5000:]
+    assert [sample["verified"] for sample in result.samples(3)] == [False] * 5
+    assert "the copy gives an answer a mean log-probability of" in result.output
+    assert result.stdout.count("(withheld: failed the check against the trainer's model)") == 5
 
 
 FREED = """
