@@ -93,6 +93,8 @@ class Completion:
     """Why there is no answer, where the reason is "error"."""
     had_nan: bool = False
     """Whether a token was chosen by scores with NaN among them: then the answer is meaningless."""
+    sum_logprob: float | None = field(default=None, compare=False)
+    """Sum of the log-probabilities by which beam search has chosen it, in nats; None for other answers."""
     num_padding: int = field(default=0, compare=False)
     """Padding tokens before the prompt, in the batch that it was answered in: nothing of the answer depends on it."""
 

@@ -90,6 +90,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "hot": {"temperature": 1.5, "top_k": 0, "top_p": 1.0},
     "likeliest of three": {"best_of": 3, "extra": {"min_p": 0.02}},
     "processors": {"extra": {"repetition_penalty": 1.3, "min_new_tokens": 6, "no_repeat_ngram_size": 2}},
+    "beams": {"do_sample": False, "extra": {"num_beams": 3, "repetition_penalty": 1.2}},
     "sharded": {"gather": "sharded"},
     "fast": {"backend": "fast"},
 }

@@ -27,6 +27,7 @@ from transformers import (
 
 from verl_valgen.backends.base import Backend, UnsuitableError
 from verl_valgen.backends.batching import Group, as_id_set, group_requests, left_pad
+from verl_valgen.backends.beams import BeamObserver
 from verl_valgen.backends.observers import NanObserver, StopStringObserver
 from verl_valgen.backends.sampling import GumbelNoise, logits_warpers
 from verl_valgen.records import Completion, FinishReason, Request
@@ -116,6 +117,10 @@ class HFBackend(Backend):
             keys = [request.key for request in requests]
             processors += logits_warpers(params, device)
             processors.append(GumbelNoise(self.seed, keys, input_ids.shape[1], max_new_tokens, device))
+        beams: BeamObserver | None = None
+        if params.get("num_beams", 1) > 1 and not params["do_sample"]:
+            beams = BeamObserver(len(requests), len(as_id_set(config.eos_token_id)))
+            processors.append(beams)
         nans = NanObserver(len(requests))
         processors.append(nans)
         criteria = StoppingCriteriaList()
@@ -140,9 +145,10 @@ class HFBackend(Backend):
             finish(ids, eos_ids, stop_length, nan_length, max_new_tokens)
             for ids, stop_length, nan_length in zip(output_ids, stop_lengths, nan_lengths, strict=True)
         ]
+        sums = beams.sums([c.output_ids for c in completions]) if beams else [None] * len(requests)
         return [
-            replace(completion, num_padding=input_ids.shape[1] - len(request.input_ids))
-            for request, completion in zip(requests, completions, strict=True)
+            replace(completion, sum_logprob=total, num_padding=input_ids.shape[1] - len(request.input_ids))
+            for request, completion, total in zip(requests, completions, sums, strict=True)
         ]
 
     def call_generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:

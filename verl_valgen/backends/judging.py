@@ -56,7 +56,7 @@ def shortfalls(
     for begin in range(0, len(output_ids), num_rows):
         rows = slice(begin, begin + num_rows)
         raw = logits[rows].float()
-        scores = _processed(raw, begin, request, output_ids, processors)
+        scores = processed(raw, begin, request, output_ids, processors)
         if request.params["do_sample"]:
             positions = torch.arange(begin, begin + len(raw))
             row, completion = (torch.tensor(number) for number in request.key)
@@ -87,7 +87,7 @@ def objection(shortfalls: Tensor) -> str | None:
     )
 
 
-def _processed(
+def processed(
     logits: Tensor, begin: int, request: Request, output_ids: Sequence[int], processors: LogitsProcessorList
 ) -> Tensor:
     """The logits of some positions after processors that look at the tokens before; `begin` is the first position."""

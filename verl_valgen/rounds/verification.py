@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from verl_valgen.backends.beams import beam_objection
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.backends.judging import objection, shortfalls
 from verl_valgen.collectives import agree, attempt, broadcast, gather_values, rank, world_size
@@ -46,6 +47,8 @@ class Excerpt(NamedTuple):
 
     request: Request
     output_ids: list[int]
+    sum_logprob: float | None
+    """See `Completion.sum_logprob`."""
 
     @property
     def input_ids(self) -> list[int]:
@@ -72,7 +75,7 @@ def verify(
     received = broadcast(chosen, host.is_logging_rank, host.device)
     if not received:
         return Finding(None, "no answer that could be read" if error is None else describe(error))
-    excerpts = [Excerpt(requests[i], output_ids) for i, output_ids in received]
+    excerpts = [Excerpt(requests[i], output_ids, sum_logprob) for i, output_ids, sum_logprob in received]
     if (reason := host.why_not_sharded()) is not None:
         if host.is_logging_rank:
             logger.debug("the copy reads the answers, as the trainer's model gives no logits: %s", reason)
@@ -87,20 +90,26 @@ def verify(
     return Finding(not found, found[0] if found else "")
 
 
-def _chosen(requests: Sequence[Request], completions: Sequence[Completion]) -> list[tuple[int, list[int]]]:
-    """The answers to read, at most two, each after the index of its request: the one behind the most padding, and the
-    longest together with its prompt.
+def _chosen(requests: Sequence[Request], completions: Sequence[Completion]) -> list[tuple[Any, ...]]:
+    """The answers to read, at most two: the one behind the most padding, and the longest together with its prompt.
 
-    What is sensitive to padding shows in the first, what is sensitive to length in the second. Left out are answers
-    that are no words of the model: failures, and those that NaN has chosen.
+    What is sensitive to padding shows in the first, what is sensitive to length in the second. Each is the index of its
+    request, and two fields of its completion.
     """
-    readable = [i for i, c in enumerate(completions) if c.output_ids and not c.error and not c.had_nan]
+    readable = [i for i, (r, c) in enumerate(zip(requests, completions, strict=False)) if _is_readable(r, c)]
     if not readable:
         return []
     most_padded = max(readable, key=lambda i: (completions[i].num_padding, len(completions[i].output_ids)))
     others = [i for i in readable if i != most_padded]
     longest = max(others, key=lambda i: len(requests[i].input_ids) + len(completions[i].output_ids), default=None)
-    return [(i, completions[i].output_ids) for i in (most_padded, longest) if i is not None]
+    chosen = [most_padded] if longest is None else [most_padded, longest]
+    return [(i, completions[i].output_ids, completions[i].sum_logprob) for i in chosen]
+
+
+def _is_readable(request: Request, completion: Completion) -> bool:
+    """Whether an answer is words of the model, chosen in a way that a reader can follow: not by NaN, say."""
+    follows = request.params.get("num_beams", 1) == 1 or completion.sum_logprob is not None
+    return follows and bool(completion.output_ids) and not completion.error and not completion.had_nan
 
 
 # The readers
@@ -124,10 +133,14 @@ def _objections_of_trainer(host: Host, own: Sequence[Excerpt], seed: int) -> lis
             raise MemoryError("there is no room for a forward pass of the trainer's model")
         read = [host.read(excerpt.input_ids, len(excerpt.output_ids)) for excerpt in own]
         processors = _logits_processors(host, own)
-    return [
-        objection(shortfalls(logits, excerpt.request, excerpt.output_ids, seed, of_request))
-        for logits, excerpt, of_request in zip(read, own, processors, strict=True)
-    ]
+    return [_objection(*of_excerpt, seed) for of_excerpt in zip(own, read, processors, strict=True)]
+
+
+def _objection(excerpt: Excerpt, logits: Tensor, processors: LogitsProcessorList, seed: int) -> str | None:
+    request, output_ids = excerpt.request, excerpt.output_ids
+    if excerpt.sum_logprob is None:
+        return objection(shortfalls(logits, request, output_ids, seed, processors))
+    return beam_objection(logits, request, output_ids, excerpt.sum_logprob, processors)
 
 
 def _logits_processors(host: Host, own: Sequence[Excerpt]) -> list[LogitsProcessorList]:
@@ -164,8 +177,7 @@ def _objection_of_copy(backend: HFBackend, excerpt: Excerpt, of_trainer: float |
     ids = torch.tensor([excerpt.input_ids], device=model.device)
     logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
     logits = logits[-len(excerpt.output_ids) :]
-    processors = backend.logits_processors(excerpt.request)
-    found = objection(shortfalls(logits, excerpt.request, excerpt.output_ids, seed, processors))
+    found = _objection(excerpt, logits, backend.logits_processors(excerpt.request), seed)
     if found is not None or of_trainer is None:
         return found
     chosen = torch.tensor(excerpt.output_ids, device=model.device)
