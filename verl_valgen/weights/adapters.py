@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # What an adapter's layer knows beside its tensors: its factor, whether it is switched off, which adapters are in use,
 # and which are in the weights already.
+_TOLERANCE = 1e-2  # relative; float32 on CUDA may be TF32
 _STATE = ("scaling", "_disable_adapters", "_active_adapter", "merged_adapters")
 
 
@@ -22,19 +23,14 @@ def with_adapters(model: nn.Module, source: Any, source_modules: Mapping[str, nn
     """Puts the structure of a PEFT model's adapters around an empty model, in the state in which they are there.
 
     Args:
-        model: A model like the one inside the source.
+        model: A model like the one inside the source; it is changed.
         source: A PEFT model, sharded in any way. Its parameters are not read.
         source_modules: Its modules by their clean names.
-
-    Raises:
-        NotImplementedError: An adapter of a type that has no part in the weights.
     """
     from peft import PeftMixedModel, PeftModel
 
     peft_model: Any = None
     for adapter, peft_config in source.peft_config.items():
-        if peft_config.is_prompt_learning or getattr(peft_config, "is_adaption_prompt", False):
-            raise NotImplementedError(f"{_type(peft_config)} adds to the prompt, and cannot be merged into the weights")
         peft_config = copy.deepcopy(peft_config)
         if hasattr(peft_config, "init_lora_weights"):
             peft_config.init_lora_weights = False  # some decompose the weights, which are not there yet
@@ -48,6 +44,13 @@ def with_adapters(model: nn.Module, source: Any, source_modules: Mapping[str, nn
         if "_active_adapter" in state:
             target.__dict__.update({key: copy.deepcopy(state[key]) for key in _STATE if key in state})
     return peft_model
+
+
+def require_mergeable(source: Any) -> None:
+    """Raises NotImplementedError where an adapter of a PEFT model is of a type that has no part in the weights."""
+    for peft_config in source.peft_config.values():
+        if peft_config.is_prompt_learning or getattr(peft_config, "is_adaption_prompt", False):
+            raise NotImplementedError(f"{peft_type(peft_config)} adds to the prompt, and cannot be merged into weights")
 
 
 def outermost_layers(model: nn.Module) -> list[Any]:
@@ -73,10 +76,10 @@ def outermost_layers(model: nn.Module) -> list[Any]:
     return layers
 
 
-def merge(outermost: nn.Module) -> list[Any]:
+def merge(outermost: Any) -> list[Any]:
     """Merges the adapters in use of a layer, and of those inside it, with PEFT's own `merge`.
 
-    All of its parameters must be there, the base layer's not shared with any other.
+    All of its parameters must be there, in float32, the base layer's not shared with any other; the layer in eval mode.
 
     Returns:
         The modules that had to be given a bias, in their weight's dtype.
@@ -88,20 +91,42 @@ def merge(outermost: nn.Module) -> list[Any]:
 
     layer_class: Any = BaseTunerLayer
     with_new_bias = []
+    base = outermost.get_base_layer()
+    probe = _probe(base)
+    expected = None if probe is None else outermost(probe)
     for layer in [module for module in outermost.modules() if isinstance(module, layer_class)]:
         if layer.disable_adapters:
             continue
         adapters = {name for key in layer.adapter_layer_names for name in _keys(getattr(layer, key, None))}
         active = [name for name in layer.active_adapters if name in adapters]
         if _needs_bias(layer, active):
-            base = layer.get_base_layer()
-            bias = torch.zeros(layer.out_features, dtype=base.weight.dtype, device=base.weight.device)
-            base.bias = nn.Parameter(bias, requires_grad=False)
-            with_new_bias.append(base)
+            biased = layer.get_base_layer()
+            bias = torch.zeros(layer.out_features, dtype=biased.weight.dtype, device=biased.weight.device)
+            biased.bias = nn.Parameter(bias, requires_grad=False)
+            with_new_bias.append(biased)
         layer.merge()
         if not set(active) <= set(layer.merged_adapters):
-            raise NotImplementedError(f"{type(layer).__module__}.{type(layer).__name__} does not merge its adapters")
+            raise NotImplementedError(f"{_name(layer)} does not merge its adapters")
+    if expected is not None and (base(probe) - expected).abs().max() > _TOLERANCE * expected.abs().max():
+        raise NotImplementedError(f"{_name(outermost)} does not compute the same once its adapters are merged")
     return with_new_bias
+
+
+def _probe(base: Any) -> Tensor | None:
+    """An input for a layer that PEFT has put adapters on; None if it is of a kind that is not known.
+
+    Raises:
+        NotImplementedError: The layer is another of PEFT's, which hides the weight.
+    """
+    if "_active_adapter" in vars(base):
+        raise NotImplementedError(f"{_name(base)} inside another adapter cannot be merged")
+    if not isinstance(weight := getattr(base, "weight", None), Tensor) or weight.dim() != 2:
+        return None
+    num_rows, num_columns = weight.shape
+    if isinstance(base, nn.Embedding):
+        return torch.arange(0, num_rows, 1 + num_rows // 64, device=weight.device)
+    size = {"Linear": num_columns, "Conv1D": num_rows}.get(type(base).__name__)
+    return None if size is None else torch.arange(size, dtype=weight.dtype, device=weight.device).cos()[None]
 
 
 def _keys(container: Any) -> list[str]:
@@ -126,6 +151,9 @@ def without_adapters(model: Any) -> Any:
     return model.unload()
 
 
-def _type(peft_config: Any) -> str:
-    peft_type = peft_config.peft_type
-    return f"PEFT's {getattr(peft_type, 'value', peft_type)}"
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def peft_type(peft_config: Any) -> str:
+    return f"PEFT's {getattr(peft_config.peft_type, 'value', peft_config.peft_type)}"

@@ -6,6 +6,7 @@ random state as it was.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from verl_valgen.text import describe
-from verl_valgen.weights.adapters import with_adapters
+from verl_valgen.weights.adapters import peft_type, require_mergeable, with_adapters
 from verl_valgen.weights.attention import with_torch_attention
 from verl_valgen.weights.dtypes import default_dtype, keep_in_float32, set_config_dtype
 from verl_valgen.weights.structure import base_model, named_modules, original_class
@@ -46,11 +47,29 @@ def empty_like(source: Any, dtype: torch.dtype) -> nn.Module:
     cls: Any = original_class(base)
     config = with_torch_attention(base.config)
     set_config_dtype(config, dtype)
-    model = _build(lambda: cls(config), dtype, (_all_on_meta, _parameters_on_meta, _on_cpu))
-    if base is source:
-        return model
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return with_adapters(model, source, named_modules(source))
+
+    def build() -> nn.Module:
+        return _build(lambda: cls(copy.deepcopy(config)), dtype, (_all_on_meta, _parameters_on_meta, _on_cpu))
+
+    return build() if base is source else _build_with_adapters(build, source)
+
+
+def _build_with_adapters(build: Callable[[], nn.Module], source: Any) -> nn.Module:
+    require_mergeable(source)
+    modules = named_modules(source)
+    with torch.random.fork_rng(devices=[]):
+        base = build()
+        try:
+            with torch.device("meta"):
+                return with_adapters(base, source, modules)
+        except Exception as e:
+            logger.debug("the adapters cannot be built on the meta device: %s", describe(e))
+        base = build()  # a part of the adapters may be in the first
+        try:
+            return with_adapters(base, source, modules)
+        except Exception as e:
+            types = ", ".join(sorted({peft_type(peft_config) for peft_config in source.peft_config.values()}))
+            raise NotImplementedError(f"{types} cannot be rebuilt around a model without weights") from e
 
 
 def empty_from_config(auto_class: Any, config: PretrainedConfig, dtype: torch.dtype, **kwargs: Any) -> nn.Module:

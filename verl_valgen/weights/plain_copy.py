@@ -40,7 +40,7 @@ class PlainCopy:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, *, source: nn.Module | None = None) -> None:
-        self.model, self.device, self.has_source = model, device, source is not None
+        self.model, self.device, self.has_source = model.eval(), device, source is not None
         self.weights = parameter_weights(model, tied_names(model if source is None else source))
         self.distinct_weights = list(dict.fromkeys(self.weights.values()))
         self.buffers = persistent_buffers(model)
