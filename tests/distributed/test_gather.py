@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from verl_valgen.collectives import agree
 from verl_valgen.hosts.cpu import cpu_platform
 from verl_valgen.weights import gather as gather_module
+from verl_valgen.weights.empty import empty_from_config, empty_like
 from verl_valgen.weights.gather import collect, gather, largest_unit_bytes, num_parameters
-from verl_valgen.weights.plain_copy import PlainCopy, empty_from_config, empty_like
+from verl_valgen.weights.plain_copy import PlainCopy
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -259,7 +260,7 @@ def test_a_failure_is_raised_where_it_happened_and_no_rank_waits(tmp_path: Path)
 
 
 def test_a_parameter_that_never_came_is_named():
-    plain = PlainCopy(empty_like(build("llama")), torch.float32, CPU)
+    plain = PlainCopy(empty_like(build("llama"), torch.float32), CPU)
     plain.receive("lm_head.weight", torch.zeros(37, 16))
     with pytest.raises(RuntimeError, match=r"20 parameters were not gathered, model\.embed_tokens\.weight first"):
         plain.finish()
@@ -288,8 +289,9 @@ def collect_stream(name: str) -> list[str] | None:
     if config.tie_word_embeddings:
         del exported["lm_head.weight"]
     model = collect(
-        lambda: iter(exported.items()),
-        lambda: PlainCopy(empty_from_config(auto_class, config), torch.bfloat16, CPU),
+        lambda _: iter(exported.items()),
+        lambda: PlainCopy(empty_from_config(auto_class, config, torch.bfloat16), CPU),
+        dtype=torch.bfloat16,
         device=CPU,
         keep=dist.get_rank() == 0,
     )
@@ -307,7 +309,7 @@ def test_an_exported_stream_of_weights_becomes_the_same_copy(tmp_path: Path):
 
 
 def test_a_weight_that_the_model_does_not_have_is_named():
-    plain = PlainCopy(empty_from_config(AutoModelForCausalLM, MODELS["llama"][1]), torch.float32, CPU)
+    plain = PlainCopy(empty_from_config(AutoModelForCausalLM, MODELS["llama"][1], torch.float32), CPU)
     with pytest.raises(KeyError, match="experts"):
         plain.receive("model.layers.0.experts.weight", torch.zeros(1))
 

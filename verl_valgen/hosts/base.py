@@ -47,21 +47,21 @@ class Host(ABC):
     @property
     def model_class(self) -> type:
         """The transformers class that a plain copy of the model has."""
-        from verl_valgen.weights.plain_copy import base_model, original_class, unwrap
+        from verl_valgen.weights.structure import base_model, original_class, unwrap
 
         return original_class(base_model(unwrap(self.model)))
 
     @property
     def model_config(self) -> PretrainedConfig:
         """transformers' configuration of the model."""
-        from verl_valgen.weights.plain_copy import base_model, unwrap
+        from verl_valgen.weights.structure import base_model, unwrap
 
         return base_model(unwrap(self.model)).config
 
     @property
     def generation_config(self) -> GenerationConfig | None:
         """transformers' generation configuration that came with the model."""
-        from verl_valgen.weights.plain_copy import base_model, unwrap
+        from verl_valgen.weights.structure import base_model, unwrap
 
         return base_model(unwrap(self.model)).generation_config
 

@@ -80,8 +80,9 @@ class SFTHost(Host):
             model = super().gather(dtype, keep=keep)
         else:
             model = collect(
-                self._exported_parameters,
-                lambda: PlainCopy(self._empty_model(), dtype, self.device),
+                lambda _: self._exported_parameters(),
+                lambda: PlainCopy(self._empty_model(dtype), self.device),
+                dtype=dtype,
                 device=self.device,
                 keep=keep,
             )
@@ -138,14 +139,14 @@ class SFTHost(Host):
         finally:
             self.engine.to("cpu", model=True, optimizer=False, grad=False)
 
-    def _empty_model(self) -> nn.Module:
+    def _empty_model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         from verl.utils.model import get_hf_auto_model_class
 
-        from verl_valgen.weights.plain_copy import empty_from_config
+        from verl_valgen.weights.empty import empty_from_config
 
         config = self.verl_model_config.hf_config
         trust = {"trust_remote_code": True} if self.verl_model_config.trust_remote_code else {}
-        return empty_from_config(get_hf_auto_model_class(config), config, **trust)
+        return empty_from_config(get_hf_auto_model_class(config), config, dtype, **trust)
 
     def _exported_parameters(self) -> Parameters:
         """The engine's parameters under Hugging Face's names. Collective: all ranks must exhaust it.

@@ -19,8 +19,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 
-from verl_valgen.collectives import agree, world_size
-from verl_valgen.weights.plain_copy import PlainCopy, clean_name, empty_like, tensor_attributes, tuner_layers, unwrap
+from verl_valgen.collectives import agree, gather_values, world_size
+from verl_valgen.weights.adapters import outermost_layers
+from verl_valgen.weights.empty import empty_like
+from verl_valgen.weights.plain_copy import PlainCopy
+from verl_valgen.weights.structure import clean_name, tensor_attributes, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +49,8 @@ def gather(
 
     Args:
         wrapped: A model under FSDP1, FSDP2 or neither, with or without PEFT.
-        dtype: The dtype of the copy's floating-point parameters.
+        dtype: The dtype of the copy, as `from_pretrained(dtype=...)` understands it: what transformers keeps in
+            float32 stays there.
         device: Where the copy lies. With NCCL it must be the rank's own device.
         keep: Whether this rank wants the copy. The others take part and keep nothing.
 
@@ -61,8 +65,9 @@ def gather(
     """
     source = unwrap(wrapped)
     return collect(
-        lambda: full_parameters(wrapped, dtype=dtype, device=device, uncast=set(tuner_layers(source))),
-        lambda: PlainCopy(empty_like(source), dtype, device, source=source),
+        lambda uncast: full_parameters(wrapped, dtype=dtype, device=device, uncast=uncast | _merging_names(source)),
+        lambda: PlainCopy(empty_like(source, dtype), device, source=wrapped),
+        dtype=dtype,
         device=device,
         keep=keep,
     )
@@ -70,16 +75,18 @@ def gather(
 
 @torch.no_grad()
 def collect(
-    parameters: Callable[[], Parameters],
+    parameters: Callable[[set[str]], Parameters],
     new_copy: Callable[[], PlainCopy],
     *,
+    dtype: torch.dtype,
     device: torch.device,
     keep: bool,
 ) -> PreTrainedModel | None:
     """Fills a plain copy from a stream of parameters, wherever they come from. Collective: all ranks must call.
 
     Args:
-        parameters: Called on all ranks once all have prepared; every rank exhausts the iterator that it returns.
+        parameters: Called on all ranks once all have prepared, with the names of parameters that a copy has in another
+            dtype than `dtype`; every rank exhausts the iterator that it returns.
         new_copy: Called where `keep` is true.
 
     The other arguments, the result and the exceptions are those of `gather`.
@@ -96,8 +103,9 @@ def collect(
             raise error
         return None
 
+    uncast = gather_values([] if copy is None else copy.names_not_in(dtype), device)
     num_bytes = 0
-    for name, parameter in parameters():
+    for name, parameter in parameters(set().union(*uncast)):
         num_bytes += parameter.numel() * parameter.element_size()
         if copy is not None and error is None:
             try:
@@ -112,9 +120,17 @@ def collect(
     model = copy.finish()
     logger.debug(
         "gathered %.1f MB on %d rank(s) into a %s copy of %s on %s in %.3f s",
-        num_bytes / 1e6, world_size(), copy.dtype, type(model).__name__, device, time.perf_counter() - start,
+        num_bytes / 1e6, world_size(), dtype, type(model).__name__, device, time.perf_counter() - start,
     )  # fmt: skip
     return model
+
+
+def _merging_names(source: nn.Module) -> set[str]:
+    """The names of parameters that take part in a merge of adapters, those tied to them included. Under FSDP1, which
+    yields parameters in their own dtype in any case, there are none."""
+    merging = {id(parameter) for layer in outermost_layers(source) for parameter in layer.parameters()}
+    named = source.named_parameters(remove_duplicate=False)
+    return {clean_name(name) for name, parameter in named if id(parameter) in merging}
 
 
 def largest_unit_bytes(wrapped: nn.Module) -> int:

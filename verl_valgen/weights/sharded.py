@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from verl_valgen.weights.plain_copy import base_model, original_class, unwrap
+from verl_valgen.weights.structure import base_model, original_class, unwrap
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from verl_valgen.weights.plain_copy import PlainCopy, empty_like
+from verl_valgen.weights.empty import empty_like
+from verl_valgen.weights.plain_copy import PlainCopy
 
 CPU = torch.device("cpu")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -20,7 +21,7 @@ def build(**other: bool) -> LlamaForCausalLM:
 @pytest.mark.parametrize("names", [(EMBEDDING,), (HEAD,), (EMBEDDING, HEAD)], ids=["embedding", "head", "both"])
 def test_a_tied_parameter_is_stored_once_under_whichever_name_it_comes(names):
     source = build(tie_word_embeddings=True)
-    copy = PlainCopy(empty_like(source), torch.bfloat16, CPU, source=source)
+    copy = PlainCopy(empty_like(source, torch.bfloat16), CPU, source=source)
     for name, parameter in source.named_parameters():
         if name != EMBEDDING:
             copy.receive(name, parameter)
@@ -33,15 +34,15 @@ def test_a_tied_parameter_is_stored_once_under_whichever_name_it_comes(names):
 
 
 def test_buffers_of_a_state_dict_are_received_too():
-    model = empty_like(build())
+    model = empty_like(build(), torch.bfloat16)
     model.register_buffer("num_steps", torch.zeros((), dtype=torch.int64, device="meta"))
-    PlainCopy(model, torch.bfloat16, CPU).receive("num_steps", torch.tensor(9))
+    PlainCopy(model, CPU).receive("num_steps", torch.tensor(9))
     assert (model.num_steps.item(), model.num_steps.dtype) == (9, torch.int64)
 
 
 def test_the_copy_is_in_eval_mode_and_asks_for_no_gradient():
     source = build().train()
-    copy = PlainCopy(empty_like(source), torch.float32, CPU, source=source)
+    copy = PlainCopy(empty_like(source, torch.float32), CPU, source=source)
     for name, parameter in source.named_parameters():
         copy.receive(name, parameter)
     model = copy.finish()
@@ -54,14 +55,14 @@ def test_the_copy_is_in_eval_mode_and_asks_for_no_gradient():
 def test_an_empty_model_uses_no_memory_and_no_random_numbers():
     source = build()
     before = torch.get_rng_state()
-    model = empty_like(source)
+    model = empty_like(source, torch.float32)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_copy_that_is_not_complete_names_what_is_missing():
     source = build()
-    copy = PlainCopy(empty_like(source), torch.float32, CPU, source=source)
+    copy = PlainCopy(empty_like(source, torch.float32), CPU, source=source)
     for name, parameter in source.named_parameters():
         if name != HEAD:
             copy.receive(name, parameter)
