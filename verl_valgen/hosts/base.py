@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from verl_valgen.hosts import forecast
 from verl_valgen.hosts.loaders import hooked
 from verl_valgen.hosts.schedule import Schedule
 from verl_valgen.text import describe
@@ -174,6 +175,15 @@ class Host(ABC):
     def _foretell_crash(cls, config: DictConfig, num_ranks: int) -> str | None:
         """`why_validation_will_crash` of this trainer; may raise where the configuration is wrong."""
         return None
+
+    @classmethod
+    def num_validation_rows(cls, config: DictConfig) -> int | None:
+        """The rows of all validation files, None where that is not certain before they are read."""
+        try:
+            return forecast.num_rows_in_files(config, "val")
+        except Exception as e:  # a configuration or a file that verl will refuse in its own words
+            logger.debug("how many validation rows there are is not known: %s", describe(e))
+            return None
 
     @classmethod
     @abstractmethod

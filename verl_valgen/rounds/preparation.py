@@ -11,6 +11,7 @@ from typing import Any
 from verl_valgen.hosts.base import Host
 from verl_valgen.hosts.schedule import Schedule
 from verl_valgen.prompts.files import OwnPrompt
+from verl_valgen.prompts.rows import chosen_rows
 from verl_valgen.prompts.sources import read_prompts
 from verl_valgen.records import Prompt, Query
 from verl_valgen.rounds.preflight import notes_on_ignored_settings
@@ -30,7 +31,8 @@ def prepare(
 ) -> tuple[Recorder | None, list[int] | None]:
     """The recorder and the steps of the rounds; (None, None), after a warning, where there is nothing to ask.
 
-    Raises whatever data set, tokenizer and chat template raise.
+    Raises:
+        ConfigError: Prompts of a file cannot be rendered, a row does not exist, a token is not in the vocabulary.
     """
     queries = make_queries(_read_prompts(host, settings, file_prompts), settings, vocab_size(host))
     if not queries:
@@ -74,8 +76,16 @@ def _read_prompts(host: Host, settings: GenerationSettings, file_prompts: Sequen
         logger.warning("no samples: the model class %s has no `generate`", model_class.__name__)
         return []
     with preserved_random_state(host.device):
-        rows = host.validation_rows(settings.max_val_samples)
+        rows = _rows(host, settings, replaced=bool(file_prompts) and settings.prompts_mode == "replace")
         return read_prompts(host.val_dataset, rows, host.tokenizer, settings, host.chat_template_kwargs, file_prompts)
+
+
+def _rows(host: Host, settings: GenerationSettings, *, replaced: bool) -> list[int]:
+    if replaced:
+        return []
+    if settings.rows == "batches":
+        return host.validation_rows(settings.max_val_samples)
+    return chosen_rows(host.val_dataset, settings.rows, settings.max_val_samples)
 
 
 def _announce(queries: Sequence[Query], settings: GenerationSettings, schedule: Schedule, directory: Path) -> None:

@@ -28,6 +28,7 @@ from verl_valgen.rounds.proven import ProvenAnswerer
 from verl_valgen.rounds.queries import make_queries, make_requests, pair
 from verl_valgen.rounds.recorder import GOES_ON, Recorder
 from verl_valgen.rounds.restore import preserved_random_state
+from verl_valgen.settings.checks import ConfigError
 from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import OnceLogger
 
@@ -79,20 +80,28 @@ class ValidationRounds:
 
         Returns:
             Whether there will be any, the same on all ranks.
+
+        Raises:
+            ConfigError: On all ranks: the data and the model show that the configuration is wrong.
         """
         if not self.settings.enabled:
             if self.host.is_logging_rank:
                 logger.info("no samples: generation is not configured, or switched off")
             return False
         steps: list[int] | None = None
+        mistake: str | None = None
         if self.host.is_logging_rank:
             try:
                 self.recorder, steps = prepare(self.host, self.settings, self.file_prompts, self.warnings)
+            except ConfigError as e:
+                mistake = str(e)
             except Exception as e:
                 self.warnings.warn_of_error(
                     "the prompts could not be prepared, so there will be no samples", e, GOES_ON
                 )
-        received = broadcast(steps, self.host.is_logging_rank, self.host.device)
+        received, mistake = broadcast([steps, mistake], self.host.is_logging_rank, self.host.device)
+        if mistake is not None:
+            raise ConfigError(mistake)
         self.steps = received or []
         return received is not None
 
