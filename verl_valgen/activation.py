@@ -113,8 +113,9 @@ def _checked(config: DictConfig, host_class: type[Host], *, generates_by_hand: b
         num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if (reason := host_class.why_validation_will_crash(config, num_ranks)) is not None:
             mistakes.lines.append(reason)
-        with mistakes.noted():
-            check_rows(settings, host_class.num_validation_rows(config))
+        if isinstance(settings.rows, list):
+            with mistakes.noted():
+                check_rows(settings, host_class.num_validation_rows(config))
     if mistakes.lines:
         _end_with(mistakes.lines)
     return checked

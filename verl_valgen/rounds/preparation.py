@@ -14,6 +14,7 @@ from verl_valgen.prompts.files import OwnPrompt
 from verl_valgen.prompts.rows import chosen_rows
 from verl_valgen.prompts.sources import read_prompts
 from verl_valgen.records import Prompt, Query
+from verl_valgen.rounds.fingerprint import fingerprint
 from verl_valgen.rounds.preflight import notes_on_ignored_settings
 from verl_valgen.rounds.queries import make_queries
 from verl_valgen.rounds.recorder import GOES_ON, Recorder
@@ -21,7 +22,7 @@ from verl_valgen.rounds.restore import preserved_random_state
 from verl_valgen.rounds.run_description import describe_run
 from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import OnceLogger, printable
-from verl_valgen.trackers.jsonl import set_aside
+from verl_valgen.trackers.jsonl import run_before, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,9 @@ def prepare(
     schedule = replace(host.schedule(), every=settings.every, before_train=settings.before_train)
     directory = Path(host.config.trainer.default_local_dir) / "generations"
     _announce(queries, settings, schedule, directory)
-    _set_earlier_samples_aside(directory, schedule.start_step, warnings)
+    prompts = fingerprint(query.prompt for query in queries)
+    asks_others = _asks_others(directory, schedule.start_step, prompts, warnings)
+    _set_earlier_samples_aside(directory, schedule.start_step, warnings, best_too=asks_others)
     recorder = Recorder(
         queries,
         settings,
@@ -48,14 +51,17 @@ def prepare(
         directory=directory,
         loggers=host.config.trainer.logger,
         start_step=schedule.start_step,
-        run=_describe(host, settings, schedule.start_step, warnings),
+        prompts=prompts,
+        run=_describe(host, settings, schedule.start_step, prompts, warnings),
     )
     return recorder, schedule.round_steps()
 
 
-def _describe(host: Host, settings: GenerationSettings, start_step: int, warnings: OnceLogger) -> dict[str, Any] | None:
+def _describe(
+    host: Host, settings: GenerationSettings, start_step: int, prompts: str, warnings: OnceLogger
+) -> dict[str, Any] | None:
     try:
-        return describe_run(host, settings, start_step)
+        return {**describe_run(host, settings, start_step), "prompts": prompts}
     except Exception as e:  # samples without a description are better than none
         warnings.warn_of_error("the folder of samples will not say which run it belongs to", e, GOES_ON)
         return None
@@ -108,11 +114,25 @@ def _announce(queries: Sequence[Query], settings: GenerationSettings, schedule: 
         logger.info("%s", line)
 
 
-def _set_earlier_samples_aside(directory: Path, start_step: int, warnings: OnceLogger) -> None:
+def _asks_others(directory: Path, start_step: int, prompts: str, warnings: OnceLogger) -> bool:
+    """Whether a resumed run asks other prompts than the one that it continues, after a warning."""
+    before = (run_before(directory, start_step) or {}).get("prompts")
+    if before in (None, prompts):
+        return False
+    warnings.warn(
+        f"the prompts are others than before: samples, numbers and best value up to step {start_step} are those of "
+        "other prompts (another choice of rows, another number of ranks, data.val_max_samples without data.seed, "
+        "changed data or chat template); best.json starts anew"
+    )
+    return True
+
+
+def _set_earlier_samples_aside(directory: Path, start_step: int, warnings: OnceLogger, *, best_too: bool) -> None:
     try:
-        folder = set_aside(directory, start_step)
+        folder = set_aside(directory, start_step, best_too=best_too)
     except OSError as e:
         warnings.warn_of_error(f"samples of an earlier run stay in {directory}", e, GOES_ON)
     else:
         if folder is not None:
-            logger.info("samples of an earlier run beyond step %d were moved to %s", start_step, folder)
+            what = "the earlier best.json and samples" if best_too else "samples of an earlier run"
+            logger.info("%s beyond step %d were moved to %s", what, start_step, folder)

@@ -61,6 +61,8 @@ class ValidationRounds:
         """The logging rank's alone, while `fit()` runs."""
         self.steps: list[int] = []
         """The steps of the rounds, as far as they are known in advance; on all ranks."""
+        self.asked_at: set[int] = set()
+        """The steps of the rounds that took place, whether they gave samples or not."""
         self.warnings = OnceLogger(logger)
         self.stack = ExitStack()
 
@@ -74,6 +76,19 @@ class ValidationRounds:
         if self.recorder is not None:
             self.recorder.close()
             self.recorder = None  # another `fit()` has runs of its own
+
+    def warn_of_missing(self) -> None:
+        """Says on the logging rank, at the end of `fit()`, that rounds which were announced did not come."""
+        missing = [str(step) for step in self.steps if step not in self.asked_at]
+        if missing and self.host.is_logging_rank:
+            shown = [*missing[:3], "...", missing[-1]] if len(missing) > 4 else missing
+            steps = f"step{'s' if len(missing) > 1 else ''} {', '.join(shown)}"
+            last = max(self.asked_at, default=None)
+            seen = "there was none at all" if last is None else f"the last one was at step {last}"
+            self.warnings.warn(
+                f"the samples that were announced for {steps} did not come: training ended without these validations "
+                f"({seen})"
+            )
 
     def _prepare(self) -> bool:
         """Says on the logging rank when samples will come, or why none will. Collective: all ranks must call.
@@ -102,13 +117,14 @@ class ValidationRounds:
         received, mistake = broadcast([steps, mistake], self.host.is_logging_rank, self.host.device)
         if mistake is not None:
             raise ConfigError(mistake)
-        self.steps = received or []
+        self.steps, self.asked_at = received or [], set()
         return received is not None
 
     def run(self, step: int) -> None:
         """One round, if it is time for one; never raises. Collective: all ranks must call."""
         if self.settings.every > 1 and step not in self.steps:
             return
+        self.asked_at.add(step)
         try:
             self.end(self.begin(step))
         except (KeyboardInterrupt, SystemExit):
