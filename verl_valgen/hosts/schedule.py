@@ -43,19 +43,22 @@ class Schedule:
         begins = self.start_step < self.available_steps or self.lost_steps > 0
         return [self.start_step, *chosen] if self.before_train and begins else chosen
 
-    def __str__(self) -> str:
-        """The steps of the rounds in words, or why there is none."""
+    @property
+    def shortfall(self) -> str | None:
+        """Why training will end before its last step, in words; None unless verl's loader is to blame."""
         if not self.lost_steps or self.available_steps >= self.total_training_steps:
-            return self._steps_in_words()
-        reason = (
-            f"the run resumes at the end of an epoch, and verl's restored data loader gives no batch in the next one, "
+            return None
+        return (
+            "the run resumes at the end of an epoch, and verl's restored data loader gives no batch in the next one, "
             f"so that training ends at step {self.available_steps} and not at {self.total_training_steps}"
         )
-        return f"{self._steps_in_words()}; {reason}" if self.round_steps() else f"at no step: {reason}"
 
-    def _steps_in_words(self) -> str:
+    def __str__(self) -> str:
+        """The steps of the rounds in words, or why there is none."""
         steps = self.round_steps()
         if not steps:
+            if self.shortfall is not None:
+                return f"at no step: {self.shortfall}"
             if self.start_step >= self.available_steps:
                 return f"at no step: step {self.start_step}, from which the run resumes, is the last one of the data"
             return (

@@ -102,6 +102,8 @@ def _announce(queries: Sequence[Query], settings: GenerationSettings, schedule: 
     is_even = each * num_prompts == num_samples  # unless rows have parameters of their own
     shape = f" ({num_prompts} prompts{f' x {each} completions' if is_even else ''})" if each > 1 else ""
     logger.info("%d samples%s %s, in %s", num_samples, shape, schedule, directory)
+    if schedule.shortfall is not None and schedule.round_steps():
+        logger.info("%s", schedule.shortfall)
     in_use = {
         "strategies": list(settings.strategies),
         "metrics": settings.metrics,

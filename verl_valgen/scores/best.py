@@ -78,7 +78,7 @@ class Best:
         replace_file(self.path, (json.dumps(content) + "\n").encode("ascii"))
 
     def _read(self) -> list[BestValue]:
-        """The values that an earlier run left of the same metric and prompts; [] where the file is missing or broken."""
+        """The earlier values of the same metric and prompts; [] where the file is missing or broken."""
         try:
             content = json.loads(self.path.read_bytes())
             if (content["metric"], content["mode"]) != (self.metric, self.mode):

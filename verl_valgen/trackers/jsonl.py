@@ -67,8 +67,11 @@ def set_aside(directory: str | os.PathLike[str], start_step: int, *, best_too: b
     """Moves the step files beyond `start_step`, which an earlier run left, to `<directory>/old-<k>/`.
 
     For a new run, which starts at 0, these are all, and what describes the earlier run (`runs.json`, `best.json`) goes
-    with them; for a resumed run, which continues these two, copies do, or with `best_too` `best.json` itself. k is the smallest number from 1 that is free.
+    with them; for a resumed run, which continues these two, copies do. k is the smallest number from 1 that is free.
     Temporary files that a crash left are removed. Returns the new folder, or None if nothing had to be moved.
+
+    Args:
+        best_too: Whether a resumed run begins `best.json` anew: then it is moved.
     """
     directory = Path(directory)
     if not directory.is_dir():

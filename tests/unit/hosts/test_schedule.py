@@ -78,8 +78,9 @@ def test_steps_that_a_restored_loader_does_not_give_are_told_where_training_ends
         "the run resumes at the end of an epoch, and verl's restored data loader gives no batch in the next one, so "
         "that training ends at step {} and not at {}"
     )
-    assert str(Schedule(2, 4, 6, 1, lost_steps=2)) == f"at steps 3 and 4; {reason.format(4, 6)}"
-    assert str(Schedule(2, 2, 4, 1, lost_steps=2)) == f"at no step: {reason.format(2, 4)}"
-    assert str(Schedule(2, 4, 3, 1, lost_steps=2)) == "at step 3 only"
+    some, none, enough = (Schedule(2, *steps, 1, lost_steps=2) for steps in ((4, 6), (2, 4), (4, 3)))
+    assert (str(some), some.shortfall) == ("at steps 3 and 4", reason.format(4, 6))
+    assert (str(none), none.shortfall) == (f"at no step: {reason.format(2, 4)}", reason.format(2, 4))
+    assert (str(enough), enough.shortfall) == ("at step 3 only", None)
     # The loop begins, and finds nothing.
     assert Schedule(2, 2, 4, 1, before_train=True, lost_steps=2).round_steps() == [2]
