@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from verl_valgen.hosts import HOSTS, host_class_for, is_main_module, load_host_class
 from verl_valgen.patching import patched
@@ -74,6 +74,8 @@ def _run(
     run_verl: Callable[[DictConfig], None],
     trainer_class: type | None,
 ) -> None:
+    from verl_valgen.settings.checks import ConfigError
+
     checked = _checked(config, host_class, generates_by_hand=trainer_class is not None)
     if trainer_class is None and checked is not None:
         trainer_class = _generating(getattr(module, host_class.trainer_name))
@@ -86,7 +88,10 @@ def _run(
         if trainer_class is not None:
             stack.enter_context(patched(module, host_class.trainer_name, trainer_class))
             stack.enter_context(patched(trainer_class, "_preflight", checked))
-        return run_verl(config)
+        try:
+            return run_verl(config)
+        except ConfigError as e:  # what only data and model could show
+            _end_with(str(e).split("\n"))
 
 
 def _checked(config: DictConfig, host_class: type[Host], *, generates_by_hand: bool) -> Preflight | None:
@@ -101,19 +106,26 @@ def _checked(config: DictConfig, host_class: type[Host], *, generates_by_hand: b
     mistakes, checked = Mistakes(), None
     settings = load_settings(config, os.environ, task_overrides(), read_when_off=generates_by_hand, mistakes=mistakes)
     if settings.enabled or generates_by_hand:
-        from verl_valgen.rounds.preflight import check_names
+        from verl_valgen.rounds.preflight import check_names, check_rows
 
         checked = check_names(config, settings, mistakes)
     if settings.enabled and not generates_by_hand:  # a class of one's own may bring its own validation data
         num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if (reason := host_class.why_validation_will_crash(config, num_ranks)) is not None:
             mistakes.lines.append(reason)
+        if isinstance(settings.rows, list):
+            with mistakes.noted():
+                check_rows(settings, host_class.num_validation_rows(config))
     if mistakes.lines:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node: each has an environment of its own
-            for line in mistakes.lines:
-                print(f"verl-valgen: {line}", file=sys.stderr)
-        raise SystemExit(2)
+        _end_with(mistakes.lines)
     return checked
+
+
+def _end_with(lines: Sequence[str]) -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node: each has an environment of its own
+        for line in lines:
+            print(f"verl-valgen: {line}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def _generating(trainer_class: type) -> type:

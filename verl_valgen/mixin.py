@@ -37,7 +37,9 @@ class ValidationGenerationMixin:
 
     def fit(self) -> Any:
         with self._rounds:
-            return super().fit()  # type: ignore[misc]
+            result = super().fit()  # type: ignore[misc]
+            self._rounds.warn_of_missing()
+        return result
 
     def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
         """Answers the prompts of a batch of the validation loader. Collective: all ranks must call.

@@ -43,8 +43,10 @@ class Prompt:
     reference: str | None
     """The expected answer without special tokens, stripped; None if there is none."""
     data: RowData = field(default_factory=RowData)
-    stream: int = 0
-    """Stands for the row in sampling, where there is none."""
+    stream: int | None = None
+    """Stands for the row in sampling, where there is none or it is not unique; in [0, 2**32)."""
+    file: str | None = None
+    """The file that `row` is of, where the data has several."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,11 @@ class Query:
     """Number of candidates from which each completion is chosen."""
 
 
-def origin(row: int | None, index: int) -> str:
+def origin(row: int | None, index: int, file: str | None = None) -> str:
     """Where a prompt comes from, for warnings: its row, or without one its number in the round, from 1."""
-    return f"row {row}" if row is not None else f"prompt {index + 1}"
+    if row is None:
+        return f"prompt {index + 1}"
+    return f"row {row}" if file is None else f"row {row} of {file}"
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,9 @@ class Sample:
     """The texts that metrics returned beside their scores, such as the answer that a reward function extracted."""
     verified: bool | None = None
     """Whether the answers of the round passed the check against the trainer's model; None: they were not checked."""
+
+    file: str | None = None
+    """The file that `row` is of, where the data has several."""
 
     # Not recorded: for metrics, and for the numbers of the round.
     output_ids: Sequence[int] = ()

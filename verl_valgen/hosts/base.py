@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from verl_valgen.hosts.loaders import hooked
+from verl_valgen.hosts import forecast
+from verl_valgen.hosts.loaders import hooked, num_batches_left
 from verl_valgen.hosts.schedule import Schedule
 from verl_valgen.text import describe
 
@@ -138,6 +139,21 @@ class Host(ABC):
     def schedule(self) -> Schedule:
         """The numbers by which `fit()` decides when to validate."""
 
+    def _schedule(self, num_epochs: int, total_training_steps: int | None, test_freq: int) -> Schedule:
+        """The schedule of a loop over `train_dataloader` of so many epochs, as verl begins it where a run resumes."""
+        loader, start_step = self.trainer.train_dataloader, self.trainer.resume_global_step
+        steps_per_epoch = len(loader)
+        epochs_left = max(0, num_epochs - start_step // max(1, steps_per_epoch))
+        num_left = num_batches_left(loader)
+        steps_left = num_left + (epochs_left - 1) * steps_per_epoch if epochs_left else 0
+        return Schedule(
+            start_step=start_step,
+            available_steps=start_step + steps_left,
+            total_training_steps=num_epochs * steps_per_epoch if total_training_steps is None else total_training_steps,
+            test_freq=test_freq,
+            lost_steps=steps_per_epoch if epochs_left and num_left == 0 else 0,
+        )
+
     def validation_rows(self, limit: int) -> list[int]:
         """Rows of the data set in this rank's first validation batches, in their order, at most `limit`."""
         loader = self.trainer.val_dataloader
@@ -188,6 +204,15 @@ class Host(ABC):
     def _foretell_crash(cls, config: DictConfig, num_ranks: int) -> str | None:
         """`why_validation_will_crash` of this trainer; may raise where the configuration is wrong."""
         return None
+
+    @classmethod
+    def num_validation_rows(cls, config: DictConfig) -> int | None:
+        """The rows of all validation files, None where that is not certain before they are read."""
+        try:
+            return forecast.num_rows_in_files(config, "val")
+        except Exception as e:  # a configuration or a file that verl will refuse in its own words
+            logger.debug("how many validation rows there are is not known: %s", describe(e))
+            return None
 
     @classmethod
     @abstractmethod

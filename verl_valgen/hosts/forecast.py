@@ -16,6 +16,13 @@ from verl_valgen.hosts.schedule import Schedule
 
 def num_rows(config: DictConfig, split: Literal["train", "val"]) -> int | None:
     """The length that verl's data set of a split will have."""
+    total = num_rows_in_files(config, split)
+    limit = OmegaConf.select(config, f"data.{split}_max_samples", default=-1)
+    return total if total is None or limit <= 0 else min(total, limit)
+
+
+def num_rows_in_files(config: DictConfig, split: Literal["train", "val"]) -> int | None:
+    """The rows of all files of a split."""
     files = config.data[f"{split}_files"]
     if not files or OmegaConf.select(config, "data.custom_cls.path"):
         return None
@@ -24,9 +31,7 @@ def num_rows(config: DictConfig, split: Literal["train", "val"]) -> int | None:
     paths = [Path(file).expanduser() for file in (files if isinstance(files, ListConfig) else [files])]
     if not all(path.is_file() for path in paths):
         return None
-    total = sum(parquet.read_metadata(path).num_rows for path in paths)
-    limit = OmegaConf.select(config, f"data.{split}_max_samples", default=-1)
-    return min(total, limit) if limit > 0 else total
+    return sum(parquet.read_metadata(path).num_rows for path in paths)
 
 
 def num_batches(rows: int, num_ranks: int, batch_size: int) -> int:

@@ -48,15 +48,8 @@ class FSDPSFTHost(Host):
         return -self.trainer.validation_step(batch).item()  # the mean over ranks that have all read the same
 
     def schedule(self) -> Schedule:
-        trainer_config = self.config.trainer
-        available_steps = len(self.trainer.train_dataloader) * trainer_config.total_epochs
-        total = trainer_config.total_training_steps
-        return Schedule(
-            start_step=self.trainer.resume_global_step,
-            available_steps=available_steps,
-            total_training_steps=available_steps if total is None else total,
-            test_freq=trainer_config.test_freq,
-        )
+        config = self.config.trainer
+        return self._schedule(config.total_epochs, config.total_training_steps, config.test_freq)
 
     def why_no_validation_batch(self) -> str | None:
         loader = self.trainer.val_dataloader

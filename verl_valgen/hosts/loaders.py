@@ -7,11 +7,42 @@ that is not iteration (`len`, `state_dict`, ...) goes to the loader itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from verl_valgen.patching import patched
+from verl_valgen.text import describe
+
+logger = logging.getLogger(__name__)
+
+
+def num_batches_left(loader: Any) -> int:
+    """The batches that the next loop over torchdata's `StatefulDataLoader` will get.
+
+    One that was restored goes on behind the batches of its state, and there may be none: verl saves the state while the
+    last batch of an epoch is in use.
+    """
+    state = getattr(loader, "next_iter_state", None)
+    try:
+        return _num_left(loader, state) if state else len(loader)
+    except (AttributeError, KeyError, TypeError) as e:  # another version's state, a loader of somebody's own
+        logger.debug("how many batches a restored loader still has is not known: %s", describe(e))
+        return len(loader)
+
+
+def _num_left(loader: Any, state: Mapping[str, Any]) -> int:
+    if state["_iterator_finished"]:  # then a new iterator takes its place
+        return len(loader)
+    since_snapshot = 0
+    if "_snapshot" in state:  # of a loader with workers
+        since_snapshot, state = state["_steps_since_snapshot"], state["_snapshot"]["_main_snapshot"]
+    # Samples are what has been given out, where the batch size is another one now.
+    samples = (state["_sampler_iter_state"] or {}).get(
+        "samples_yielded", state["_sampler_iter_yielded"] * loader.batch_size
+    )
+    return max(0, (len(loader.sampler) - samples) // loader.batch_size - since_snapshot)
 
 
 @contextmanager

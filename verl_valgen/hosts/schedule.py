@@ -12,7 +12,7 @@ class Schedule:
     start_step: int
     """The step that the run resumes from, 0 for a new one."""
     available_steps: int
-    """Steps that the data suffices for: steps per epoch times epochs."""
+    """The step that the data suffices for: that of a run's last batch."""
     total_training_steps: int
     """The step at which verl validates and exits; equal to `available_steps` unless configured."""
     test_freq: int
@@ -21,6 +21,8 @@ class Schedule:
     """Rounds come at every `every`-th validation, counted from step 0, and at the last."""
     before_train: bool = False
     """Whether there is also a round at the step that the run starts from."""
+    lost_steps: int = 0
+    """The steps of an epoch in which verl's loader gives nothing: restored at an epoch's end, it is exhausted."""
 
     def validation_steps(self) -> list[int]:
         """The steps after which verl validates, in ascending order."""
@@ -38,12 +40,25 @@ class Schedule:
         """The steps at which there is a round of generation, in ascending order."""
         steps = self.validation_steps()
         chosen = [step for step in steps if step == steps[-1] or step // self.test_freq % self.every == 0]
-        return [self.start_step, *chosen] if self.before_train and self.start_step < self.available_steps else chosen
+        begins = self.start_step < self.available_steps or self.lost_steps > 0
+        return [self.start_step, *chosen] if self.before_train and begins else chosen
+
+    @property
+    def shortfall(self) -> str | None:
+        """Why training will end before its last step, in words; None unless verl's loader is to blame."""
+        if not self.lost_steps or self.available_steps >= self.total_training_steps:
+            return None
+        return (
+            "the run resumes at the end of an epoch, and verl's restored data loader gives no batch in the next one, "
+            f"so that training ends at step {self.available_steps} and not at {self.total_training_steps}"
+        )
 
     def __str__(self) -> str:
         """The steps of the rounds in words, or why there is none."""
         steps = self.round_steps()
         if not steps:
+            if self.shortfall is not None:
+                return f"at no step: {self.shortfall}"
             if self.start_step >= self.available_steps:
                 return f"at no step: step {self.start_step}, from which the run resumes, is the last one of the data"
             return (

@@ -165,13 +165,7 @@ class SFTHost(Host):
 
     def schedule(self) -> Schedule:
         trainer = self.trainer
-        available_steps = trainer.steps_per_epoch * self.config.trainer.total_epochs
-        return Schedule(
-            start_step=trainer.resume_global_step,
-            available_steps=available_steps,
-            total_training_steps=trainer.total_training_steps,
-            test_freq=trainer.test_freq,
-        )
+        return self._schedule(self.config.trainer.total_epochs, trainer.total_training_steps, trainer.test_freq)
 
     def why_no_validation_batch(self) -> str | None:
         trainer = self.trainer

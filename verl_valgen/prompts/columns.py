@@ -76,6 +76,17 @@ def without_arrays(value: Any) -> Any:
     return [without_arrays(item) for item in value] if isinstance(value, list) else value
 
 
+def without_made_up_keys(value: Any) -> Any:
+    """`value` without the keys of its mappings that hold nothing.
+
+    In Arrow every mapping of a column has the keys of all of them, and null for those that it did not have. A null
+    that somebody wrote cannot be told from these.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_made_up_keys(item) for key, item in value.items() if item is not None}
+    return [without_made_up_keys(item) for item in value] if isinstance(value, list) else value
+
+
 def _integer_again(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 

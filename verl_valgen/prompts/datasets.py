@@ -37,7 +37,13 @@ class _Skip(Enum):
 
 
 def prompts_from_dataset(
-    dataset: Any, rows: Sequence[int], tokenizer: Any, *, turn: str = "last", params_key: str = "generation_params"
+    dataset: Any,
+    rows: Sequence[int],
+    tokenizer: Any,
+    *,
+    turn: str = "last",
+    params_key: str = "generation_params",
+    refused: dict[int, Exception] | None = None,
 ) -> DatasetPrompts:
     """The prompts of `rows`: everything before an assistant turn, the generation prompt included.
 
@@ -48,11 +54,10 @@ def prompts_from_dataset(
     Args:
         turn: The assistant turn to answer: last, first, or all, each with a prompt of its own.
         params_key: The column that holds a row's own generation parameters.
+        refused: Takes what data set and chat template raise, by row; these rows have no prompt.
 
-    Raises:
-        ValueError: An item of another data set has no `input_ids`, or masks of another length.
-
-    Raises whatever data set and chat template raise, too.
+    Raises whatever they raise, where it is not given: `ValueError` for an item of another data set that has no
+    `input_ids`, or masks of another length.
     """
     read: Callable[[Any, int, Any, str], list[Prompt] | _Skip]
     if mask_is_shifted(dataset):
@@ -63,7 +68,13 @@ def prompts_from_dataset(
         read = _from_item
     result = DatasetPrompts([], [], [])
     for row in rows:
-        prompts = read(dataset, row, tokenizer, turn)
+        try:
+            prompts = read(dataset, row, tokenizer, turn)
+        except Exception as e:  # a template raises what it likes
+            if refused is None:
+                raise
+            refused[row] = e
+            continue
         if prompts is _Skip.HAS_MEDIA:
             result.multi_modal.append(row)
         elif prompts is _Skip.ANSWER_IS_CUT_OFF:

@@ -7,17 +7,17 @@ columns. `.txt`: a prompt in each line. Reading checks everything that needs no 
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from verl_valgen.prompts.columns import cell_value, row_data, without_arrays
+from verl_valgen.prompts.columns import cell_value, row_data, without_arrays, without_made_up_keys
 from verl_valgen.prompts.conversations import ChatTemplate, NoChatTemplate, answered_turns, prompt_for_turn
+from verl_valgen.prompts.own_rows import messages_of, reference_of, tools_of
 from verl_valgen.records import Prompt, RowData
-from verl_valgen.settings.checks import ConfigError, quoted
+from verl_valgen.settings.checks import ConfigError, Mistakes, quoted
 from verl_valgen.settings.checks import plain as shown
 
 _MAX_PROMPTS = 10_000
@@ -25,8 +25,6 @@ _MAX_BYTES = 256 << 20
 
 _FIRST_STREAM = 1 << 31
 """The `stream` of a file's first prompt, behind all rows of a data set: no two prompts are sampled alike."""
-
-_NAMES_OF_PROMPTS = ("prompt", "messages")
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,8 @@ class OwnPrompt:
     template_kwargs: Mapping[str, Any]
     """Arguments for the chat template that the row itself has: `tools`, `enable_thinking`."""
     data: RowData
+    position: str = ""
+    """Key, file and line, for errors."""
 
 
 def read_own_prompts(path: str, params_key: str) -> list[OwnPrompt]:
@@ -63,27 +63,45 @@ def read_own_prompts(path: str, params_key: str) -> list[OwnPrompt]:
 
 
 def tokenized(
-    prompts: Sequence[OwnPrompt], tokenizer: Any, template_kwargs: Mapping[str, Any], turn: str
+    prompts: Sequence[OwnPrompt],
+    tokenizer: Any,
+    template_kwargs: Mapping[str, Any],
+    turn: str,
+    mistakes: Mistakes | None = None,
 ) -> list[Prompt]:
     """The prompts of a file as the model is given them: by the chat template, or as they are where there is none.
 
     Args:
         template_kwargs: For the chat template, as verl's data sets pass them; a row's own go before.
         turn: `generation.turn`, for conversations that end in an assistant's turn.
+        mistakes: Notes, with file and line, the prompts that cannot be rendered; these are left out.
 
-    Raises:
-        ValueError: There are conversations, and the tokenizer has no chat template.
+    Raises whatever tokenizer and chat template raise, where no `mistakes` are given: `ValueError` for a conversation
+    without a chat template.
     """
     template_class = NoChatTemplate if getattr(tokenizer, "chat_template", None) is None else ChatTemplate
     result: list[Prompt] = []
     for stream, own in enumerate(prompts, start=_FIRST_STREAM):
         template = template_class(tokenizer, {**template_kwargs, **own.template_kwargs})
-        # Whoever ends a conversation of their own in a question wants that one to be answered.
-        ends_in_answer = own.messages[-1]["role"] == "assistant"
-        for i in answered_turns(own.messages, turn) if ends_in_answer else [len(own.messages)]:
-            prompt = prompt_for_turn(own.messages, i, template, reference=own.reference)
-            result.append(replace(prompt, data=own.data, stream=stream))
+        try:
+            result += [replace(prompt, data=own.data, stream=stream) for prompt in _prompts_of(own, template, turn)]
+        except Exception as e:  # a template raises what it likes
+            if mistakes is None:
+                raise
+            with mistakes.noted():
+                raise ConfigError(f"{own.position}: it cannot be rendered ({shown(_in_words(e), 300)})") from None
     return result
+
+
+def _prompts_of(own: OwnPrompt, template: ChatTemplate, turn: str) -> list[Prompt]:
+    # Whoever ends a conversation of their own in a question wants that one to be answered.
+    ends_in_answer = own.messages[-1]["role"] == "assistant"
+    turns = answered_turns(own.messages, turn) if ends_in_answer else [len(own.messages)]
+    return [prompt_for_turn(own.messages, i, template, reference=own.reference) for i in turns]
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 # Files
@@ -102,7 +120,7 @@ def _read(file: Path, source: str, params_key: str) -> list[OwnPrompt]:
         if len(prompts) == _MAX_PROMPTS:
             raise ConfigError(f"{source} must have at most {_MAX_PROMPTS} prompts")
         try:
-            prompts.append(_own_prompt(parse(row), params_key))
+            prompts.append(replace(_own_prompt(parse(row), params_key), position=f"{source}, {position}"))
         except ValueError as e:
             raise ConfigError(f"{source}, {position}: {shown(str(e), 200)}") from None
     return prompts
@@ -133,15 +151,19 @@ def _from_json(line: str) -> Any:
     raise ValueError(f"it is no JSON ({reason})")
 
 
+def _from_table(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: without_made_up_keys(value) if name in _NESTED else value for name, value in row.items()}
+
+
+_NESTED = ("prompt", "messages", "tools", "extra_info", "reward_model", "ground_truth")
+"""Columns whose mappings Arrow fills with the keys of all other rows."""
+
 _FORMATS: dict[str, tuple[Callable[[Path], Iterable[tuple[str, Any]]], Callable[[Any], Any]]] = {
     ".jsonl": (_lines, _from_json),
-    ".parquet": (_table_rows, dict),
+    ".parquet": (_table_rows, _from_table),
     ".txt": (_lines, str),
 }
 """File suffix to the function that yields rows with their positions, and to the one that parses a row."""
-
-
-# Rows
 
 
 def _own_prompt(row: Any, params_key: str) -> OwnPrompt:
@@ -152,51 +174,8 @@ def _own_prompt(row: Any, params_key: str) -> OwnPrompt:
     if not isinstance(row, Mapping):
         raise ValueError(f"it must be a text, a list of messages or a mapping, got {quoted(row)}")
     row = {name: cell_value(value) for name, value in row.items()}
-    messages, reference, tools = _messages(row), _reference(row), _tools(row)
+    messages, reference, tools = messages_of(row), reference_of(row), tools_of(row)
     # No tokenizer takes a lone surrogate, which JSON can spell; this raises UnicodeEncodeError.
     json.dumps([messages, tools], default=str, ensure_ascii=False).encode()
     template_kwargs = {name: row[name] for name in ("tools", "enable_thinking") if row.get(name) is not None}
     return OwnPrompt(messages, reference, template_kwargs, row_data(row, params_key))
-
-
-def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if not any(name in row for name in _NAMES_OF_PROMPTS):
-        _refuse_misspelt(list(row))
-    prompt = row.get("messages") if row.get("prompt") is None else row["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt.strip() else prompt
-    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise ValueError(f"`prompt` or `messages` must be a text or a list of messages of text, got {quoted(prompt)}")
-    return messages
-
-
-def _refuse_misspelt(names: Sequence[str]) -> None:
-    """Raises ValueError for the name that is closest to `prompt` or `messages`, if one is close."""
-    by_spelling = {str(name)[:60].lower(): str(name)[:60] for name in names}
-    for wanted in _NAMES_OF_PROMPTS:
-        for close in difflib.get_close_matches(wanted, by_spelling, n=1, cutoff=0.7):
-            raise ValueError(f"`{by_spelling[close]}` is unknown (did you mean `{wanted}`?)")
-
-
-def _is_message(message: Any) -> bool:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        return False
-    content = message.get("content")
-    if isinstance(content, list):
-        return all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content)
-    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
-
-
-def _reference(row: Mapping[str, Any]) -> str | None:
-    reference = row.get("reference")
-    if isinstance(reference, int | float) and not isinstance(reference, bool):
-        reference = str(reference)
-    if reference is not None and not isinstance(reference, str):
-        raise ValueError(f"`reference` must be a text or a number, got {quoted(reference)}")
-    return None if reference is None else reference.strip()
-
-
-def _tools(row: Mapping[str, Any]) -> list[Any]:
-    tools = row.get("tools") or []
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ValueError(f"`tools` must be a list of mappings, got {quoted(tools)}")
-    return tools

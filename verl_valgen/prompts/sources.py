@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from verl_valgen.prompts.datasets import prompts_from_dataset
 from verl_valgen.prompts.files import OwnPrompt, tokenized
+from verl_valgen.prompts.places import Place, places
 from verl_valgen.records import Prompt
+from verl_valgen.settings.checks import Mistakes
 from verl_valgen.settings.settings import GenerationSettings
-from verl_valgen.text import printable
+from verl_valgen.text import describe, printable
 
 logger = logging.getLogger(__name__)
+
+_MAX_LINES = 10
+"""Prompts of a file that are told to be wrong, one a line."""
 
 
 def read_prompts(
@@ -29,33 +35,68 @@ def read_prompts(
 
     Args:
         dataset: The validation data set.
-        rows: The rows of it to ask, in order; not read where the file's prompts replace them.
+        rows: The rows of it to ask, by their places in it, in order; not read where the file's prompts replace them.
         template_kwargs: What the file's prompts pass to the chat template, as verl's data sets pass it.
         file_prompts: The prompts of the file `generation.prompts`, [] without one.
 
-    Raises whatever data set, tokenizer and chat template raise.
+    Raises:
+        ConfigError: Prompts of the file cannot be rendered; with file and line of each.
     """
-    prompts = tokenized(file_prompts, tokenizer, template_kwargs, settings.turn)
+    mistakes = Mistakes()
+    prompts = tokenized(file_prompts, tokenizer, template_kwargs, settings.turn, mistakes)
+    _raise_first(mistakes)
     if not (prompts and settings.prompts_mode == "replace"):
         prompts = [*_validation_prompts(dataset, rows, tokenizer, settings), *prompts]
     if not prompts:
-        logger.warning("no samples: none of the first %d validation rows can be answered", settings.max_val_samples)
+        chosen = isinstance(settings.rows, str)
+        which = f"first {settings.max_val_samples} validation rows" if chosen else "rows of generation.rows"
+        logger.warning("no samples: none of the %s can be answered", which)
     elif settings.params_key != GenerationSettings.params_key and all(prompt.data.params is None for prompt in prompts):
         logger.warning("generation.params_key: no row has anything in a column %s", printable(settings.params_key, 80))
     return prompts
 
 
+def _raise_first(mistakes: Mistakes) -> None:
+    if num_more := len(mistakes.lines[_MAX_LINES:]):
+        mistakes.lines[_MAX_LINES:] = [f"generation.prompts: {num_more} more prompts cannot be rendered"]
+    mistakes.raise_if_any()
+
+
 def _validation_prompts(
     dataset: Any, rows: Sequence[int], tokenizer: Any, settings: GenerationSettings
 ) -> list[Prompt]:
-    """The prompts of the validation data, after a warning about rows that have none."""
+    """The prompts of the validation data, by their rows in its files, after a warning about rows that have none."""
+    refused: dict[int, Exception] = {}
     prompts, without_answer, multi_modal = prompts_from_dataset(
-        dataset, rows, tokenizer, turn=settings.turn, params_key=settings.params_key
+        dataset, rows, tokenizer, turn=settings.turn, params_key=settings.params_key, refused=refused
     )
-    for skipped, reason in (
-        (without_answer, "have no answer left within data.max_length"),
-        (multi_modal, "have images or videos, and only text is generated from"),
-    ):
+    place_of = dict(zip(rows, places(dataset, rows), strict=True))
+    reasons = {
+        "have no answer left within data.max_length": without_answer,
+        "have images or videos, and only text is generated from": multi_modal,
+    }
+    for row, error in refused.items():
+        reasons.setdefault(f"cannot be made a prompt ({describe(error)})", []).append(row)
+    for reason, skipped in reasons.items():
         if skipped:
-            logger.warning("rows %s of the validation data %s: skipped", skipped, reason)
-    return prompts
+            logger.warning(
+                "rows %s of the validation data %s: skipped", _in_words(place_of[row] for row in skipped), reason
+            )
+    return [_at_its_place(prompt, place_of) for prompt in prompts]
+
+
+def _at_its_place(prompt: Prompt, place_of: Mapping[int, Place]) -> Prompt:
+    assert prompt.row is not None, "it comes from the data set"
+    place = place_of[prompt.row]
+    # Rows of several files may have the same number.
+    return replace(prompt, row=place.row, file=place.file, stream=place.number)
+
+
+def _in_words(skipped: Iterable[Place]) -> str:
+    """The rows, after each file where there are several."""
+    by_file: dict[str | None, list[int]] = {}
+    for place in skipped:
+        by_file.setdefault(place.file, []).append(place.row)
+    return ", ".join(
+        f"{rows}" if file is None else f"{rows} of {printable(file, 200)}" for file, rows in by_file.items()
+    )

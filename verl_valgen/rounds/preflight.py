@@ -18,7 +18,7 @@ from verl_valgen.prompts.files import OwnPrompt, read_own_prompts
 from verl_valgen.scores.metrics import METRICS, check_metrics
 from verl_valgen.scores.metrics.functions import metric_name
 from verl_valgen.scores.names import ALWAYS, DERIVED, RESERVED
-from verl_valgen.settings.checks import ConfigError, Mistakes, plain, quoted
+from verl_valgen.settings.checks import ConfigError, Mistakes, check_rows_exist, plain, quoted
 from verl_valgen.settings.hydra import as_omegaconf
 from verl_valgen.settings.load import load_settings, task_overrides
 from verl_valgen.settings.settings import GenerationSettings
@@ -76,6 +76,13 @@ def check_names(config: Any, settings: GenerationSettings, mistakes: Mistakes) -
                 file_prompts = read_own_prompts(settings.prompts, settings.params_key)
     # A configuration with mistakes is not trained with, and may be one that cannot even be read.
     return Preflight(config, settings, file_prompts, "" if mistakes.lines else _snapshot(config))
+
+
+def check_rows(settings: GenerationSettings, num_rows: int | None) -> None:
+    """Raises `ConfigError` for rows beyond the validation data, which has `num_rows` as far as that is known."""
+    are_asked = not (settings.prompts and settings.prompts_mode == "replace")
+    if are_asked and num_rows is not None:
+        check_rows_exist(settings.rows, num_rows, "generation.rows")
 
 
 def _snapshot(config: Any) -> str:

@@ -11,8 +11,10 @@ from typing import Any
 from verl_valgen.hosts.base import Host
 from verl_valgen.hosts.schedule import Schedule
 from verl_valgen.prompts.files import OwnPrompt
+from verl_valgen.prompts.rows import chosen_rows
 from verl_valgen.prompts.sources import read_prompts
 from verl_valgen.records import Prompt, Query
+from verl_valgen.rounds.fingerprint import fingerprint
 from verl_valgen.rounds.preflight import notes_on_ignored_settings
 from verl_valgen.rounds.queries import make_queries
 from verl_valgen.rounds.recorder import GOES_ON, Recorder
@@ -20,7 +22,7 @@ from verl_valgen.rounds.restore import preserved_random_state
 from verl_valgen.rounds.run_description import describe_run
 from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import OnceLogger, printable
-from verl_valgen.trackers.jsonl import set_aside
+from verl_valgen.trackers.jsonl import run_before, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,8 @@ def prepare(
 ) -> tuple[Recorder | None, list[int] | None]:
     """The recorder and the steps of the rounds; (None, None), after a warning, where there is nothing to ask.
 
-    Raises whatever data set, tokenizer and chat template raise.
+    Raises:
+        ConfigError: Prompts of a file cannot be rendered, a row does not exist, a token is not in the vocabulary.
     """
     queries = make_queries(_read_prompts(host, settings, file_prompts), settings, vocab_size(host))
     if not queries:
@@ -38,7 +41,9 @@ def prepare(
     schedule = replace(host.schedule(), every=settings.every, before_train=settings.before_train)
     directory = Path(host.config.trainer.default_local_dir) / "generations"
     _announce(queries, settings, schedule, directory)
-    _set_earlier_samples_aside(directory, schedule.start_step, warnings)
+    prompts = fingerprint(query.prompt for query in queries)
+    asks_others = _asks_others(directory, schedule.start_step, prompts, warnings)
+    _set_earlier_samples_aside(directory, schedule.start_step, warnings, best_too=asks_others)
     recorder = Recorder(
         queries,
         settings,
@@ -46,14 +51,17 @@ def prepare(
         directory=directory,
         loggers=host.config.trainer.logger,
         start_step=schedule.start_step,
-        run=_describe(host, settings, schedule.start_step, warnings),
+        prompts=prompts,
+        run=_describe(host, settings, schedule.start_step, prompts, warnings),
     )
     return recorder, schedule.round_steps()
 
 
-def _describe(host: Host, settings: GenerationSettings, start_step: int, warnings: OnceLogger) -> dict[str, Any] | None:
+def _describe(
+    host: Host, settings: GenerationSettings, start_step: int, prompts: str, warnings: OnceLogger
+) -> dict[str, Any] | None:
     try:
-        return describe_run(host, settings, start_step)
+        return {**describe_run(host, settings, start_step), "prompts": prompts}
     except Exception as e:  # samples without a description are better than none
         warnings.warn_of_error("the folder of samples will not say which run it belongs to", e, GOES_ON)
         return None
@@ -74,8 +82,16 @@ def _read_prompts(host: Host, settings: GenerationSettings, file_prompts: Sequen
         logger.warning("no samples: the model class %s has no `generate`", model_class.__name__)
         return []
     with preserved_random_state(host.device):
-        rows = host.validation_rows(settings.max_val_samples)
+        rows = _rows(host, settings, replaced=bool(file_prompts) and settings.prompts_mode == "replace")
         return read_prompts(host.val_dataset, rows, host.tokenizer, settings, host.chat_template_kwargs, file_prompts)
+
+
+def _rows(host: Host, settings: GenerationSettings, *, replaced: bool) -> list[int]:
+    if replaced:
+        return []
+    if settings.rows == "batches":
+        return host.validation_rows(settings.max_val_samples)
+    return chosen_rows(host.val_dataset, settings.rows, settings.max_val_samples)
 
 
 def _announce(queries: Sequence[Query], settings: GenerationSettings, schedule: Schedule, directory: Path) -> None:
@@ -86,6 +102,8 @@ def _announce(queries: Sequence[Query], settings: GenerationSettings, schedule: 
     is_even = each * num_prompts == num_samples  # unless rows have parameters of their own
     shape = f" ({num_prompts} prompts{f' x {each} completions' if is_even else ''})" if each > 1 else ""
     logger.info("%d samples%s %s, in %s", num_samples, shape, schedule, directory)
+    if schedule.shortfall is not None and schedule.round_steps():
+        logger.info("%s", schedule.shortfall)
     in_use = {
         "strategies": list(settings.strategies),
         "metrics": settings.metrics,
@@ -98,11 +116,25 @@ def _announce(queries: Sequence[Query], settings: GenerationSettings, schedule: 
         logger.info("%s", line)
 
 
-def _set_earlier_samples_aside(directory: Path, start_step: int, warnings: OnceLogger) -> None:
+def _asks_others(directory: Path, start_step: int, prompts: str, warnings: OnceLogger) -> bool:
+    """Whether a resumed run asks other prompts than the one that it continues, after a warning."""
+    before = (run_before(directory, start_step) or {}).get("prompts")
+    if before in (None, prompts):
+        return False
+    warnings.warn(
+        f"the prompts are others than before: samples, numbers and best value up to step {start_step} are those of "
+        "other prompts (another choice of rows, another number of ranks, data.val_max_samples without data.seed, "
+        "changed data or chat template); best.json starts anew"
+    )
+    return True
+
+
+def _set_earlier_samples_aside(directory: Path, start_step: int, warnings: OnceLogger, *, best_too: bool) -> None:
     try:
-        folder = set_aside(directory, start_step)
+        folder = set_aside(directory, start_step, best_too=best_too)
     except OSError as e:
         warnings.warn_of_error(f"samples of an earlier run stay in {directory}", e, GOES_ON)
     else:
         if folder is not None:
-            logger.info("samples of an earlier run beyond step %d were moved to %s", start_step, folder)
+            what = "the earlier best.json and samples" if best_too else "samples of an earlier run"
+            logger.info("%s beyond step %d were moved to %s", what, start_step, folder)

@@ -47,9 +47,10 @@ def make_requests(queries: Sequence[Query]) -> list[Request]:
     """The requests of all queries, in order: num_completions * best_of each, a completion's candidates side by side."""
     requests = []
     for query in queries:
-        stream = query.prompt.row if query.prompt.row is not None else query.prompt.stream
+        prompt = query.prompt
+        stream = prompt.stream if prompt.stream is not None else prompt.row or 0
         requests += [
-            Request(query.prompt.input_ids, (stream, number), query.params, wants_logprob=query.best_of > 1)
+            Request(prompt.input_ids, (stream, number), query.params, wants_logprob=query.best_of > 1)
             for number in range(query.num_completions * query.best_of)
         ]
     return requests
@@ -104,7 +105,9 @@ def _with_row_parameters(
     except ValueError as e:
         reason = f"{source}: {e}"
     logger.warning(
-        "%s: %s; it is answered with the global parameters", origin(prompt.row, index), printable(reason, 400)
+        "%s: %s; it is answered with the global parameters",
+        printable(origin(prompt.row, index, prompt.file), 300),
+        printable(reason, 400),
     )
     return None
 
@@ -152,4 +155,5 @@ def _sample(answer: Answer, step: int, seed: int, dtype: str, tokenizer: Any) ->
         ground_truth=prompt.data.ground_truth,
         output_ids=completion.output_ids,
         extra_info=prompt.data.extra_info,
+        file=prompt.file,
     )

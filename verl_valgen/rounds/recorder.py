@@ -34,6 +34,7 @@ class Recorder:
         directory: The folder of the samples.
         loggers: `trainer.logger`.
         start_step: The step that the run starts from.
+        prompts: Tells the prompts of the run from others; see `fingerprint`.
         run: Describes the run, for the folder.
     """
 
@@ -47,13 +48,16 @@ class Recorder:
         loggers: str | Sequence[str],
         start_step: int,
         run: Mapping[str, Any] | None,
+        prompts: str | None = None,
     ) -> None:
         self.queries, self.settings, self.tokenizer = list(queries), settings, tokenizer
         self.directory, self.loggers, self.run = directory, loggers, run
         self.scoring = Scoring(settings.metrics)
         self.scoring.start()
         self.best = (
-            Best(directory, settings.best_metric, settings.best_mode, start_step) if settings.best_metric else None
+            Best(directory, settings.best_metric, settings.best_mode, start_step, prompts)
+            if settings.best_metric
+            else None
         )
         self.trackers: CompositeTracker | None = None
         self.warnings = OnceLogger(logging.getLogger(__name__))
@@ -116,7 +120,9 @@ class Recorder:
             if answer.completion.error:
                 failed_queries.setdefault(answer.completion.error, []).append(answer.query)
         for error, queries in failed_queries.items():
-            where = ", ".join(dict.fromkeys(origin(query.prompt.row, query.index) for query in queries))
+            where = ", ".join(
+                dict.fromkeys(origin(query.prompt.row, query.index, query.prompt.file) for query in queries)
+            )
             self.warnings.warn(f"no answer to {printable(where, 200)}: {error}; {GOES_ON}", error)
         failed = {(query.index, query.strategy) for queries in failed_queries.values() for query in queries}
         self.queries = [

@@ -28,6 +28,7 @@ from verl_valgen.rounds.proven import ProvenAnswerer
 from verl_valgen.rounds.queries import make_queries, make_requests, pair
 from verl_valgen.rounds.recorder import GOES_ON, Recorder
 from verl_valgen.rounds.restore import preserved_random_state
+from verl_valgen.settings.checks import ConfigError
 from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import OnceLogger
 
@@ -60,6 +61,8 @@ class ValidationRounds:
         """The logging rank's alone, while `fit()` runs."""
         self.steps: list[int] = []
         """The steps of the rounds, as far as they are known in advance; on all ranks."""
+        self.asked_at: set[int] = set()
+        """The steps of the rounds that took place, whether they gave samples or not."""
         self.warnings = OnceLogger(logger)
         self.stack = ExitStack()
 
@@ -74,32 +77,54 @@ class ValidationRounds:
             self.recorder.close()
             self.recorder = None  # another `fit()` has runs of its own
 
+    def warn_of_missing(self) -> None:
+        """Says on the logging rank, at the end of `fit()`, that rounds which were announced did not come."""
+        missing = [str(step) for step in self.steps if step not in self.asked_at]
+        if missing and self.host.is_logging_rank:
+            shown = [*missing[:3], "...", missing[-1]] if len(missing) > 4 else missing
+            steps = f"step{'s' if len(missing) > 1 else ''} {', '.join(shown)}"
+            last = max(self.asked_at, default=None)
+            seen = "there was none at all" if last is None else f"the last one was at step {last}"
+            self.warnings.warn(
+                f"the samples that were announced for {steps} did not come: training ended without these validations "
+                f"({seen})"
+            )
+
     def _prepare(self) -> bool:
         """Says on the logging rank when samples will come, or why none will. Collective: all ranks must call.
 
         Returns:
             Whether there will be any, the same on all ranks.
+
+        Raises:
+            ConfigError: On all ranks: the data and the model show that the configuration is wrong.
         """
         if not self.settings.enabled:
             if self.host.is_logging_rank:
                 logger.info("no samples: generation is not configured, or switched off")
             return False
         steps: list[int] | None = None
+        mistake: str | None = None
         if self.host.is_logging_rank:
             try:
                 self.recorder, steps = prepare(self.host, self.settings, self.file_prompts, self.warnings)
+            except ConfigError as e:
+                mistake = str(e)
             except Exception as e:
                 self.warnings.warn_of_error(
                     "the prompts could not be prepared, so there will be no samples", e, GOES_ON
                 )
-        received = broadcast(steps, self.host.is_logging_rank, self.host.device)
-        self.steps = received or []
+        received, mistake = broadcast([steps, mistake], self.host.is_logging_rank, self.host.device)
+        if mistake is not None:
+            raise ConfigError(mistake)
+        self.steps, self.asked_at = received or [], set()
         return received is not None
 
     def run(self, step: int) -> None:
         """One round, if it is time for one; never raises. Collective: all ranks must call."""
         if self.settings.every > 1 and step not in self.steps:
             return
+        self.asked_at.add(step)
         try:
             self.end(self.begin(step))
         except (KeyboardInterrupt, SystemExit):

@@ -29,11 +29,12 @@ class Best:
         mode: max or min.
         start_step: The step that the run starts from. What the file says of later steps belongs to an earlier run, and
             for a new run, which starts at 0, all of it does.
+        prompts: Tells the prompts of the run from others, of which a value says nothing; None: that is not known.
     """
 
-    def __init__(self, directory: Path, metric: str, mode: str, start_step: int) -> None:
+    def __init__(self, directory: Path, metric: str, mode: str, start_step: int, prompts: str | None = None) -> None:
         self.path = directory / FILE_NAME
-        self.metric, self.mode = metric, mode
+        self.metric, self.mode, self.prompts = metric, mode, prompts
         self.values = [best for best in self._read() if start_step > 0 and best.step <= start_step]
         """Each was the best when it came; the last one is."""
         self._written: list[BestValue] | None = None
@@ -71,14 +72,18 @@ class Best:
     def _write(self, values: Sequence[BestValue]) -> None:
         *before, best = [value._asdict() for value in values]
         content = {"metric": self.metric, "mode": self.mode, **best, "before": before}
+        if self.prompts is not None:
+            content["prompts"] = self.prompts
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.path, (json.dumps(content) + "\n").encode("ascii"))
 
     def _read(self) -> list[BestValue]:
-        """The values that an earlier run of the same metric left; [] where the file is missing or broken."""
+        """The earlier values of the same metric and prompts; [] where the file is missing or broken."""
         try:
             content = json.loads(self.path.read_bytes())
             if (content["metric"], content["mode"]) != (self.metric, self.mode):
+                return []
+            if self.prompts is not None and content.get("prompts", self.prompts) != self.prompts:
                 return []
             return [BestValue(float(one["value"]), int(one["step"])) for one in (*content["before"], content)]
         except (OSError, ValueError, KeyError, TypeError):

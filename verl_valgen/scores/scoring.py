@@ -110,7 +110,7 @@ class Scoring:
     ) -> None:
         i, error = failed[0]
         first = samples[i]
-        where = origin(first.row, first.index)
+        where = printable(origin(first.row, first.index, first.file), 300)
         message = f"metric {metric}: {len(failed)} of {len(samples)} samples have no score, {where} first: {error}"
         self._log.warn(message, cause=(metric, kind))
 

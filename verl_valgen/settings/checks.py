@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -152,6 +152,25 @@ def texts(*, may_be_empty: bool = False) -> Check:
     return Check(_read_texts, bool, "a text or a list of texts, none of them empty")
 
 
+def rows() -> Check:
+    """The rows of a data set: "batches", "first", a list of rows, or `{"per_source": n}`."""
+    return Check(
+        _read_rows,
+        bool,
+        "batches, first, a list of distinct rows (integers in [0, 2**31)), or {per_source: an integer >= 1}",
+    )
+
+
+def check_rows_exist(chosen: str | Sequence[int] | Mapping[str, int], num_rows: int, source: str) -> None:
+    """Raises `ConfigError` for listed rows that lie beyond the `num_rows` of the data."""
+    beyond = [row for row in chosen if row >= num_rows] if isinstance(chosen, list) else []
+    if beyond:
+        which = f"row{'s' if len(beyond) > 1 else ''} {', '.join(map(str, beyond[:10]))}"
+        raise ConfigError(
+            f"{source} must be rows of data.val_files, which has {num_rows} rows (0 to {num_rows - 1}), got {which}"
+        )
+
+
 def mapping_of_mappings(pattern: str, allowed_names: str) -> Check:
     """A mapping of names to mappings, and {} for null.
 
@@ -218,6 +237,16 @@ def _read_texts(value: object) -> list[str]:
     if not isinstance(listed, list) or not all(isinstance(text, str) and text for text in listed):
         raise ValueError
     return listed
+
+
+def _read_rows(value: object) -> str | list[int] | dict[str, int]:
+    if isinstance(value, str):
+        return value.strip().lower() if value.strip().lower() in ("batches", "first") else ""
+    if isinstance(value, Mapping):
+        num_each = _read_integer(value["per_source"]) if list(value) == ["per_source"] else 0
+        return {"per_source": num_each} if num_each > 0 else {}
+    listed = [_read_integer(row) for row in value] if isinstance(value, list) else []
+    return listed if len(set(listed)) == len(listed) and all(0 <= row < 2**31 for row in listed) else []
 
 
 def _read_anything(value: Any) -> Any:

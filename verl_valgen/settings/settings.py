@@ -93,6 +93,13 @@ class GenerationSettings:
         variable="VERL_MAX_VAL_SAMPLES",
         section="trainer",
     )
+    rows: str | Sequence[int] | Mapping[str, int] = setting(
+        "batches",
+        checks.rows(),
+        "which rows of the validation data are asked. `batches`: those of rank 0's first validation batches; `first`: "
+        "the first of the data, whatever the number of ranks; a list of rows, counted over all files from 0; "
+        "`{per_source: 2}`: the first two of each `data_source`. `max_val_samples` limits the first two",
+    )
     seed: int = setting(
         0,
         checks.integer("an integer in [0, 2**63)", lambda x: 0 <= x < 2**63),

@@ -54,12 +54,24 @@ class JsonlTracker(Tracker):
             _replace(path, _to_json([*_earlier_runs(path), run], indent=2) + "\n")
 
 
-def set_aside(directory: str | os.PathLike[str], start_step: int) -> Path | None:
+def run_before(directory: str | os.PathLike[str], start_step: int) -> Mapping[str, Any] | None:
+    """What `runs.json` says of the run that left the samples up to `start_step`; None where it says nothing."""
+    for run in reversed(_earlier_runs(Path(directory) / _RUNS_FILE)):
+        started = run.get("start_step") if isinstance(run, dict) else None
+        if isinstance(started, int) and started < start_step:
+            return run
+    return None
+
+
+def set_aside(directory: str | os.PathLike[str], start_step: int, *, best_too: bool = False) -> Path | None:
     """Moves the step files beyond `start_step`, which an earlier run left, to `<directory>/old-<k>/`.
 
     For a new run, which starts at 0, these are all, and what describes the earlier run (`runs.json`, `best.json`) goes
     with them; for a resumed run, which continues these two, copies do. k is the smallest number from 1 that is free.
     Temporary files that a crash left are removed. Returns the new folder, or None if nothing had to be moved.
+
+    Args:
+        best_too: Whether a resumed run begins `best.json` anew: then it is moved.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -71,6 +83,8 @@ def set_aside(directory: str | os.PathLike[str], start_step: int) -> Path | None
     about_runs = [path for name in _FILES_OF_A_RUN if (path := directory / name).exists()]
     if start_step == 0:
         stale += about_runs
+    elif best_too:
+        stale += [path for path in about_runs if path.name == "best.json"]
     if not stale:
         return None
     folder = next(path for k in count(1) if not (path := directory / f"old-{k}").exists())
@@ -78,7 +92,7 @@ def set_aside(directory: str | os.PathLike[str], start_step: int) -> Path | None
     for path in stale:
         path.rename(folder / path.name)
     if start_step > 0:
-        for path in about_runs:
+        for path in set(about_runs).difference(stale):
             shutil.copyfile(path, folder / path.name)
     return folder
 

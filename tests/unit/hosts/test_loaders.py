@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from torch.utils.data import DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from verl_valgen.hosts.loaders import CountingLoader, NotifyingLoader
+from verl_valgen.hosts.loaders import CountingLoader, NotifyingLoader, num_batches_left
 
 
 class Loader(list):
@@ -51,3 +53,34 @@ def test_the_beginning_is_told_once_before_the_first_batch():
     for _ in range(2):
         events += list(loader)
     assert events == [7, "a", "b", "a", "b"]
+
+
+def verls_loader(batch_size=3, num_workers=0):
+    """verl's loader of 13 rows."""
+    rows = range(13)
+    sampler = DistributedSampler(rows, num_replicas=1, rank=0, drop_last=True)
+    return StatefulDataLoader(rows, batch_size, sampler=sampler, num_workers=num_workers, drop_last=True)
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch_size", [3, 2, 5])
+@pytest.mark.parametrize("num_before", [0, 1, 4, 5])
+def test_the_batches_that_a_restored_loader_still_has(num_before, batch_size, num_workers):
+    """Of four in an epoch, stopped while one of them was in use, or after them; perhaps with another batch size."""
+    first = verls_loader(num_workers=num_workers)
+    for number, _ in enumerate(first, start=1):
+        if number == num_before:
+            break
+    restored = verls_loader(batch_size, num_workers)
+    if num_before:
+        restored.load_state_dict(first.state_dict())
+    expected = num_batches_left(restored)
+    assert expected == len(list(restored))
+    assert (expected == 0) == (num_before == 4)
+    assert num_batches_left(restored) == len(list(restored)) == len(restored)
+
+
+def test_a_loader_with_a_state_of_another_kind_is_taken_for_whole():
+    loader = Loader("abc")
+    loader.next_iter_state = {"position": 2}
+    assert num_batches_left(loader) == 3

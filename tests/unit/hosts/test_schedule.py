@@ -71,3 +71,16 @@ def test_the_schedule_in_words(schedule, text):
 def test_rounds_at_some_validations_and_before_training(schedule, steps, text):
     assert schedule.round_steps() == steps
     assert str(schedule).startswith(text)
+
+
+def test_steps_that_a_restored_loader_does_not_give_are_told_where_training_ends_without_them():
+    reason = (
+        "the run resumes at the end of an epoch, and verl's restored data loader gives no batch in the next one, so "
+        "that training ends at step {} and not at {}"
+    )
+    some, none, enough = (Schedule(2, *steps, 1, lost_steps=2) for steps in ((4, 6), (2, 4), (4, 3)))
+    assert (str(some), some.shortfall) == ("at steps 3 and 4", reason.format(4, 6))
+    assert (str(none), none.shortfall) == (f"at no step: {reason.format(2, 4)}", reason.format(2, 4))
+    assert (str(enough), enough.shortfall) == ("at step 3 only", None)
+    # The loop begins, and finds nothing.
+    assert Schedule(2, 2, 4, 1, before_train=True, lost_steps=2).round_steps() == [2]
