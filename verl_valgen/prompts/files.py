@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,18 @@ def read_own_prompts(path: str, params_key: str) -> list[OwnPrompt]:
 
 
 def tokenized(
-    prompts: Sequence[OwnPrompt], tokenizer: Any, template_kwargs: Mapping[str, Any], turn: str
+    prompts: Sequence[OwnPrompt],
+    tokenizer: Any,
+    template_kwargs: Mapping[str, Any],
+    turn: str,
+    end_ids: Collection[int] = (),
 ) -> list[Prompt]:
     """The prompts of a file as the model is given them: by the chat template, or as they are where there is none.
 
     Args:
         template_kwargs: For the chat template, as verl's data sets pass them; a row's own go before.
         turn: `generation.turn`, for conversations that end in an assistant's turn.
+        end_ids: The tokens that end an answer.
 
     Raises:
         ValueError: There are conversations, and the tokenizer has no chat template.
@@ -77,7 +82,7 @@ def tokenized(
     template_class = NoChatTemplate if getattr(tokenizer, "chat_template", None) is None else ChatTemplate
     result: list[Prompt] = []
     for stream, own in enumerate(prompts, start=_FIRST_STREAM):
-        template = template_class(tokenizer, {**template_kwargs, **own.template_kwargs})
+        template = template_class(tokenizer, {**template_kwargs, **own.template_kwargs}, end_ids=end_ids)
         # Whoever ends a conversation of their own in a question wants that one to be answered.
         ends_in_answer = own.messages[-1]["role"] == "assistant"
         for i in answered_turns(own.messages, turn) if ends_in_answer else [len(own.messages)]:

@@ -15,7 +15,6 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
 
 from verl_valgen.backends import backend_class
 from verl_valgen.backends.base import Backend, Limits
@@ -24,7 +23,7 @@ from verl_valgen.hosts.base import Host
 from verl_valgen.records import Completion, Request, pack, unpack
 from verl_valgen.rounds.plan import Needs, Plan, free_bytes, largest_sequence_bytes, logprobs_bytes, make_plan, shares
 from verl_valgen.rounds.restore import preserved_blas_workspaces
-from verl_valgen.settings.generation_config import special_tokens
+from verl_valgen.rounds.wording import Wording
 from verl_valgen.settings.load import GenerationSettings
 from verl_valgen.text import OnceLogger
 
@@ -59,6 +58,7 @@ class Answerer:
 
     def __init__(self, host: Host, settings: GenerationSettings) -> None:
         self.host, self.settings = host, settings
+        self.wording = Wording(host, settings)
         self.warnings = OnceLogger(logger)
 
     @property
@@ -205,7 +205,7 @@ class Answerer:
         model, gathered.model = gathered.model, None  # to be free when the answers are exchanged
         if model is None:
             return []
-        model.generation_config = self._special_tokens()
+        model.generation_config = self.wording.special_tokens()
         limits = Limits(gathered.plan.batch_size, gathered.deadline, self.settings.compile)
         backend = backend_class(self.settings.backend, self.host.device.type)(
             model, self.host.tokenizer, self.settings.seed, limits
@@ -217,7 +217,7 @@ class Answerer:
         from verl_valgen.backends.lockstep import LockstepBackend
         from verl_valgen.weights.sharded import generating_through
 
-        with generating_through(self.host.model, self._special_tokens(), self.host.device) as model:
+        with generating_through(self.host.model, self.wording.special_tokens(), self.host.device) as model:
             backend = LockstepBackend(
                 model,
                 self.host.tokenizer,
@@ -236,9 +236,6 @@ class Answerer:
         seconds = time.perf_counter() - start
         logger.debug("generated %d tokens for %d prompts in %.3f s", num_tokens, len(requests), seconds)
         return [list(astuple(completion)) for completion in completions]
-
-    def _special_tokens(self) -> GenerationConfig:
-        return special_tokens(self.host.generation_config, self.host.tokenizer)
 
 
 def _why_not_in_step(requests: Sequence[Request]) -> str | None:

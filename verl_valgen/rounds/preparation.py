@@ -12,12 +12,14 @@ from verl_valgen.hosts.base import Host
 from verl_valgen.hosts.schedule import Schedule
 from verl_valgen.prompts.files import OwnPrompt
 from verl_valgen.prompts.sources import read_prompts
+from verl_valgen.prompts.trained import warn_of_differences
 from verl_valgen.records import Prompt, Query
 from verl_valgen.rounds.preflight import notes_on_ignored_settings
 from verl_valgen.rounds.queries import make_queries
 from verl_valgen.rounds.recorder import GOES_ON, Recorder
 from verl_valgen.rounds.restore import preserved_random_state
 from verl_valgen.rounds.run_description import describe_run
+from verl_valgen.rounds.wording import Wording
 from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import OnceLogger, printable
 from verl_valgen.trackers.jsonl import set_aside
@@ -26,15 +28,23 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(
-    host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt], warnings: OnceLogger
+    host: Host,
+    settings: GenerationSettings,
+    file_prompts: Sequence[OwnPrompt],
+    wording: Wording,
+    warnings: OnceLogger,
 ) -> tuple[Recorder | None, list[int] | None]:
     """The recorder and the steps of the rounds; (None, None), after a warning, where there is nothing to ask.
 
     Raises whatever data set, tokenizer and chat template raise.
     """
-    queries = make_queries(_read_prompts(host, settings, file_prompts), settings, vocab_size(host))
+    prompts = _read_prompts(host, settings, file_prompts, wording)
+    queries = make_queries(prompts, settings, vocab_size(host))
     if not queries:
         return None, None
+    warn_of_differences(prompts)
+    for level, line in wording.notes():
+        logger.log(level, "%s", line)
     schedule = replace(host.schedule(), every=settings.every, before_train=settings.before_train)
     directory = Path(host.config.trainer.default_local_dir) / "generations"
     _announce(queries, settings, schedule, directory)
@@ -42,7 +52,7 @@ def prepare(
     recorder = Recorder(
         queries,
         settings,
-        tokenizer=host.tokenizer,
+        reader=wording.reader,
         directory=directory,
         loggers=host.config.trainer.logger,
         start_step=schedule.start_step,
@@ -64,7 +74,9 @@ def vocab_size(host: Host) -> int:
     return host.model_config.get_text_config().vocab_size
 
 
-def _read_prompts(host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt]) -> list[Prompt]:
+def _read_prompts(
+    host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt], wording: Wording
+) -> list[Prompt]:
     """The prompts of all rounds; [] after a warning that says why there are none."""
     if (reason := host.why_no_validation_batch()) is not None:  # a file's prompts are asked where validation runs
         logger.warning("no samples: %s", reason)
@@ -75,7 +87,15 @@ def _read_prompts(host: Host, settings: GenerationSettings, file_prompts: Sequen
         return []
     with preserved_random_state(host.device):
         rows = host.validation_rows(settings.max_val_samples)
-        return read_prompts(host.val_dataset, rows, host.tokenizer, settings, host.chat_template_kwargs, file_prompts)
+        return read_prompts(
+            host.val_dataset,
+            rows,
+            host.tokenizer,
+            settings,
+            host.chat_template_kwargs,
+            file_prompts,
+            end_ids=wording.end_ids,
+        )
 
 
 def _announce(queries: Sequence[Query], settings: GenerationSettings, schedule: Schedule, directory: Path) -> None:

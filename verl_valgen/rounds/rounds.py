@@ -20,7 +20,6 @@ from verl_valgen.hosts.base import Host
 from verl_valgen.prompts.datasets import mask_is_shifted
 from verl_valgen.prompts.files import OwnPrompt
 from verl_valgen.prompts.masks import prompts_from_batch
-from verl_valgen.prompts.tokens import decode
 from verl_valgen.records import Prompt, Query
 from verl_valgen.rounds.generation import Answerer, GatheredRound
 from verl_valgen.rounds.preparation import prepare, vocab_size
@@ -86,7 +85,9 @@ class ValidationRounds:
         steps: list[int] | None = None
         if self.host.is_logging_rank:
             try:
-                self.recorder, steps = prepare(self.host, self.settings, self.file_prompts, self.warnings)
+                self.recorder, steps = prepare(
+                    self.host, self.settings, self.file_prompts, self.answerer.wording, self.warnings
+                )
             except Exception as e:
                 self.warnings.warn_of_error(
                     "the prompts could not be prepared, so there will be no samples", e, GOES_ON
@@ -135,7 +136,6 @@ class ValidationRounds:
 
     def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
         """See `ValidationGenerationMixin.generate_samples`. Collective: all ranks must call."""
-        tokenizer = self.host.tokenizer
         prompts: list[Prompt] = []
         queries: list[Query] = []
         error: Exception | None = None
@@ -155,13 +155,18 @@ class ValidationRounds:
         for answer in answers:
             if answer.error:
                 raise RuntimeError(answer.error)
+        reader = self.answerer.wording.reader
         return (
-            [decode(tokenizer, prompt.input_ids, skip_special_tokens=False) for prompt in prompts],
-            [decode(tokenizer, answer.output_ids, skip_special_tokens=True) for answer in answers],
+            [reader.prompt(prompt) for prompt in prompts],
+            [
+                reader.answer(prompt.input_ids, answer).generation
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ],
         )
 
     def _prompts_in(self, batch: Any) -> list[Prompt]:
-        in_batch = prompts_from_batch(batch, self.host.tokenizer, shifted=mask_is_shifted(self.host.val_dataset))
+        is_shifted, end_ids = mask_is_shifted(self.host.val_dataset), self.answerer.wording.end_ids
+        in_batch = prompts_from_batch(batch, self.host.tokenizer, shifted=is_shifted, end_ids=end_ids)
         prompts = [replace(prompt, stream=i) for i, prompt in enumerate(p for p in in_batch if p is not None)]
         if len(prompts) < len(in_batch):
             self.warnings.warn(

@@ -24,7 +24,7 @@ from unit.prompts.data import (
 
 from verl_valgen.prompts.datasets import DatasetPrompts, mask_is_shifted, prompts_from_dataset
 from verl_valgen.prompts.masks import prompts_from_batch
-from verl_valgen.prompts.tokens import decode
+from verl_valgen.prompts.tokens import Decoder
 from verl_valgen.records import Prompt
 
 CONVERSATIONS = {
@@ -110,7 +110,7 @@ def test_answer_begins_where_the_template_leaves_its_generation_prompt(tmp_path,
     )
     conversation = [*talk("a?"), {"role": "assistant", "content": None}]
     prompt = only_prompt(multi_turn(tmp_path, tokenizer, [conversation]), tokenizer)
-    assert decode(tokenizer, prompt.input_ids, skip_special_tokens=False).endswith("assistant\n<think>\n")
+    assert Decoder(tokenizer).whole(prompt.input_ids).endswith("assistant\n<think>\n")
     assert prompt.reference == "call"
 
 
