@@ -43,6 +43,9 @@ class Prompt:
     reference: str | None
     """The expected answer, stripped: what is trained, as far as that is known. Without beginnings, ends and padding;
     other special tokens stay. None if there is none."""
+    data: RowData = field(default_factory=RowData)
+    stream: int = 0
+    """Stands for the row in sampling, where there is none."""
     reference_raw: str | None = None
     """All tokens that are trained as text, special ones too, where that is another text than the reference; else
     None."""
@@ -50,9 +53,6 @@ class Prompt:
     """What the data says, stripped, where it is not what is trained; else None."""
     differences: tuple[str, ...] = ()
     """In what way prompt or data are not what is trained, in words."""
-    data: RowData = field(default_factory=RowData)
-    stream: int = 0
-    """Stands for the row in sampling, where there is none."""
 
 
 @dataclass(frozen=True)

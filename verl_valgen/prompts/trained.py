@@ -7,9 +7,11 @@ knows items, tokens and texts; `datasets.py` knows where a row's conversation co
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 from verl_valgen.prompts.conversations import ChatTemplate, Message, readable
@@ -23,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 _OVERLAP = 8
 """Number of tokens by which prompt and item are recognised as the same at the beginning of an answer."""
+
+_TAIL = 64
+"""Number of the prompt's last tokens in which something is looked for."""
 
 # The ways in which prompt or data are not what is trained, as the warning has them.
 REASONING_IS_LOST = "the reasoning in the data is not trained"
@@ -45,9 +50,11 @@ class Item:
     mask: list[bool]
     """The loss mask."""
     is_cut_left: bool
-    """Whether tokens may be missing at the beginning, where it is as long as allowed; else at the end."""
-    is_full: bool
-    """Whether it is as long as `data.max_length` allows, so that tokens may be missing."""
+    """Whether tokens are missing at the beginning."""
+    is_cut_right: bool
+    """Whether tokens may be missing at the end."""
+    turns: Sequence[tuple[int, int]] = ()
+    """Where each turn of the assistant begins and ends, its generation prompt included; () where that is not known."""
 
 
 def read_item(dataset: Any, row: int) -> Item | None:
@@ -55,15 +62,45 @@ def read_item(dataset: Any, row: int) -> Item | None:
 
     That training will fail there, and verl says why, is no reason to have no prompt.
     """
+    pieces: list[tuple[int, bool]] = []
     try:
-        item = dataset[row]
+        item = _noting_turns(dataset, pieces)[row]
         ids, mask = without_padding(item["input_ids"], item.get("attention_mask"), item["loss_mask"])
         assert mask is not None, "a loss mask was given"
-        is_cut_left = dataset.truncation == "left" and getattr(dataset, "pad_mode", None) != "no_padding"
-        return Item(ids, mask, is_cut_left, len(ids) >= dataset.max_length)
+        cuts_left = dataset.truncation == "left" and getattr(dataset, "pad_mode", None) != "no_padding"
+        is_full = len(ids) >= dataset.max_length
     except Exception as e:
         logger.debug("row %d: what is trained is not known, as its item cannot be read: %s", row, describe(e))
         return None
+    num_lost = sum(length for length, _ in pieces) - len(ids)
+    is_cut_left = is_full and cuts_left and num_lost != 0  # not known without the pieces, then below zero
+    is_cut_right = is_full and not cuts_left and num_lost != 0
+    if num_lost < 0 or (num_lost > 0 and not is_full):
+        return Item(ids, mask, is_cut_left, is_cut_right)
+    ends = list(accumulate((length for length, _ in pieces), initial=-num_lost if cuts_left else 0))
+    whole = [(start, end) for (start, end), (_, is_turn) in zip(pairwise(ends), pieces, strict=True) if is_turn]
+    turns = [(min(max(start, 0), len(ids)), min(max(end, 0), len(ids))) for start, end in whole]
+    return Item(ids, mask, is_cut_left, is_cut_right, turns)
+
+
+def _noting_turns(dataset: Any, pieces: list[tuple[int, bool]]) -> Any:
+    """A copy of a data set that notes, when an item is read, each piece of a conversation that it tokenizes: its number
+    of tokens, and whether it is a turn of the assistant."""
+
+    def noted(tokenize: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            result = tokenize(*args, **kwargs)
+            is_turn = kwargs.get("is_assistant") or (kwargs.get("message") or {}).get("role") == "assistant"
+            pieces.append((len(result[0]), bool(is_turn)))
+            return result
+
+        return note
+
+    noting = copy.copy(dataset)
+    for name in ("_process_single_message", "_process_message_tokens"):  # since verl 0.7, until 0.6
+        if hasattr(dataset, name):
+            setattr(noting, name, noted(getattr(dataset, name)))
+    return noting
 
 
 def as_single_turn_is_trained(prompt: Prompt, item: Item, decoder: Decoder) -> Prompt:
@@ -73,7 +110,7 @@ def as_single_turn_is_trained(prompt: Prompt, item: Item, decoder: Decoder) -> P
     """
     spans = answer_spans(item.mask, len(item.ids), shifted=True)
     num_prompt = len(prompt.input_ids)
-    if not spans or item.ids[:num_prompt] != prompt.input_ids or (item.is_full and item.is_cut_left):
+    if not spans or item.ids[:num_prompt] != prompt.input_ids or item.is_cut_left:
         return prompt
     return _with_reference(prompt, item, (num_prompt, spans[-1][1]), decoder, said=prompt.reference or "", reasoning="")
 
@@ -101,27 +138,24 @@ def as_turn_is_trained(
     return replace(trained, differences=(*trained.differences, *difference))
 
 
-def _span_of_turn(prompt_ids: list[int], item: Item, messages: Sequence[Message], turn: int) -> tuple[int, int] | None:
+def _span_of_turn(
+    prompt_ids: list[int], item: Item, messages: Sequence[Message], turn: int
+) -> tuple[int, int] | None:
     """Begin and end, in the item, of what is trained of `messages[turn]`, without what the prompt has already.
 
     Equal where nothing of it is trained; None where it cannot be told.
     """
-    spans = answer_spans(item.mask, len(item.ids), shifted=False)
-    num_prompt = len(prompt_ids)
-    if item.ids[:num_prompt] == prompt_ids:
-        ends = [end for start, end in spans if start <= num_prompt < end]
-        return (num_prompt, ends[0] if ends else num_prompt)
-    if any(message.get("loss_mask") is not None for message in messages):  # with verl 0.6 any message may be trained
-        return None
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     place = turns.index(turn)
-    if len(spans) != len(turns):
-        if not item.is_full or len(spans) > len(turns):
+    if len(item.turns) == len(turns):
+        begin, end = item.turns[place]
+        places = [i for i in range(begin, end) if item.mask[i]]
+        start, end = (places[0], places[-1] + 1) if places else (end, end)
+    else:  # a version of verl that is not known
+        spans = answer_spans(item.mask, len(item.ids), shifted=False)
+        if len(spans) != len(turns):
             return None
-        place -= len(turns) - len(spans) if item.is_cut_left else 0
-    if not 0 <= place < len(spans):
-        return None
-    start, end = spans[place]
+        start, end = spans[place]
     return (start + _overlap(prompt_ids, item.ids, start, end), end)
 
 
@@ -146,19 +180,32 @@ def _with_reference(
     """
     texts = trained_texts(item.ids[slice(*span)], prompt.input_ids, decoder)
     trained = texts["reference"]
-    # As the tokenizer has it: one without a token for a character is no matter of training.
-    is_same = said == trained or decoder.answer(encode(decoder.tokenizer, said), prompt.input_ids).strip() == trained
-    differences = () if is_same else (_difference_of_answers(said, trained, reasoning, item),)
-    return replace(prompt, **texts, reference_text=None if said == trained else said, differences=differences)
+    if said.endswith(trained):  # what comes before it may be the end of the prompt: a think block that is opened there
+        head = said.removesuffix(trained).strip()
+        said = trained if decoder.whole(prompt.input_ids[-_TAIL:]).rstrip().endswith(head) else said
+    difference = _difference_of_answers(said, trained, reasoning, item, decoder)
+    return replace(
+        prompt, **texts, reference_text=None if said == trained else said, differences=(difference,) * bool(difference)
+    )
 
 
-def _difference_of_answers(said: str, trained: str, reasoning: str, item: Item) -> str:
-    is_lost = reasoning not in trained or any(mark in said and mark not in trained for mark in KNOWN_ENDS)
-    if item.is_full and said.startswith(trained):
+def _difference_of_answers(said: str, trained: str, reasoning: str, item: Item, decoder: Decoder) -> str:
+    """In what way what is trained is not what the data says; "" where it is that."""
+    # White space is the template's. And a tokenizer without a token for a character is no matter of training.
+    as_tokens = decoder.answer(encode(decoder.tokenizer, said))
+    if _without_space(trained) in (_without_space(said), _without_space(as_tokens)):
+        return ""
+    if not trained:
+        return NOT_TRAINED
+    if item.is_cut_right and _without_space(as_tokens).startswith(_without_space(trained)):
         return ANSWER_IS_CUT
-    if is_lost:
+    if reasoning not in trained or any(mark in said and mark not in trained for mark in KNOWN_ENDS):
         return REASONING_IS_LOST
     return TEMPLATE_ADDS if said in trained else ANSWER_DIFFERS
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
 
 
 def _difference_of_prompts(
@@ -166,8 +213,7 @@ def _difference_of_prompts(
 ) -> tuple[str, ...]:
     """In what way a prompt is not what the item has before `start`; () where it is that, or has what was cut off."""
     before = item.ids[:start]
-    has_lost_beginning = item.is_full and item.is_cut_left
-    if prompt_ids[-len(before) if has_lost_beginning and before else 0 :] == before:
+    if prompt_ids[-len(before) if item.is_cut_left and before else 0 :] == before:
         return ()
     asked, trained = decoder.whole(prompt_ids), decoder.whole(before)
     if asked == trained:

@@ -10,13 +10,19 @@ import copy
 from typing import Any, NamedTuple
 
 # Where a message's reasoning is: in a field of its own, or in its content before the end of a think block.
-_REASONING = """\
+_TEXT = """\
+{%- macro text(m) -%}
+{%- if m.content is string -%}{{- m.content -}}
+{%- else -%}{%- for part in m.content or [] -%}{{- part.text -}}{%- endfor -%}{%- endif -%}
+{%- endmacro -%}
+"""
+_REASONING = _TEXT + """\
 {%- macro reasoning(m) -%}
 {%- if m.reasoning_content is string -%}{{- m.reasoning_content -}}
-{%- elif '</think>' in (m.content or '') -%}{{- m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') -}}
+{%- elif '</think>' in text(m) -%}{{- text(m).split('</think>')[0].split('<think>')[-1].strip('\\n') -}}
 {%- endif -%}
 {%- endmacro -%}
-{%- macro answer(m) -%}{{- (m.content or '').split('</think>')[-1].lstrip('\\n') -}}{%- endmacro -%}
+{%- macro answer(m) -%}{{- text(m).split('</think>')[-1].lstrip('\\n') -}}{%- endmacro -%}
 {%- set ns = namespace(last_user=-1) -%}
 {%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.last_user = loop.index0 -%}{%- endif -%}{%- endfor -%}
 """
@@ -47,7 +53,7 @@ _QWEN_MESSAGES = (
 {%- elif m.role == 'tool' -%}
 {{- '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response><|im_end|>\\n' -}}
 {%- else -%}
-{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}
+{{- '<|im_start|>' + m.role + '\\n' + text(m) + '<|im_end|>\\n' -}}
 {%- endif -%}
 {%- endfor -%}
 """
@@ -132,13 +138,13 @@ LLAMA_3_1 = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}
 """
-MISTRAL = """\
+MISTRAL = _TEXT + """\
 {{- bos_token -}}
 {%- for m in messages -%}
 {%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}
 {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
 {%- endif -%}
-{%- if m.role == 'user' -%}{{- '[INST] ' + m.content + ' [/INST]' -}}
+{%- if m.role == 'user' -%}{{- '[INST] ' + text(m) + ' [/INST]' -}}
 {%- else -%}{{- ' ' + m.content + eos_token -}}{%- endif -%}
 {%- endfor -%}
 """

@@ -309,7 +309,8 @@ def test_text_of_a_vision_language_data_set_is_tokenized_by_the_processor(
     short, long = all_prompts(dataset, tokenizer)
     assert item_ids(dataset, 0) == short.input_ids + tokenizer("A|<|im_end|>\n")["input_ids"]
     assert item_ids(dataset, 1) == long.input_ids + tokenizer(" B|<|im_end|>\n")["input_ids"]
-    assert (short.text, short.reference, long.text, long.reference) == ("a?", "A", "b?", "B")
+    assert (short.text, short.reference, long.text, long.reference) == ("a?", "A|", "b?", "B|")
+    assert (short.reference_text, long.reference_text) == ("A", "B")
 
 
 # Other data sets
