@@ -41,12 +41,20 @@ class Prompt:
     text: str
     """The prompt for a person to read: the last user message, or all of it without special tokens."""
     reference: str | None
-    """The expected answer without special tokens, stripped; None if there is none."""
+    """The expected answer, stripped: what is trained, as far as that is known. Without beginnings, ends and padding;
+    other special tokens stay. None if there is none."""
     data: RowData = field(default_factory=RowData)
     stream: int | None = None
     """Stands for the row in sampling, where there is none or it is not unique; in [0, 2**32)."""
     file: str | None = None
     """The file that `row` is of, where the data has several."""
+    reference_raw: str | None = None
+    """All tokens that are trained as text, special ones too, where that is another text than the reference; else
+    None."""
+    reference_text: str | None = None
+    """What the data says, stripped, where it is not what is trained; else None."""
+    differences: tuple[str, ...] = ()
+    """In what way prompt or data are not what is trained, in words."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +165,15 @@ class Sample:
     """The prompt decoded with special tokens: exactly what the model was given."""
     prompt_text: str
     generation: str
-    """The answer decoded without special tokens."""
+    """The answer without beginnings, ends and padding, and, where `generation.reasoning` says so, without reasoning."""
+    generation_raw: str | None = field(default=None, kw_only=True)
+    """The whole answer, all special tokens included, where that is another text; else None."""
     reference: str | None
+    """The expected answer, likewise; stripped."""
+    reference_raw: str | None = field(default=None, kw_only=True)
+    """All that is trained, special tokens included, where that is another text than the reference; else None."""
+    reference_text: str | None = field(default=None, kw_only=True)
+    """What the data says, where that is not what is trained; else None."""
     finish_reason: FinishReason
     num_prompt_tokens: int
     num_new_tokens: int
@@ -180,6 +195,8 @@ class Sample:
 
     # Not recorded: for metrics, and for the numbers of the round.
     output_ids: Sequence[int] = ()
+    whole_generation: str | None = None
+    """The answer with its reasoning, for functions with verl's signature; None where `generation` has all of it."""
     extra_info: Any = None
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     """Each metric's judgement, by the metric's name."""
@@ -195,7 +212,7 @@ class Sample:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_RECORDED}
 
 
-_NOT_RECORDED = ("output_ids", "extra_info", "verdicts")
+_NOT_RECORDED = ("output_ids", "whole_generation", "extra_info", "verdicts")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from verl_valgen.settings.generation_config import SAMPLING_ONLY
+from verl_valgen.settings.generation_config import SAMPLING_ONLY, as_ids
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -76,6 +76,4 @@ def left_pad(sequences: Sequence[list[int]], device: torch.device) -> tuple[Tens
 
 def as_id_set(token_ids: int | list[int] | None) -> set[int]:
     """Turns a token id field of a `GenerationConfig` (one id, several or none) into a set."""
-    if token_ids is None:
-        return set()
-    return {token_ids} if isinstance(token_ids, int) else set(token_ids)
+    return set(as_ids(token_ids))

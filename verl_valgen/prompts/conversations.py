@@ -7,11 +7,11 @@ This module knows messages and chat templates. It does not know where messages c
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verl_valgen.prompts.tokens import decode, encode
+from verl_valgen.prompts.tokens import Decoder, encode
 from verl_valgen.records import Prompt
 
 Message = Mapping[str, Any]
@@ -26,6 +26,18 @@ class ChatTemplate:
     """Arguments of `apply_chat_template`: `tools`, `enable_thinking`, whatever the template knows."""
     processor: Any = None
     """A vision-language model's processor, which then renders and tokenizes instead of the tokenizer."""
+    end_ids: Collection[int] = ()
+    """The tokens that end an answer."""
+
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder(self.tokenizer, self.end_ids)
+
+    @property
+    def source(self) -> str:
+        """The template itself, or several of them; "" where there is none."""
+        renderer = self.tokenizer if self.processor is None else self.processor
+        return str(getattr(renderer, "chat_template", None) or "")
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of `messages`, followed by those of the generation prompt."""
@@ -35,21 +47,24 @@ class ChatTemplate:
     def reference(self, messages: Sequence[Message], turn: int) -> str:
         """The text of `messages[turn]`, stripped.
 
-        That is its content. Where it calls tools, or its content is empty, it is what the template renders for it,
-        without special tokens.
+        That is its content. Where it calls tools, or its content is empty, it is what the template renders for it.
         """
         text = readable(messages[turn].get("content"))
         if not text or messages[turn].get("tool_calls"):
-            text = self._rendered(messages, turn)
+            text = self.rendered(messages, turn)
         return text.strip()
 
-    def _rendered(self, messages: Sequence[Message], turn: int) -> str:
-        """`messages[turn]` as the template renders it, without special tokens."""
-        prompt = self._apply(messages[:turn], add_generation_prompt=True, tokenize=False)
-        whole = self._apply(messages[: turn + 1], add_generation_prompt=False, tokenize=False)
+    def rendered(self, messages: Sequence[Message], turn: int) -> str:
+        """`messages[turn]` as the template renders it at the end of a conversation, without the end of the turn."""
+        prompt = self.render(messages[:turn], add_generation_prompt=True)
+        whole = self.render(messages[: turn + 1])
         # A template need not continue its own generation prompt (think blocks): the answer begins where they part.
         answer = whole[len(os.path.commonprefix([prompt, whole])) :]  # noqa: RUF071 (character by character is meant)
-        return decode(self.tokenizer, encode(self.tokenizer, answer), skip_special_tokens=True)
+        return self.decoder.answer(encode(self.tokenizer, answer))
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The text of `messages`; raises whatever the template raises."""
+        return self._apply(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
 
     def _apply(self, messages: Sequence[Message], **kwargs: Any) -> Any:
         renderer = self.tokenizer if self.processor is None else self.processor
@@ -95,7 +110,7 @@ def prompt_for_turn(
     before = messages[:turn]
     input_ids = template.prompt_ids(before)
     questions = [message.get("content") for message in before if message["role"] == "user"]
-    text = readable(questions[-1]) if questions else decode(template.tokenizer, input_ids, skip_special_tokens=True)
+    text = readable(questions[-1]) if questions else template.decoder.readable(input_ids)
     if reference is None and turn < len(messages):
         reference = template.reference(messages, turn)
     return Prompt(row, input_ids, text, reference)

@@ -8,7 +8,7 @@ of its data sets has its module loaded.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from enum import Enum, auto
 from typing import Any, NamedTuple
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from verl_valgen.prompts.columns import row_data, without_arrays
 from verl_valgen.prompts.conversations import ChatTemplate, answered_turns, prompt_for_turn, readable
 from verl_valgen.prompts.masks import answer_spans, has_media, prompt_before_span, without_padding
+from verl_valgen.prompts.tokens import Decoder
+from verl_valgen.prompts.trained import as_single_turn_is_trained, as_turn_is_trained, read_item
 from verl_valgen.records import Prompt, RowData
 
 
@@ -44,32 +46,35 @@ def prompts_from_dataset(
     turn: str = "last",
     params_key: str = "generation_params",
     refused: dict[int, Exception] | None = None,
+    end_ids: Collection[int] = (),
 ) -> DatasetPrompts:
     """The prompts of `rows`: everything before an assistant turn, the generation prompt included.
 
-    Rows of verl's own data sets are tokenized anew, as the data set does it; in the items of any other one, the loss
-    mask tells where the answers are. `truncation=left` does not shorten the prompts of verl's data sets: at inference
-    nothing is cut off either.
+    Rows of verl's own data sets are tokenized anew, as the model is asked; their items have the references, as they are
+    trained (`trained.py`). In the items of any other one, the loss mask tells where the answers are. `truncation=left`
+    does not shorten the prompts of verl's data sets: at inference nothing is cut off either.
 
     Args:
         turn: The assistant turn to answer: last, first, or all, each with a prompt of its own.
         params_key: The column that holds a row's own generation parameters.
         refused: Takes what data set and chat template raise, by row; these rows have no prompt.
+        end_ids: The tokens that end an answer.
 
     Raises whatever they raise, where it is not given: `ValueError` for an item of another data set that has no
     `input_ids`, or masks of another length.
     """
-    read: Callable[[Any, int, Any, str], list[Prompt] | _Skip]
+    read: Callable[[Any, int, Decoder, str], list[Prompt] | _Skip]
     if mask_is_shifted(dataset):
         read = _from_single_turn
     elif _reads_items_as(dataset, "multiturn_sft_dataset", "MultiTurnSFTDataset"):
         read = _from_conversation
     else:
         read = _from_item
+    decoder = Decoder(tokenizer, end_ids)
     result = DatasetPrompts([], [], [])
     for row in rows:
         try:
-            prompts = read(dataset, row, tokenizer, turn)
+            prompts = read(dataset, row, decoder, turn)
         except Exception as e:  # a template raises what it likes
             if refused is None:
                 raise
@@ -104,24 +109,38 @@ def _columns(dataset: Any, row: int, params_key: str) -> RowData:
 # verl's data sets
 
 
-def _from_single_turn(dataset: Any, row: int, *_: Any) -> list[Prompt] | _Skip:
+def _from_single_turn(dataset: Any, row: int, decoder: Decoder, _: str) -> list[Prompt] | _Skip:
     """The prompt of a row of verl's `SFTDataset`."""
     question = dataset.prompts[row]
     input_ids = _chat_template(dataset).prompt_ids([{"role": "user", "content": question}])
     if _answer_is_cut_off(dataset, input_ids):
         return _Skip.ANSWER_IS_CUT_OFF
-    return [Prompt(row, input_ids, readable(question), dataset.responses[row].strip())]
+    prompt = Prompt(row, input_ids, readable(question), dataset.responses[row].strip())
+    item = read_item(dataset, row)
+    return [prompt if item is None else as_single_turn_is_trained(prompt, item, decoder)]
 
 
-def _from_conversation(dataset: Any, row: int, _: Any, turn: str) -> list[Prompt] | _Skip:
+def _from_conversation(dataset: Any, row: int, decoder: Decoder, turn: str) -> list[Prompt] | _Skip:
     """The prompts of a row of verl's `MultiTurnSFTDataset`; one without an assistant turn is all prompt."""
     messages = _messages(dataset, row)
     if messages is None:
         return _Skip.HAS_MEDIA
-    template = _chat_template(dataset, **_row_kwargs(dataset, row))
-    prompts = [prompt_for_turn(messages, i, template, row=row) for i in answered_turns(messages, turn)]
-    whole = [p for p in prompts if p.reference is None or not _answer_is_cut_off(dataset, p.input_ids)]
-    return whole or _Skip.ANSWER_IS_CUT_OFF
+    template = replace(_chat_template(dataset, **_row_kwargs(dataset, row)), end_ids=decoder.left_out)
+    by_turn = {i: prompt_for_turn(messages, i, template, row=row) for i in answered_turns(messages, turn)}
+    whole = {
+        i: prompt
+        for i, prompt in by_turn.items()
+        if prompt.reference is None or not _answer_is_cut_off(dataset, prompt.input_ids)
+    }
+    if not whole:
+        return _Skip.ANSWER_IS_CUT_OFF
+    item = read_item(dataset, row)
+    if item is None:
+        return list(whole.values())
+    return [
+        as_turn_is_trained(prompt, item, messages, i, template) if i < len(messages) else prompt
+        for i, prompt in whole.items()
+    ]
 
 
 def _messages(dataset: Any, row: int) -> list[dict] | None:
@@ -179,7 +198,7 @@ def _answer_is_cut_off(dataset: Any, prompt_ids: list[int]) -> bool:
 # Other data sets
 
 
-def _from_item(dataset: Any, row: int, tokenizer: Any, turn: str) -> list[Prompt] | _Skip:
+def _from_item(dataset: Any, row: int, decoder: Decoder, turn: str) -> list[Prompt] | _Skip:
     """The prompts of an item of a data set that is not verl's; one without a loss mask is all prompt."""
     item = dataset[row]
     keys = ("input_ids", "attention_mask", "loss_mask")
@@ -193,4 +212,4 @@ def _from_item(dataset: Any, row: int, tokenizer: Any, turn: str) -> list[Prompt
         return _Skip.ANSWER_IS_CUT_OFF
     spans = answer_spans(mask, len(ids), shifted=False)
     chosen = {"first": spans[:1], "last": spans[-1:], "all": spans}[turn] or [(len(ids), len(ids))]
-    return [prompt_before_span(ids, start, end, tokenizer, row) for start, end in chosen]
+    return [prompt_before_span(ids, start, end, decoder, row) for start, end in chosen]

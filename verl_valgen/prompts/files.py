@@ -8,7 +8,7 @@ columns. `.txt`: a prompt in each line. Reading checks everything that needs no 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ def tokenized(
     template_kwargs: Mapping[str, Any],
     turn: str,
     mistakes: Mistakes | None = None,
+    end_ids: Collection[int] = (),
 ) -> list[Prompt]:
     """The prompts of a file as the model is given them: by the chat template, or as they are where there is none.
 
@@ -75,6 +76,7 @@ def tokenized(
         template_kwargs: For the chat template, as verl's data sets pass them; a row's own go before.
         turn: `generation.turn`, for conversations that end in an assistant's turn.
         mistakes: Notes, with file and line, the prompts that cannot be rendered; these are left out.
+        end_ids: The tokens that end an answer.
 
     Raises whatever tokenizer and chat template raise, where no `mistakes` are given: `ValueError` for a conversation
     without a chat template.
@@ -82,7 +84,7 @@ def tokenized(
     template_class = NoChatTemplate if getattr(tokenizer, "chat_template", None) is None else ChatTemplate
     result: list[Prompt] = []
     for stream, own in enumerate(prompts, start=_FIRST_STREAM):
-        template = template_class(tokenizer, {**template_kwargs, **own.template_kwargs})
+        template = template_class(tokenizer, {**template_kwargs, **own.template_kwargs}, end_ids=end_ids)
         try:
             result += [replace(prompt, data=own.data, stream=stream) for prompt in _prompts_of(own, template, turn)]
         except Exception as e:  # a template raises what it likes

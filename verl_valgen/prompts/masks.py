@@ -5,16 +5,19 @@ This module knows no data set. It only reads: rows, batches and the tokenizer st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from verl_valgen.prompts.tokens import decode, encode
+from verl_valgen.prompts.tokens import Decoder, encode
 from verl_valgen.records import Prompt
 
 
-def prompts_from_batch(batch: Any, tokenizer: Any, *, shifted: bool) -> list[Prompt | None]:
+def prompts_from_batch(
+    batch: Any, tokenizer: Any, *, shifted: bool, end_ids: Collection[int] = ()
+) -> list[Prompt | None]:
     """The prompts of a validation batch, one per row, in order, with `row=None`; None for a row with images or videos.
 
     The answer is the last run of ones in the loss mask. A row without any (verl's `validation_step` pops the mask) is
@@ -29,6 +32,7 @@ def prompts_from_batch(batch: Any, tokenizer: Any, *, shifted: bool) -> list[Pro
             padded, on either side, to (batch, length), or nested; and `multi_modal_inputs`, if any: one mapping or None
             per row, or one mapping for all.
         shifted: What `datasets.mask_is_shifted` says of the data set.
+        end_ids: The tokens that end an answer.
 
     Raises:
         ValueError: A mask is not as long as its tokens.
@@ -40,6 +44,7 @@ def prompts_from_batch(batch: Any, tokenizer: Any, *, shifted: bool) -> list[Pro
     if media is None or isinstance(media, Mapping):  # default_collate has stacked what every row has
         media = [media] * len(input_ids)
     first_token, generation_prompt = _chat_markers(tokenizer) if shifted else (None, [])
+    decoder = Decoder(tokenizer, end_ids)
     prompts: list[Prompt | None] = []
     for padded, attention_mask, loss_mask, inputs in zip(input_ids, attention_masks, loss_masks, media, strict=True):
         if has_media(inputs):
@@ -51,14 +56,21 @@ def prompts_from_batch(batch: Any, tokenizer: Any, *, shifted: bool) -> list[Pro
         has_lost_beginning = len(ids) == len(padded) > 0 and ids[0] != first_token
         if shifted and mask is not None and has_lost_beginning:
             start = end_of_last(generation_prompt, ids[:start])
-        prompts.append(prompt_before_span(ids, start, end, tokenizer))
+        prompts.append(prompt_before_span(ids, start, end, decoder))
     return prompts
 
 
-def prompt_before_span(ids: list[int], start: int, end: int, tokenizer: Any, row: int | None = None) -> Prompt:
+def prompt_before_span(ids: list[int], start: int, end: int, decoder: Decoder, row: int | None = None) -> Prompt:
     """The prompt that lies before the answer `ids[start:end]`; tokens behind the answer belong to neither."""
-    reference = decode(tokenizer, ids[start:end], skip_special_tokens=True).strip() if start < end else None
-    return Prompt(row, ids[:start], decode(tokenizer, ids[:start], skip_special_tokens=True), reference)
+    before, answer = ids[:start], ids[start:end]
+    prompt = Prompt(row, before, decoder.readable(before), None)
+    return replace(prompt, **trained_texts(answer, before, decoder)) if answer else prompt
+
+
+def trained_texts(answer: list[int], before: list[int], decoder: Decoder) -> dict[str, Any]:
+    """The fields of a `Prompt` for the tokens that are trained behind it."""
+    reference, raw = decoder.answer(answer, before).strip(), decoder.whole(answer, before)
+    return {"reference": reference, "reference_raw": None if raw == reference else raw}
 
 
 def without_padding(input_ids: Any, attention_mask: Any, loss_mask: Any) -> tuple[list[int], list[bool] | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,8 @@ def read_prompts(
     settings: GenerationSettings,
     template_kwargs: Mapping[str, Any],
     file_prompts: Sequence[OwnPrompt],
+    *,
+    end_ids: Collection[int] = (),
 ) -> list[Prompt]:
     """The prompts of all rounds; [] after a warning that says why there are none.
 
@@ -38,20 +40,24 @@ def read_prompts(
         rows: The rows of it to ask, by their places in it, in order; not read where the file's prompts replace them.
         template_kwargs: What the file's prompts pass to the chat template, as verl's data sets pass it.
         file_prompts: The prompts of the file `generation.prompts`, [] without one.
+        end_ids: The tokens that end an answer.
 
     Raises:
         ConfigError: Prompts of the file cannot be rendered; with file and line of each.
     """
     mistakes = Mistakes()
-    prompts = tokenized(file_prompts, tokenizer, template_kwargs, settings.turn, mistakes)
+    prompts = tokenized(file_prompts, tokenizer, template_kwargs, settings.turn, mistakes, end_ids)
     _raise_first(mistakes)
     if not (prompts and settings.prompts_mode == "replace"):
-        prompts = [*_validation_prompts(dataset, rows, tokenizer, settings), *prompts]
+        prompts = [*_validation_prompts(dataset, rows, tokenizer, settings, end_ids), *prompts]
     if not prompts:
         chosen = isinstance(settings.rows, str)
         which = f"first {settings.max_val_samples} validation rows" if chosen else "rows of generation.rows"
         logger.warning("no samples: none of the %s can be answered", which)
-    elif settings.params_key != GenerationSettings.params_key and all(prompt.data.params is None for prompt in prompts):
+        return []
+    if settings.reference == "ground_truth" and all(prompt.data.ground_truth is None for prompt in prompts):
+        logger.warning("generation.reference=ground_truth: no row has a ground truth")
+    if settings.params_key != GenerationSettings.params_key and all(prompt.data.params is None for prompt in prompts):
         logger.warning("generation.params_key: no row has anything in a column %s", printable(settings.params_key, 80))
     return prompts
 
@@ -63,12 +69,18 @@ def _raise_first(mistakes: Mistakes) -> None:
 
 
 def _validation_prompts(
-    dataset: Any, rows: Sequence[int], tokenizer: Any, settings: GenerationSettings
+    dataset: Any, rows: Sequence[int], tokenizer: Any, settings: GenerationSettings, end_ids: Collection[int]
 ) -> list[Prompt]:
     """The prompts of the validation data, by their rows in its files, after a warning about rows that have none."""
     refused: dict[int, Exception] = {}
     prompts, without_answer, multi_modal = prompts_from_dataset(
-        dataset, rows, tokenizer, turn=settings.turn, params_key=settings.params_key, refused=refused
+        dataset,
+        rows,
+        tokenizer,
+        turn=settings.turn,
+        params_key=settings.params_key,
+        refused=refused,
+        end_ids=end_ids,
     )
     place_of = dict(zip(rows, places(dataset, rows), strict=True))
     reasons = {

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass
+from functools import partial
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from verl_valgen.hosts.base import Host
 from verl_valgen.records import Completion, Request, pack, unpack
 from verl_valgen.rounds.plan import Needs, Plan, free_bytes, largest_sequence_bytes, logprobs_bytes, make_plan, shares
 from verl_valgen.rounds.restore import preserved_blas_workspaces
-from verl_valgen.settings.generation_config import special_tokens
+from verl_valgen.settings.generation_config import special_tokens as of_model
 from verl_valgen.settings.load import GenerationSettings
 from verl_valgen.text import OnceLogger
 
@@ -59,10 +60,17 @@ class GatheredRound:
 
 
 class Answerer:
-    """Answers requests with the trainer's weights of the moment in which it begins."""
+    """Answers requests with the trainer's weights of the moment in which it begins.
 
-    def __init__(self, host: Host, settings: GenerationSettings) -> None:
+    Args:
+        special_tokens: Gives the ids that end answers, and the others; None: those of the model.
+    """
+
+    def __init__(
+        self, host: Host, settings: GenerationSettings, special_tokens: Callable[[], GenerationConfig] | None = None
+    ) -> None:
         self.host, self.settings = host, settings
+        self.special_tokens = special_tokens or partial(of_model, host.generation_config, host.tokenizer)
         self.ways = [*ways(settings.backend, host.device.type), SHARDED]
         """The ways to answer, from the one that is asked for to the safest."""
         self.warnings = OnceLogger(logger)
@@ -221,7 +229,7 @@ class Answerer:
             return []
         if self.host.why_not_sharded() is None:  # else the copy is wanted for the check of the answers
             gathered.model = None  # to be free when the answers are exchanged
-        model.generation_config = self._special_tokens()
+        model.generation_config = self.special_tokens()
         limits = Limits(gathered.plan.batch_size, gathered.deadline, self.settings.compile)
         backend = backend_class(gathered.way.backend, self.host.device.type)(
             model, self.host.tokenizer, self.settings.seed, gathered.way.within(limits)
@@ -233,7 +241,7 @@ class Answerer:
         from verl_valgen.weights.sharded import generating_through
 
         limits = gathered.way.within(Limits(gathered.plan.batch_size, gathered.deadline))
-        with generating_through(self.host.model, self._special_tokens(), self.host.device) as model:
+        with generating_through(self.host.model, self.special_tokens(), self.host.device) as model:
             backend: Any = resolve_name(LOCKSTEP_BACKEND)(
                 model,
                 self.host.tokenizer,
@@ -252,9 +260,6 @@ class Answerer:
         seconds = time.perf_counter() - start
         logger.debug("generated %d tokens for %d prompts in %.3f s", num_tokens, len(requests), seconds)
         return [list(astuple(completion)) for completion in completions]
-
-    def _special_tokens(self) -> GenerationConfig:
-        return special_tokens(self.host.generation_config, self.host.tokenizer)
 
 
 def _why_not_in_step(requests: Sequence[Request]) -> str | None:

@@ -13,6 +13,7 @@ from verl_valgen.hosts.schedule import Schedule
 from verl_valgen.prompts.files import OwnPrompt
 from verl_valgen.prompts.rows import chosen_rows
 from verl_valgen.prompts.sources import read_prompts
+from verl_valgen.prompts.trained import warn_of_differences
 from verl_valgen.records import Prompt, Query
 from verl_valgen.rounds.fingerprint import fingerprint
 from verl_valgen.rounds.preflight import notes_on_ignored_settings
@@ -20,6 +21,7 @@ from verl_valgen.rounds.queries import make_queries
 from verl_valgen.rounds.recorder import GOES_ON, Recorder
 from verl_valgen.rounds.restore import preserved_random_state
 from verl_valgen.rounds.run_description import describe_run
+from verl_valgen.rounds.wording import Wording
 from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import OnceLogger, printable
 from verl_valgen.trackers.jsonl import run_before, set_aside
@@ -28,31 +30,39 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(
-    host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt], warnings: OnceLogger
+    host: Host,
+    settings: GenerationSettings,
+    file_prompts: Sequence[OwnPrompt],
+    wording: Wording,
+    warnings: OnceLogger,
 ) -> tuple[Recorder | None, list[int] | None]:
     """The recorder and the steps of the rounds; (None, None), after a warning, where there is nothing to ask.
 
     Raises:
         ConfigError: Prompts of a file cannot be rendered, a row does not exist, a token is not in the vocabulary.
     """
-    queries = make_queries(_read_prompts(host, settings, file_prompts), settings, vocab_size(host))
+    prompts = _read_prompts(host, settings, file_prompts, wording)
+    queries = make_queries(prompts, settings, vocab_size(host))
     if not queries:
         return None, None
+    warn_of_differences(prompts)
+    for level, line in wording.notes():
+        logger.log(level, "%s", line)
     schedule = replace(host.schedule(), every=settings.every, before_train=settings.before_train)
     directory = Path(host.config.trainer.default_local_dir) / "generations"
     _announce(queries, settings, schedule, directory)
-    prompts = fingerprint(query.prompt for query in queries)
-    asks_others = _asks_others(directory, schedule.start_step, prompts, warnings)
+    asked = fingerprint(query.prompt for query in queries)
+    asks_others = _asks_others(directory, schedule.start_step, asked, warnings)
     _set_earlier_samples_aside(directory, schedule.start_step, warnings, best_too=asks_others)
     recorder = Recorder(
         queries,
         settings,
-        tokenizer=host.tokenizer,
+        reader=wording.reader,
         directory=directory,
         loggers=host.config.trainer.logger,
         start_step=schedule.start_step,
-        prompts=prompts,
-        run=_describe(host, settings, schedule.start_step, prompts, warnings),
+        prompts=asked,
+        run=_describe(host, settings, schedule.start_step, asked, warnings),
     )
     return recorder, schedule.round_steps()
 
@@ -72,7 +82,9 @@ def vocab_size(host: Host) -> int:
     return host.model_config.get_text_config().vocab_size
 
 
-def _read_prompts(host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt]) -> list[Prompt]:
+def _read_prompts(
+    host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt], wording: Wording
+) -> list[Prompt]:
     """The prompts of all rounds; [] after a warning that says why there are none."""
     if (reason := host.why_no_validation_batch()) is not None:  # a file's prompts are asked where validation runs
         logger.warning("no samples: %s", reason)
@@ -83,7 +95,15 @@ def _read_prompts(host: Host, settings: GenerationSettings, file_prompts: Sequen
         return []
     with preserved_random_state(host.device):
         rows = _rows(host, settings, replaced=bool(file_prompts) and settings.prompts_mode == "replace")
-        return read_prompts(host.val_dataset, rows, host.tokenizer, settings, host.chat_template_kwargs, file_prompts)
+        return read_prompts(
+            host.val_dataset,
+            rows,
+            host.tokenizer,
+            settings,
+            host.chat_template_kwargs,
+            file_prompts,
+            end_ids=wording.end_ids,
+        )
 
 
 def _rows(host: Host, settings: GenerationSettings, *, replaced: bool) -> list[int]:

@@ -6,15 +6,17 @@ This module owns the choice of the way. All of its state is the same on all rank
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+
+from transformers import GenerationConfig
 
 from verl_valgen.backends import SHARDED, Way
 from verl_valgen.collectives import attempt
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import ProvenAnswers, Request
 from verl_valgen.rounds.generation import Answerer, GatheredRound
-from verl_valgen.rounds.verification import Finding, verify
+from verl_valgen.rounds.verification import Finding, Reading, verify
 from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import OnceLogger, describe
 
@@ -22,11 +24,17 @@ logger = logging.getLogger(__name__)
 
 
 class ProvenAnswerer:
-    """An `Answerer` whose answers are read by the trainer's own model, and made again where they are not its own."""
+    """An `Answerer` whose answers are read by the trainer's own model, and made again where they are not its own.
 
-    def __init__(self, host: Host, settings: GenerationSettings) -> None:
+    Args:
+        special_tokens: As for `Answerer`.
+    """
+
+    def __init__(
+        self, host: Host, settings: GenerationSettings, special_tokens: Callable[[], GenerationConfig] | None = None
+    ) -> None:
         self.host, self.settings = host, settings
-        self.answerer = Answerer(host, settings)
+        self.answerer = Answerer(host, settings, special_tokens)
         self.ways = list(self.answerer.ways)
         """The way in use, then the safer ones."""
         self.is_proven = False
@@ -92,7 +100,8 @@ class ProvenAnswerer:
         copy, gathered.model = gathered.model, None
         finding = Finding(None, "generation.verify switches it off")
         if self.settings.verify is True or (self.settings.verify == "first" and not self.is_proven):
-            finding = verify(self.host, gathered.requests, completions, self.settings.seed, copy)
+            reading = Reading(self.host, self.answerer.special_tokens(), self.settings.seed, copy)
+            finding = verify(reading, gathered.requests, completions)
         if error is not None:
             raise error
         if finding.verified is None:

@@ -10,10 +10,9 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
+from verl_valgen.prompts.answers import AnswerReader
 from verl_valgen.prompts.columns import parameters
-from verl_valgen.prompts.tokens import decode
 from verl_valgen.records import DEFAULT_STRATEGY, Answer, Completion, Prompt, Query, Request, Sample, origin
 from verl_valgen.settings import generation_config
 from verl_valgen.settings.checks import ConfigError, plain
@@ -124,16 +123,17 @@ def _by_strategy(
 
 
 def make_samples(
-    answers: Sequence[Answer], step: int, seed: int, dtype: str, tokenizer: Any, verified: bool | None
+    answers: Sequence[Answer], step: int, seed: int, dtype: str, reader: AnswerReader, verified: bool | None
 ) -> list[Sample]:
     """The records of a round, in the order of the answers, with no scores but the model's own; none for failures."""
-    samples = [_sample(answer, step, seed, dtype, tokenizer) for answer in answers if not answer.completion.error]
+    samples = [_sample(answer, step, seed, dtype, reader) for answer in answers if not answer.completion.error]
     return [replace(s, verified=verified, scores={} if verified is False else s.scores) for s in samples]
 
 
-def _sample(answer: Answer, step: int, seed: int, dtype: str, tokenizer: Any) -> Sample:
+def _sample(answer: Answer, step: int, seed: int, dtype: str, reader: AnswerReader) -> Sample:
     query, completion = answer.query, answer.completion
     prompt = query.prompt
+    said, expected = reader.answer(prompt.input_ids, completion), reader.reference(prompt)
     best_of = {"best_of": query.best_of} if query.best_of > 1 else {}
     return Sample(
         step=step,
@@ -141,10 +141,13 @@ def _sample(answer: Answer, step: int, seed: int, dtype: str, tokenizer: Any) ->
         row=prompt.row,
         strategy=query.strategy,
         completion=answer.number,
-        prompt=decode(tokenizer, prompt.input_ids, skip_special_tokens=False),
+        prompt=reader.prompt(prompt),
         prompt_text=prompt.text,
-        generation=decode(tokenizer, completion.output_ids, skip_special_tokens=True),
-        reference=prompt.reference,
+        generation=said.generation,
+        generation_raw=said.raw,
+        reference=expected.reference,
+        reference_raw=expected.raw,
+        reference_text=prompt.reference_text,
         finish_reason=completion.finish_reason,
         num_prompt_tokens=len(prompt.input_ids),
         num_new_tokens=len(completion.output_ids),
@@ -154,6 +157,7 @@ def _sample(answer: Answer, step: int, seed: int, dtype: str, tokenizer: Any) ->
         data_source=prompt.data.data_source,
         ground_truth=prompt.data.ground_truth,
         output_ids=completion.output_ids,
+        whole_generation=said.whole,
         extra_info=prompt.data.extra_info,
         file=prompt.file,
     )

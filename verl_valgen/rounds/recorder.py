@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from verl_valgen.prompts.answers import AnswerReader
 from verl_valgen.records import Answer, ProvenAnswers, Query, Round, RoundNumbers, Sample, origin
 from verl_valgen.rounds.queries import make_samples, pair, with_global_parameters
 from verl_valgen.scores.aggregates import summarize_round
@@ -31,6 +32,7 @@ class Recorder:
 
     Args:
         queries: What every round asks; a query whose row's parameters fail is asked with the global ones from then on.
+        reader: Makes texts of answers and references.
         directory: The folder of the samples.
         loggers: `trainer.logger`.
         start_step: The step that the run starts from.
@@ -43,14 +45,14 @@ class Recorder:
         queries: Sequence[Query],
         settings: GenerationSettings,
         *,
-        tokenizer: Any,
+        reader: AnswerReader,
         directory: Path,
         loggers: str | Sequence[str],
         start_step: int,
         run: Mapping[str, Any] | None,
         prompts: str | None = None,
     ) -> None:
-        self.queries, self.settings, self.tokenizer = list(queries), settings, tokenizer
+        self.queries, self.settings, self.reader = list(queries), settings, reader
         self.directory, self.loggers, self.run = directory, loggers, run
         self.scoring = Scoring(settings.metrics)
         self.scoring.start()
@@ -82,7 +84,7 @@ class Recorder:
         answers = pair(queries, proven.completions)
         self._retire_failing_parameters(answers)
         self._warn_of_nan(answers, step)
-        samples = make_samples(answers, step, self.settings.seed, proven.dtype, self.tokenizer, proven.verified)
+        samples = make_samples(answers, step, self.settings.seed, proven.dtype, self.reader, proven.verified)
         num_tokens = sum(len(completion.output_ids) for completion in proven.completions)
         if proven.verified is False:
             numbers = RoundNumbers(0, seconds, num_tokens / max(seconds, 1e-9))

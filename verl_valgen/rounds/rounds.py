@@ -20,7 +20,6 @@ from verl_valgen.hosts.base import Host
 from verl_valgen.prompts.datasets import mask_is_shifted
 from verl_valgen.prompts.files import OwnPrompt
 from verl_valgen.prompts.masks import prompts_from_batch
-from verl_valgen.prompts.tokens import decode
 from verl_valgen.records import Prompt, Query
 from verl_valgen.rounds.generation import GatheredRound
 from verl_valgen.rounds.preparation import prepare, vocab_size
@@ -28,6 +27,7 @@ from verl_valgen.rounds.proven import ProvenAnswerer
 from verl_valgen.rounds.queries import make_queries, make_requests, pair
 from verl_valgen.rounds.recorder import GOES_ON, Recorder
 from verl_valgen.rounds.restore import preserved_random_state
+from verl_valgen.rounds.wording import Wording
 from verl_valgen.settings.checks import ConfigError
 from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import OnceLogger
@@ -56,7 +56,8 @@ class ValidationRounds:
 
     def __init__(self, host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt] = ()) -> None:
         self.host, self.settings, self.file_prompts = host, settings, file_prompts
-        self.answerer = ProvenAnswerer(host, settings)
+        self.wording = Wording(host, settings)
+        self.answerer = ProvenAnswerer(host, settings, self.wording.special_tokens)
         self.recorder: Recorder | None = None
         """The logging rank's alone, while `fit()` runs."""
         self.steps: list[int] = []
@@ -107,7 +108,7 @@ class ValidationRounds:
         mistake: str | None = None
         if self.host.is_logging_rank:
             try:
-                self.recorder, steps = prepare(self.host, self.settings, self.file_prompts, self.warnings)
+                self.recorder, steps = prepare(self.host, self.settings, self.file_prompts, self.wording, self.warnings)
             except ConfigError as e:
                 mistake = str(e)
             except Exception as e:
@@ -158,7 +159,6 @@ class ValidationRounds:
 
     def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
         """See `ValidationGenerationMixin.generate_samples`. Collective: all ranks must call."""
-        tokenizer = self.host.tokenizer
         prompts: list[Prompt] = []
         queries: list[Query] = []
         error: Exception | None = None
@@ -180,13 +180,18 @@ class ValidationRounds:
         for answer in answers:
             if answer.error:
                 raise RuntimeError(answer.error)
+        reader = self.wording.reader
         return (
-            [decode(tokenizer, prompt.input_ids, skip_special_tokens=False) for prompt in prompts],
-            [decode(tokenizer, answer.output_ids, skip_special_tokens=True) for answer in answers],
+            [reader.prompt(prompt) for prompt in prompts],
+            [
+                reader.answer(prompt.input_ids, answer).generation
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ],
         )
 
     def _prompts_in(self, batch: Any) -> list[Prompt]:
-        in_batch = prompts_from_batch(batch, self.host.tokenizer, shifted=mask_is_shifted(self.host.val_dataset))
+        is_shifted, end_ids = mask_is_shifted(self.host.val_dataset), self.wording.end_ids
+        in_batch = prompts_from_batch(batch, self.host.tokenizer, shifted=is_shifted, end_ids=end_ids)
         prompts = [replace(prompt, stream=i) for i, prompt in enumerate(p for p in in_batch if p is not None)]
         if len(prompts) < len(in_batch):
             self.warnings.warn(

@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
 from verl_valgen.backends.beams import beam_objection
 from verl_valgen.backends.hf import HFBackend
@@ -24,7 +25,6 @@ from verl_valgen.collectives import agree, attempt, broadcast, gather_values, ra
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Completion, Request
 from verl_valgen.rounds.plan import fits, reading_bytes
-from verl_valgen.settings.generation_config import special_tokens
 from verl_valgen.text import describe
 
 logger = logging.getLogger(__name__)
@@ -56,9 +56,20 @@ class Excerpt(NamedTuple):
         return [*self.request.input_ids, *self.output_ids[:-1]]
 
 
-def verify(
-    host: Host, requests: Sequence[Request], completions: Sequence[Completion] | None, seed: int, copy: Any = None
-) -> Finding:
+@dataclass(frozen=True)
+class Reading:
+    """What is needed to read answers."""
+
+    host: Host
+    special_tokens: GenerationConfig
+    """With the ids that end answers."""
+    seed: int
+    """`generation.seed`"""
+    copy: Any = None
+    """The logging rank's copy of the model, which reads where `host.why_not_sharded` gives a reason."""
+
+
+def verify(reading: Reading, requests: Sequence[Request], completions: Sequence[Completion] | None) -> Finding:
     """Has two answers of a round read by the trainer's own model. Collective: all ranks must call.
 
     Even ranks read one and odd ranks the other in the same forward pass; a single rank reads one after the other. Where
@@ -68,9 +79,8 @@ def verify(
         requests: The same on all ranks.
         completions: One for each request, on the logging rank; None there where there are none. What the others pass is
             not looked at.
-        seed: `generation.seed`.
-        copy: The logging rank's copy of the model; used where `host.why_not_sharded` gives a reason.
     """
+    host = reading.host
     chosen, error = attempt(lambda: _chosen(requests, completions or []))
     received = broadcast(chosen, host.is_logging_rank, host.device)
     if not received:
@@ -79,10 +89,10 @@ def verify(
     if (reason := host.why_not_sharded()) is not None:
         if host.is_logging_rank:
             logger.debug("the copy reads the answers, as the trainer's model gives no logits: %s", reason)
-        result, error = attempt(lambda: _objections_of_copy(host, copy, excerpts, seed))
+        result, error = attempt(lambda: _objections_of_copy(reading, excerpts))
     else:
         own = excerpts if world_size() == 1 else [excerpts[rank() % len(excerpts)]]
-        result, error = attempt(lambda: _objections_of_trainer(host, own, seed))
+        result, error = attempt(lambda: _objections_of_trainer(reading, own))
     reports = gather_values([result, None if error is None else describe(error)], host.device)
     if failures := [text for _, text in reports if text is not None]:
         return Finding(None, failures[0])
@@ -115,7 +125,7 @@ def _is_readable(request: Request, completion: Completion) -> bool:
 # The readers
 
 
-def _objections_of_trainer(host: Host, own: Sequence[Excerpt], seed: int) -> list[str | None]:
+def _objections_of_trainer(reading: Reading, own: Sequence[Excerpt]) -> list[str | None]:
     """What the model in training has against each answer that this rank reads. Collective: all ranks must call, with as
     many answers.
 
@@ -123,6 +133,7 @@ def _objections_of_trainer(host: Host, own: Sequence[Excerpt], seed: int) -> lis
         MemoryError: On all ranks, where one has no room for the reading.
         Exception: On the rank concerned, after the last forward pass.
     """
+    host = reading.host
     with ExitStack() as stack:
         _, error = attempt(lambda: stack.enter_context(host.on_device()))
         if not agree(error is None, host.device):
@@ -132,8 +143,8 @@ def _objections_of_trainer(host: Host, own: Sequence[Excerpt], seed: int) -> lis
         if not agree(fits(needs + 2 * host.largest_unit_bytes, host.device), host.device):
             raise MemoryError("there is no room for a forward pass of the trainer's model")
         read = [host.read(excerpt.input_ids, len(excerpt.output_ids)) for excerpt in own]
-        processors = _logits_processors(host, own)
-    return [_objection(*of_excerpt, seed) for of_excerpt in zip(own, read, processors, strict=True)]
+        processors = _logits_processors(reading, own)
+    return [_objection(*of_excerpt, reading.seed) for of_excerpt in zip(own, read, processors, strict=True)]
 
 
 def _objection(excerpt: Excerpt, logits: Tensor, processors: LogitsProcessorList, seed: int) -> str | None:
@@ -143,41 +154,37 @@ def _objection(excerpt: Excerpt, logits: Tensor, processors: LogitsProcessorList
     return beam_objection(logits, request, output_ids, excerpt.sum_logprob, processors)
 
 
-def _logits_processors(host: Host, own: Sequence[Excerpt]) -> list[LogitsProcessorList]:
+def _logits_processors(reading: Reading, own: Sequence[Excerpt]) -> list[LogitsProcessorList]:
     """What transformers makes of the requests' parameters, for the model in training. Not collective."""
     from verl_valgen.weights.sharded import generating_through
 
-    with generating_through(host.model, special_tokens(host.generation_config, host.tokenizer), host.device) as model:
+    host = reading.host
+    with generating_through(host.model, reading.special_tokens, host.device) as model:
         backend = HFBackend(model, host.tokenizer, seed=0)
         return [backend.logits_processors(excerpt.request) for excerpt in own]
 
 
 @torch.no_grad()
-def _objections_of_copy(host: Host, copy: Any, own: Sequence[Excerpt], seed: int) -> list[str | None]:
+def _objections_of_copy(reading: Reading, own: Sequence[Excerpt]) -> list[str | None]:
     """What the copy has against each answer, without a cache and without padding, and verl's own forward against the
     copy. Collective: all ranks must call, with the same answers.
 
-    Args:
-        copy: As the backend has left it, on the logging rank; None elsewhere.
-
     Returns:
-        [] on the other ranks.
+        [] on ranks without a copy.
     """
-    of_trainer = [host.mean_logprob(excerpt.input_ids, excerpt.output_ids) for excerpt in own]
-    if copy is None:
+    of_trainer = [reading.host.mean_logprob(excerpt.input_ids, excerpt.output_ids) for excerpt in own]
+    if reading.copy is None:
         return []
-    backend = HFBackend(copy, host.tokenizer, seed=0)
-    return [
-        _objection_of_copy(backend, excerpt, logprob, seed) for excerpt, logprob in zip(own, of_trainer, strict=True)
-    ]
+    backend = HFBackend(reading.copy, reading.host.tokenizer, reading.seed)
+    return [_objection_of_copy(backend, *of_excerpt) for of_excerpt in zip(own, of_trainer, strict=True)]
 
 
-def _objection_of_copy(backend: HFBackend, excerpt: Excerpt, of_trainer: float | None, seed: int) -> str | None:
+def _objection_of_copy(backend: HFBackend, excerpt: Excerpt, of_trainer: float | None) -> str | None:
     model: Any = backend.model
     ids = torch.tensor([excerpt.input_ids], device=model.device)
     logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
     logits = logits[-len(excerpt.output_ids) :]
-    found = _objection(excerpt, logits, backend.logits_processors(excerpt.request), seed)
+    found = _objection(excerpt, logits, backend.logits_processors(excerpt.request), backend.seed)
     if found is not None or of_trainer is None:
         return found
     chosen = torch.tensor(excerpt.output_ids, device=model.device)

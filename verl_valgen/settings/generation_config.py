@@ -5,7 +5,7 @@ This module knows transformers, and imports it only when it is asked. It does no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -142,10 +142,15 @@ def _token_ids(value: Any, name: str) -> Iterator[Any]:
         yield value
 
 
-def special_tokens(model_config: GenerationConfig | None, tokenizer: Any) -> GenerationConfig:
+def special_tokens(
+    model_config: GenerationConfig | None, tokenizer: Any, more_ends: Iterable[int] = ()
+) -> GenerationConfig:
     """A generation config with the special token ids of the model's own, else of the tokenizer, and nothing else.
 
     Where there is no padding token the end-of-sequence token serves: padding is hidden by the attention mask.
+
+    Args:
+        more_ends: Tokens that end a sequence, too, behind those that are known.
     """
     from transformers import GenerationConfig
 
@@ -157,4 +162,11 @@ def special_tokens(model_config: GenerationConfig | None, tokenizer: Any) -> Gen
     if ids["pad_token_id"] is None:
         eos = ids["eos_token_id"]
         ids["pad_token_id"] = eos[0] if isinstance(eos, list) else eos if eos is not None else 0
+    if more := [token_id for token_id in more_ends if token_id not in as_ids(ids["eos_token_id"])]:
+        ids["eos_token_id"] = [*as_ids(ids["eos_token_id"]), *more]
     return GenerationConfig(**ids)
+
+
+def as_ids(value: int | list[int] | None) -> list[int]:
+    """A token id, several or none, as transformers writes them, as a list."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]

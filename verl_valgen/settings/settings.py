@@ -125,6 +125,22 @@ class GenerationSettings:
         checks.one_of("last", "first", "all"),
         "which assistant turns of a conversation are answered: `last`, `first`, `all`",
     )
+    reasoning: str = setting(
+        "keep",
+        checks.one_of("keep", "strip"),
+        "`strip`: `generation` and `reference` are what follows the reasoning; the whole is in `generation_raw` and "
+        "`reference_raw`",
+    )
+    reasoning_end: str = setting(
+        "",
+        checks.optional_text(),
+        "what ends the reasoning, such as `</think>`; by default as the chat template has it",
+    )
+    reference: str = setting(
+        "trained",
+        checks.one_of("trained", "ground_truth"),
+        "what answers are compared with: what is `trained`, or the row's `ground_truth`",
+    )
     prompts: str = setting(
         "",
         checks.optional_text(),

@@ -23,9 +23,11 @@ from unit.prompts.data import (
 )
 
 from verl_valgen.prompts.datasets import DatasetPrompts, mask_is_shifted, prompts_from_dataset
+from verl_valgen.prompts.files import OwnPrompt, tokenized
 from verl_valgen.prompts.masks import prompts_from_batch
-from verl_valgen.prompts.tokens import decode
-from verl_valgen.records import Prompt
+from verl_valgen.prompts.tokens import Decoder
+from verl_valgen.prompts.trained import NOT_TRAINED
+from verl_valgen.records import Prompt, RowData
 
 CONVERSATIONS = {
     "one turn": talk("What is 1 plus 2?", "3"),
@@ -109,9 +111,16 @@ def test_answer_begins_where_the_template_leaves_its_generation_prompt(tmp_path,
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
     conversation = [*talk("a?"), {"role": "assistant", "content": None}]
-    prompt = only_prompt(multi_turn(tmp_path, tokenizer, [conversation]), tokenizer)
-    assert decode(tokenizer, prompt.input_ids, skip_special_tokens=False).endswith("assistant\n<think>\n")
-    assert prompt.reference == "call"
+    dataset = multi_turn(tmp_path, tokenizer, [conversation])
+    prompt = only_prompt(dataset, tokenizer)
+    assert Decoder(tokenizer).whole(prompt.input_ids).endswith("assistant\n<think>\n")
+    (own,) = tokenized([OwnPrompt(conversation, None, {}, RowData())], tokenizer, {}, "last")
+    assert (own.input_ids, own.reference) == (prompt.input_ids, "call")
+    # verl takes as much from the answer as the generation prompt has beyond it: characters until 0.6, tokens since.
+    if VERL < (0, 7):
+        assert (prompt.reference, prompt.reference_text) == ("_end|>", "call")
+    else:
+        assert (prompt.reference, prompt.differences) == ("call", (NOT_TRAINED,))
 
 
 @since_verl_0_6
@@ -157,7 +166,10 @@ def test_parts_are_read_as_text(tmp_path, tokenizer):
     dataset = multi_turn(tmp_path, tokenizer, [[{"role": role, "content": parts} for role in ("user", "assistant")]])
     prompt = only_prompt(dataset, tokenizer)
     assert prompt.input_ids == tokenizer("How many |legs?|")["input_ids"]
-    assert (prompt.text, prompt.reference) == ("How many legs?", "How many legs?")
+    assert (prompt.text, prompt.reference, prompt.reference_text) == (
+        *("How many legs?", "How many |legs?|"),
+        "How many legs?",
+    )
 
 
 @pytest.mark.parametrize(("turn", "ends"), [("last", [6]), ("first", [2]), ("all", [2, 4, 6])])

@@ -37,7 +37,7 @@ from unit.prompts.data import (
 
 from verl_valgen.prompts.datasets import DatasetPrompts, mask_is_shifted, prompts_from_dataset
 from verl_valgen.prompts.masks import prompts_from_batch
-from verl_valgen.prompts.tokens import decode
+from verl_valgen.prompts.tokens import Decoder
 from verl_valgen.records import Prompt
 
 # What the assets promise, as far as prompts rest on it
@@ -60,7 +60,7 @@ def test_assets_questions_are_read_by_verl(tmp_path, tokenizer, multiturn):
     prompts = all_prompts(dataset, tokenizer)
     assert [prompt.text for prompt in prompts] == questions["question"].tolist()
     assert [prompt.reference for prompt in prompts] == questions["answer"].tolist()
-    assert any(SYSTEM_PROMPT in decode(tokenizer, p.input_ids, skip_special_tokens=True) for p in prompts) == multiturn
+    assert any(SYSTEM_PROMPT in Decoder(tokenizer).readable(p.input_ids) for p in prompts) == multiturn
 
 
 # Single turn
@@ -181,7 +181,7 @@ def test_enable_thinking_is_passed_as_verl_passes_it(tmp_path, tokenizer, column
     assert item_ids(dataset, 0) == prompt.input_ids + tokenizer("A<|im_end|>\n")["input_ids"]
     if VERL >= (0, 8) and not columns:
         expected = {"unset": "undefined", None: "undefined", "none": "True", False: "False"}[default]
-        assert f"user({expected})" in decode(tokenizer, prompt.input_ids, skip_special_tokens=True)
+        assert f"user({expected})" in Decoder(tokenizer).readable(prompt.input_ids)
 
 
 @pytest.mark.parametrize("override", [0, 1])
@@ -309,7 +309,8 @@ def test_text_of_a_vision_language_data_set_is_tokenized_by_the_processor(
     short, long = all_prompts(dataset, tokenizer)
     assert item_ids(dataset, 0) == short.input_ids + tokenizer("A|<|im_end|>\n")["input_ids"]
     assert item_ids(dataset, 1) == long.input_ids + tokenizer(" B|<|im_end|>\n")["input_ids"]
-    assert (short.text, short.reference, long.text, long.reference) == ("a?", "A", "b?", "B")
+    assert (short.text, short.reference, long.text, long.reference) == ("a?", "A|", "b?", "B|")
+    assert (short.reference_text, long.reference_text) == ("A", "B")
 
 
 # Other data sets

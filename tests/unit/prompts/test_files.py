@@ -17,7 +17,7 @@ from unit.prompts.data import multi_turn_in_memory
 from verl_valgen.prompts import files as own_prompts
 from verl_valgen.prompts.datasets import prompts_from_dataset
 from verl_valgen.prompts.files import read_own_prompts, tokenized
-from verl_valgen.prompts.tokens import decode
+from verl_valgen.prompts.tokens import Decoder
 from verl_valgen.settings.checks import ConfigError
 
 ASKED = [{"role": "user", "content": "2+2?"}]
@@ -148,7 +148,7 @@ def test_a_reference_of_the_rows_own_is_not_rendered(tmp_path, tokenizer):
 def test_without_a_question_the_text_is_the_whole_prompt(tmp_path, tokenizer):
     messages = [{"role": "system", "content": "Say something."}]
     (prompt,) = tokenized(read(tmp_path, [messages]), tokenizer, {}, "last")
-    assert prompt.text == decode(tokenizer, rendered(tokenizer, messages), skip_special_tokens=True)
+    assert prompt.text == Decoder(tokenizer).readable(rendered(tokenizer, messages))
 
 
 def test_without_a_chat_template_a_text_is_the_prompt(tmp_path, tokenizer):

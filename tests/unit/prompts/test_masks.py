@@ -27,6 +27,7 @@ from unit.prompts.data import (
 
 from verl_valgen.prompts.datasets import mask_is_shifted, prompts_from_dataset
 from verl_valgen.prompts.masks import prompts_from_batch
+from verl_valgen.prompts.trained import ANSWER_IS_CUT
 from verl_valgen.records import Prompt
 
 # Batches of verl's data sets
@@ -79,7 +80,8 @@ def test_single_turn_right_truncation(tmp_path, tokenizer, num_kept):
     prompts, without_answer, _ = prompts_from_dataset(dataset, [0], tokenizer)
     from_batch, _ = prompts_from_batch(first_batch(dataset), tokenizer, shifted=True)
     if num_kept > 0:
-        assert ids_and_references(prompts) == [(whole, "12345678")]
+        assert ids_and_references(prompts) == [(whole, "12345678"[:num_kept])]
+        assert (prompts[0].reference_text, *prompts[0].differences) == ("12345678", ANSWER_IS_CUT)
         assert (from_batch.input_ids, from_batch.reference) == (whole, "12345678"[:num_kept])
     else:
         assert (prompts, without_answer) == ([], [0])

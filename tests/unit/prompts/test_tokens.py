@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from assets import PRINTABLE
 
-from verl_valgen.prompts.tokens import decode
+from verl_valgen.prompts.tokens import Decoder
 
 
 def test_assets_tokenizer_gives_back_the_text(tokenizer):
     text = PRINTABLE + " a , b . isn't\n\n  x"
-    assert decode(tokenizer, tokenizer(text)["input_ids"], skip_special_tokens=False) == text
+    assert Decoder(tokenizer).whole(tokenizer(text)["input_ids"]) == text

@@ -8,7 +8,9 @@ import math
 import pandas as pd
 import pytest
 
+from verl_valgen.prompts.answers import AnswerReader
 from verl_valgen.prompts.columns import row_data
+from verl_valgen.prompts.tokens import Decoder
 from verl_valgen.records import Completion, Prompt, RowData
 from verl_valgen.rounds.queries import make_queries, make_requests, make_samples, pair, with_global_parameters
 from verl_valgen.settings.checks import ConfigError
@@ -23,13 +25,6 @@ def settings(**others: object) -> GenerationSettings:
 
 def prompts(*params: object) -> list[Prompt]:
     return [Prompt(7 + row, [row], f"question {row}", None, RowData(params=own)) for row, own in enumerate(params)]
-
-
-class Decoder:
-    """A tokenizer, as far as it decodes."""
-
-    def decode(self, token_ids: list[int], **kwargs: object) -> str:
-        return " ".join(map(str, token_ids))
 
 
 def test_without_strategies_each_prompt_is_asked_once():
@@ -61,7 +56,7 @@ def test_every_prompt_is_asked_under_each_strategy_and_a_deterministic_one_once(
     assert [request.key for request in make_requests(queries[4:5])] == [(7, 0), (7, 1), (7, 2)]
 
 
-def test_of_the_candidates_the_likeliest_is_kept():
+def test_of_the_candidates_the_likeliest_is_kept(tokenizer):
     (query,) = make_queries(prompts(None), settings(n=3, best_of=3))
     requests = make_requests([query])
     assert [request.key for request in requests] == [(7, number) for number in range(9)]
@@ -70,7 +65,7 @@ def test_of_the_candidates_the_likeliest_is_kept():
     candidates = [Completion([i], "eos", logprob) for i, logprob in enumerate(logprobs)]
     answers = pair([query], candidates)
     assert [(answer.number, answer.completion.output_ids) for answer in answers] == [(0, [1]), (1, [4]), (2, [7])]
-    (first, *_) = make_samples(answers, 1, 0, "float32", Decoder())
+    (first, *_) = make_samples(answers, 1, 0, "float32", AnswerReader(Decoder(tokenizer)))
     assert first.params == GLOBAL | {"best_of": 3, "dtype": "float32"}
 
 

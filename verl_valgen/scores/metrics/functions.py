@@ -61,7 +61,9 @@ class OwnMetric(Metric):
         ground_truth = sample.reference if sample.ground_truth is None else sample.ground_truth
         if ground_truth is None:
             return None
-        values = (sample.data_source, sample.generation, ground_truth, sample.extra_info or {})
+        # verl gives its functions all of an answer, and they look for the answer proper themselves.
+        said = sample.generation if sample.whole_generation is None else sample.whole_generation
+        values = (sample.data_source, said, ground_truth, sample.extra_info or {})
         given = dict(zip(_VERLS_ARGUMENTS, values, strict=True))
         return self._function(**{name: given[name] for name in self._arguments})
 

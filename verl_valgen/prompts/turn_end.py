@@ -1,0 +1,66 @@
+"""The end of a turn, as a chat template renders it behind what an assistant says.
+
+Models are trained to end their answers with it. A base model's `generation_config` names the end of a document alone,
+so that without it answers would go on into the next turn.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from verl_valgen.prompts.tokens import encode
+from verl_valgen.text import describe
+
+if TYPE_CHECKING:
+    from verl_valgen.prompts.conversations import ChatTemplate
+
+logger = logging.getLogger(__name__)
+
+_CONTENT = "qwzcontentqwz"
+
+
+class TurnEnd(NamedTuple):
+    """What follows the content of an assistant's last turn."""
+
+    text: str
+    """Without white space around; "" where there is nothing else."""
+    ids: tuple[int, ...] = ()
+    """Its tokens."""
+    token_id: int | None = None
+    """The token that it is, if it is a single one, and one that the tokenizer never makes of ordinary text."""
+
+
+def end_of_turn(template: ChatTemplate) -> TurnEnd:
+    """The end of a turn by the template's rendering of one; `TurnEnd("")` where it renders none, or nothing."""
+    try:
+        rendered = _render(template)
+        text = rendered[rendered.rindex(_CONTENT) + len(_CONTENT) :].strip()
+        ids = encode(template.tokenizer, text) if text else []
+    except Exception as e:  # of every kind: a template is a program
+        logger.debug("the end of a turn is not known, as the chat template does not render one: %s", describe(e))
+        return TurnEnd("")
+    is_one = len(ids) == 1 and _is_added(template.tokenizer, ids[0])
+    return TurnEnd(text, tuple(ids), ids[0] if is_one else None)
+
+
+def _render(template: ChatTemplate) -> str:
+    """A question and an answer, whose contents are strings or, as some processors want them, lists of parts."""
+    try:
+        return template.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": _CONTENT}])
+    except Exception:
+        if template.processor is None:
+            raise
+        contents = [[{"type": "text", "text": text}] for text in ("?", _CONTENT)]
+        roles = ("user", "assistant")
+        return template.render([{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)])
+
+
+def _is_added(tokenizer: Any, token_id: int) -> bool:
+    """Whether a token lies beside the vocabulary of ordinary text, as special tokens do.
+
+    An answer that ended with one that is a word or a mark would be cut off amid its text.
+    """
+    return token_id in getattr(tokenizer, "all_special_ids", ()) or token_id in getattr(
+        tokenizer, "added_tokens_decoder", {}
+    )
