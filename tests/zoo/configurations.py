@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from zoo.exceptions import EXCEPTIONS, NOT_MODELS
@@ -20,11 +21,11 @@ EOS, PAD, BOS = 1, 0, 2
 HIDDEN_SIZE, NUM_HEADS, HEAD_DIM, INTERMEDIATE_SIZE = 64, 4, 16, 96
 
 _NAMES_BY_SIZE = (
-    (VOCAB_SIZE, "vocab_size vocab_size_per_layer_input decoder_vocab_size audio_vocab_size src_vocab_size tgt_vocab_size"),
+    (VOCAB_SIZE, "vocab_size vocab_size_per_layer_input decoder_vocab_size audio_vocab_size"),
     (HIDDEN_SIZE, "hidden_size d_model n_embd embedding_size embedding_dim emb_dim word_embed_proj_dim lru_width"
     " attention_hidden_size input_embedding_size output_embedding_size"),
-    (INTERMEDIATE_SIZE, "intermediate_size moe_intermediate_size decoder_ffn_dim encoder_ffn_dim ffn_dim n_inner d_inner"
-    " dim_ff dff shared_expert_intermediate_size ffn_hidden_size expert_ffn_hidden_size intermediate_size_mlp"
+    (INTERMEDIATE_SIZE, "intermediate_size moe_intermediate_size decoder_ffn_dim encoder_ffn_dim ffn_dim n_inner"
+    " d_inner dim_ff dff shared_expert_intermediate_size ffn_hidden_size expert_ffn_hidden_size intermediate_size_mlp"
     " feed_forward_size shared_intermediate_size moe_shared_expert_intermediate_size"),
     (128, "max_position_embeddings n_positions n_ctx max_seq_len seq_length max_target_positions context_length"
     " sliding_window attention_chunk_size local_attention window_size attention_window_size keep_window_size"
@@ -84,6 +85,8 @@ def configuration(name: str) -> PretrainedConfig:
         Exception: Whatever the class raises.
     """
     model_type = name.partition(":")[0]
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise LookupError(f"not in transformers {transformers.__version__}")
     if model_type in NOT_MODELS:
         raise LookupError(NOT_MODELS[model_type])
     changes = {**EXCEPTIONS.get(model_type, {}), **variant(name).fields}

@@ -81,12 +81,14 @@ def main() -> None:
 
 
 def examine(checks: Any, name: str) -> dict[str, Any]:
+    from zoo.patients import describe
+
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     try:
         return checks.examine(name)
     except Exception as e:
         traceback.print_exc()
-        return {"not built": str(e) if isinstance(e, LookupError) else checks.describe(e)}
+        return {"not built": str(e) if isinstance(e, LookupError) else describe(e)}
 
 
 def wait(pid: int, reader: int) -> str:

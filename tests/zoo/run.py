@@ -49,4 +49,4 @@ def main(output: Path, names: list[str], workers: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:], int(os.environ.get("WORKERS") or 2))
+    main(Path(sys.argv[1]), sys.argv[2:], int(os.environ.get("WORKERS") or 0) or 2)
