@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -17,35 +16,47 @@ sys.path.remove(str(Path(__file__).parent))
 
 from zoo.forks import Zookeeper  # noqa: E402
 
+PASSES = ("right", "falls back", "upstream")
+"""Outcomes that need no mention, or got one."""
+
 
 def main(output: Path, names: list[str], workers: int) -> None:
     if not names:
         from zoo import configurations
 
         names = configurations.names()
+    versions = {package: version(package) for package in ("transformers", "torch", "verl")}
+    results: dict[str, Any] = {}
+    output.parent.mkdir(parents=True, exist_ok=True)
     keepers: SimpleQueue[Zookeeper] = SimpleQueue()
     for _ in range(workers):
         keepers.put(Zookeeper())
 
-    def examine(name: str) -> dict[str, Any]:
+    def examine(name: str) -> tuple[str, dict[str, Any]]:
         keeper = keepers.get()
         try:
-            result = keeper.examine(name)
+            return name, keeper.examine(name)
         finally:
             keepers.put(keeper)
-        cells = result.get("cells", {})
-        print(name, result.get("not built") or " ".join(f"{check}={cells[check][0]}" for check in cells), flush=True)
-        return result
 
     with ThreadPoolExecutor(workers) as pool:
-        results = dict(zip(names, pool.map(examine, names), strict=True))
+        for name, result in pool.map(examine, names):
+            results[name] = result
+            print(f"{name}: {summary(result)}", flush=True)
+            output.write_text(json.dumps({"versions": versions, "results": results}, indent=1) + "\n")
     for _ in range(workers):
         keepers.get().close()
-    versions = {package: version(package) for package in ("transformers", "torch", "verl")}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(
-        json.dumps({"versions": versions | {"python": platform.python_version()}, "results": results}, indent=1) + "\n"
-    )
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What is not right of an animal, in a line."""
+    if "not built" in result:
+        return f"not built: {result['not built']}"
+    faults = [f"its own {what}: {fault}" for what, fault in result["upstream"].items()]
+    faults += [
+        f"{check} {outcome}: {detail}" for check, (outcome, detail) in result["cells"].items() if outcome not in PASSES
+    ]
+    return "; ".join(faults) or "right"
 
 
 if __name__ == "__main__":
