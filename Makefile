@@ -22,7 +22,7 @@ ENGINE = .venv-engine
 LEVEL ?= not slow
 run_pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "$(LEVEL)$(2)" $(PYTEST_ARGS) 2>&1 | sed -u 's/^/$(1:.venv-%=%) | /'
 
-.PHONY: help install demo test test-fsdp-sft test-engine test-slow test-all mutants reliability bench compat lint clean
+.PHONY: help install demo test test-fsdp-sft test-engine test-slow test-all mutants reliability zoo bench compat lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -61,6 +61,12 @@ reliability: install  ## tries whole matrices, kills, faults and bad input, with
 		$(RELIABILITY) $$python -m pytest tests/reliability -n 2 -k test_any || status=1; \
 		$(RELIABILITY) $$python -m pytest tests/reliability -k "not test_any" || status=1; \
 	done; exit $$status  # what is timed runs alone
+
+zoo: install  ## tries every causal model that transformers has, tiny, with both trainers, and writes docs/models.md: 15 minutes; or MODELS="llama glm4_moe" alone
+	for environment in $(FSDP_SFT) $(ENGINE); do \
+		WORKERS=$(filter-out 0,$(WORKERS)) $$environment/bin/python tests/zoo/run.py build/zoo$${environment#.venv}.json $(MODELS) || exit 1; \
+	done
+	$(if $(MODELS),,$(ENGINE)/bin/python tests/zoo/page.py $(patsubst .venv%,build/zoo%.json,$(FSDP_SFT) $(ENGINE)))
 
 bench: $(ENGINE)/.installed  ## measures what a round costs, small, on CPU with two ranks: three minutes
 	$(ENGINE)/bin/python -m torch.distributed.run --standalone --nproc-per-node=2 benchmarks/rounds.py --growth
