@@ -205,7 +205,8 @@ class Sample:
         """The sample for people to see: without its answer, if that failed the check."""
         if self.verified is not False:
             return self
-        return replace(self, generation=WITHHELD, scores={}, score_texts={}, output_ids=(), verdicts={})
+        nothing: dict[str, Any] = {"generation_raw": None, "whole_generation": None, "output_ids": ()}
+        return replace(self, generation=WITHHELD, scores={}, score_texts={}, verdicts={}, **nothing)
 
     def to_dict(self) -> dict[str, Any]:
         """The record, in the order of the fields."""
