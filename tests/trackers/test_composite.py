@@ -8,6 +8,7 @@ import threading
 import pytest
 from destinations import make_round, make_sample
 
+from verl_valgen.records import WITHHELD
 from verl_valgen.trackers import composite as composite_module
 from verl_valgen.trackers.background import BackgroundQueue
 from verl_valgen.trackers.base import Tracker
@@ -198,3 +199,26 @@ def test_ctrl_c_passes(monkeypatch):
     monkeypatch.setattr(BackgroundQueue, "wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
         _log(CompositeTracker({"wandb": Recorder()}), 1)
+
+
+def test_an_unverified_answer_goes_only_to_those_that_take_it():
+    rounds = {}
+
+    class Keeper(Recorder):
+        def log(self, round):
+            rounds[type(self)] = round
+
+    class Taker(Keeper):
+        takes_unverified = True
+
+    wrong = make_sample(1, verified=False, generation="wrong", generation_raw="<s>wrong", scores={"exact": 1.0})
+    right = make_sample(1, 1, verified=True, generation="right")
+    composite = CompositeTracker({"jsonl": Taker(), "console": Keeper()})
+    composite.log(make_round([wrong, right], 1))
+    composite.close()
+    assert list(rounds[Taker].samples) == [wrong, right]
+    shown, other = rounds[Keeper].samples
+    assert shown.generation == WITHHELD
+    assert "wrong" not in str(shown)
+    assert shown.scores == {}
+    assert other == right

@@ -65,7 +65,7 @@ def test_of_the_candidates_the_likeliest_is_kept(tokenizer):
     candidates = [Completion([i], "eos", logprob) for i, logprob in enumerate(logprobs)]
     answers = pair([query], candidates)
     assert [(answer.number, answer.completion.output_ids) for answer in answers] == [(0, [1]), (1, [4]), (2, [7])]
-    (first, *_) = make_samples(answers, 1, 0, "float32", AnswerReader(Decoder(tokenizer)))
+    (first, *_) = make_samples(answers, 1, 0, "float32", AnswerReader(Decoder(tokenizer)), True)
     assert first.params == GLOBAL | {"best_of": 3, "dtype": "float32"}
 
 
