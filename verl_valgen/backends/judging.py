@@ -99,7 +99,7 @@ def tolerance(dtypes: Iterable[torch.dtype], has_experts: bool) -> Tolerance:
     return ROUTED if has_experts else ROUNDED
 
 
-def objection(shortfalls: Tensor, tolerance: Tolerance = ROUTED) -> str | None:
+def objection(shortfalls: Tensor, tolerance: Tolerance = ROUNDED) -> str | None:
     """Why an answer is not what the reader's model says, if it isn't.
 
     Tokens are counted, not summed up: right answers have few that are far off, and one may be off by any amount.
