@@ -1,7 +1,7 @@
 """Tiny models of many architectures, with random weights or trained for seconds on a language of two kinds.
 
-Trained, their distributions are peaked as those of large models are: half of the text is sums ("17+25=42;"), which leave
-no choice behind "=", half a walk through a graph in which one to five tokens can follow.
+Trained, their distributions are peaked as those of large models are: half of the text is sums ("17+25=42;"), which
+leave no choice behind "=", half a walk through a graph in which one to five tokens can follow.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ WEIGHTS = ("random", "wide", "trained")
 
 
 def tiny_model(name: str, weights: str) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """Builds a float32 model in eval mode on the CPU; returns it and, where it was trained, its state a step earlier."""
+    """Builds a float32 model in eval mode on the CPU; returns it and, if it was trained, its state a step earlier."""
     config = CONFIG_MAPPING[name.partition(",")[0]](**{**SIZES, **ARCHITECTURES[name]})
     if weights == "wide":
         config.initializer_range = 0.08
