@@ -8,7 +8,8 @@ ranks. The figures behind the rule come from benchmarks/verification.py (docs/ve
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +23,9 @@ _LARGEST = 1e4
 _CHUNK_NUMBERS = 2**22
 """Logits that are judged at once."""
 _DOUBT = 0.03
-"""Logits are scaled by 1 +- this for tokens at the edge of top-p and its like: on either side they may be chosen."""
-_FAR = 0.35
-"""Shortfall of a token that counts against an answer."""
-_FAR_TOKENS, _FAR_SHARE = 1, 0.02
-"""So many tokens, and this share of them, may be as far off in a right answer."""
+"""Logits are scaled by 1 +- this, and probabilities to be reached changed by as much, for tokens at the edge of top-p
+and its like: on either side they may be chosen."""
+_MASSES, _SMALLEST_MASS = ("top_p", "typical_p"), 1e-6
 
 
 def shortfalls(
@@ -68,21 +67,55 @@ def shortfalls(
     return torch.cat(parts)
 
 
-def objection(shortfalls: Tensor) -> str | None:
-    """Why an answer is not what the reader's model says, if it isn't.
+class Tolerance(NamedTuple):
+    """How far the tokens of a right answer may lie below what the reader would have chosen."""
+
+    far: float
+    """A shortfall beyond this counts against an answer."""
+    num_tokens: int
+    """So many tokens may be as far off in any answer,"""
+    share: float
+    """and this share of the tokens besides."""
+
+
+EXACT = Tolerance(0.02, 1, 0.02)
+"""Where both computed in float32: they differ by a millionth."""
+ROUNDED = Tolerance(0.25, 1, 0.02)
+"""Where one of the two rounds to 16 bits."""
+ROUTED = Tolerance(0.7, 2, 0.15)
+"""The same for a mixture of experts. A rounding error can send a token to another expert, which changes its logits at
+once, and those of tokens that attend to it: untrained, they are off by as much as in a wrong answer, but not often."""
+
+
+def tolerance(dtypes: Iterable[torch.dtype], has_experts: bool) -> Tolerance:
+    """What to expect of two computations.
 
     Args:
-        shortfalls: (T,) as `shortfalls` gives them.
+        dtypes: In which answer and reader were computed.
+        has_experts: Whether the model has a mixture of experts.
+    """
+    if set(dtypes) <= {torch.float32, torch.float64}:
+        return EXACT
+    return ROUTED if has_experts else ROUNDED
+
+
+def objection(shortfalls: Tensor, tolerance: Tolerance = ROUNDED) -> str | None:
+    """Why an answer is not what the reader's model says, if it isn't.
+
+    Tokens are counted, not summed up: right answers have few that are far off, and one may be off by any amount.
+
+    Args:
+        shortfalls: (T,) as the function of that name gives them.
+        tolerance: See the function of that name.
 
     Returns:
         None where the answer is plausible; else a phrase with numbers.
     """
-    num_tokens = len(shortfalls)
-    num_far = int((shortfalls > _FAR).sum())
-    if num_far <= _FAR_TOKENS + _FAR_SHARE * num_tokens:
+    num_far = int((shortfalls > tolerance.far).sum())
+    if num_far <= tolerance.num_tokens + tolerance.share * len(shortfalls):
         return None
     return (
-        f"{num_far} of {num_tokens} tokens lie below what the trainer's model would choose, by up to "
+        f"{num_far} of {len(shortfalls)} tokens lie below what the trainer's model would choose, by up to "
         f"{float(shortfalls.max()):.2g} times the spread of its logits"
     )
 
@@ -102,13 +135,15 @@ def processed(
 
 def _missing_of_sample(scores: Tensor, chosen: Tensor, keys: Tensor, request: Request) -> Tensor:
     """(N,): by how much logits, before the temperature, must change for the tokens to be drawn from (N, V) scores."""
-    warpers = logits_warpers(request.params, scores.device)
-    temperature = request.params.get("temperature") or 1.0
+    params = request.params
+    temperature = params.get("temperature") or 1.0
 
-    def is_left(factor: float) -> Tensor:
-        return warpers(chosen[:, None], scores * factor) > -math.inf  # (N, V)
+    def is_left(doubt: float) -> Tensor:
+        masses = {name: params[name] + doubt for name in _MASSES if (params.get(name) or 1.0) < 1.0}
+        masses = {name: min(max(mass, _SMALLEST_MASS), 1.0) for name, mass in masses.items()}
+        return logits_warpers({**params, **masses}, scores.device)(chosen[:, None], scores * (1 - doubt)) > -math.inf
 
-    left = [is_left(factor) for factor in (1 - _DOUBT, 1.0, 1 + _DOUBT)]
+    left = [is_left(doubt) for doubt in (_DOUBT, 0.0, -_DOUBT)]  # (N, V) each
     perhaps, surely = left[0] | left[1] | left[2], left[0] & left[1] & left[2]
     scores = scores / temperature
     last_inside = scores.masked_fill(~perhaps, math.inf).amin(-1)
