@@ -34,17 +34,22 @@ def set_config_dtype(config: Any, dtype: torch.dtype) -> None:
             set_config_dtype(part, dtype)
 
 
+_NARROW = (torch.bfloat16, torch.float16)
+
+
 def keep_in_float32(model: Any, dtype: torch.dtype) -> None:
     """Gives those tensors of an empty model float32 that its class keeps there when it is loaded in `dtype`.
+
+    In float32 that is all of them, whatever a constructor names: a copy in float32 rounds nothing.
 
     Args:
         model: A transformers model with all of its parameters on the meta device; tied ones stay tied.
     """
-    if (pattern := _kept_in_float32(model, dtype)) is None:
-        return
+    pattern = _kept_in_float32(model, dtype)
     new: dict[int, nn.Parameter] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if not tensor.is_floating_point() or not pattern.search(name):
+        is_kept = pattern is not None and tensor.is_floating_point() and pattern.search(name)
+        if not is_kept and not (dtype is torch.float32 and tensor.dtype in _NARROW):
             continue
         module, attribute = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if attribute in module._buffers:

@@ -24,15 +24,16 @@ def copy_other_tensors(model: nn.Module, source: Mapping[str, nn.Module], device
         source: The modules of a model of the same structure, sharded in any way, by their clean names. If they are the
             model's own, its tensors are brought to the device.
     """
+    done: dict[tuple[int, int], tuple[Any, ...]] = {}
     for name, target in model.named_modules():
         if (module := source.get(name)) is None:
             continue
         for key, buffer in target._buffers.items():
             if buffer is not None and (value := _as_built(module, key)) is not None:
-                target._buffers[key] = _copied(value, buffer, device)
+                target._buffers[key] = _copied(value, buffer, device, done)
         for key, value in vars(target).items():
             if not key.startswith("_"):  # a module's own: hooks, parameters, submodules
-                target.__dict__[key] = _copied(vars(module).get(key), value, device)
+                target.__dict__[key] = _copied(vars(module).get(key), value, device, done)
 
 
 def _as_built(module: nn.Module, key: str) -> Tensor | None:
@@ -44,15 +45,22 @@ def _as_built(module: nn.Module, key: str) -> Tensor | None:
     return module._buffers.get(key)
 
 
-def _copied(value: Any, built: Any, device: torch.device) -> Any:
-    """The source's value for the one that the model was built with: a tensor, or a container that may hold some."""
+def _copied(value: Any, built: Any, device: torch.device, done: dict[tuple[int, int], tuple[Any, ...]]) -> Any:
+    """The source's value for the one that the model was built with: a tensor, or a container that may hold some.
+
+    Args:
+        done: By what was copied before, so that what several modules share stays one; it keeps all of it alive.
+    """
     if isinstance(built, Tensor) and isinstance(value, Tensor):
         if value.is_meta:
             return built
-        dtype = built.dtype if value.is_floating_point() and built.is_floating_point() else value.dtype
-        return value.detach().to(device=device, dtype=dtype, copy=True)
+        key = id(value), id(built)
+        if key not in done:
+            dtype = built.dtype if value.is_floating_point() and built.is_floating_point() else value.dtype
+            done[key] = value.detach().to(device=device, dtype=dtype, copy=True), value, built
+        return done[key][0]
     if type(built) in (list, tuple) and isinstance(value, list | tuple) and len(value) == len(built):
-        return type(built)(_copied(a, b, device) for a, b in zip(value, built, strict=True))
+        return type(built)(_copied(a, b, device, done) for a, b in zip(value, built, strict=True))
     if type(built) is dict and isinstance(value, dict):
-        return {key: _copied(value.get(key), item, device) for key, item in built.items()}
+        return {key: _copied(value.get(key), item, device, done) for key, item in built.items()}
     return built
