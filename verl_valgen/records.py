@@ -184,7 +184,8 @@ class Sample:
     scores: dict[str, float | None] = field(default_factory=dict)
     data_source: str | None = None
     ground_truth: Any = None
-    """The row's ground truth, which reward functions compare with; None if there is none."""
+    """The row's ground truth, which reward functions compare with; None if there is none. Recorded as a text: what is
+    none, as JSON."""
     score_texts: dict[str, str] = field(default_factory=dict)
     """The texts that metrics returned beside their scores, such as the answer that a reward function extracted."""
     verified: bool | None = None
@@ -210,7 +211,10 @@ class Sample:
 
     def to_dict(self) -> dict[str, Any]:
         """The record, in the order of the fields."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_RECORDED}
+        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_RECORDED}
+        if not isinstance(self.ground_truth, str | None):  # a table's column has one type
+            record["ground_truth"] = json.dumps(self.ground_truth, ensure_ascii=False)
+        return record
 
 
 _NOT_RECORDED = ("output_ids", "whole_generation", "extra_info", "verdicts")

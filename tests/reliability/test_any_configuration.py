@@ -129,6 +129,12 @@ def _are_texts(value: Any) -> bool:
     return type(value) is list and all(type(text) is str and text for text in value)
 
 
+def _are_rows(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(map(_integer(0), value)) and len(set(value)) == len(value)
+    return value in ("batches", "first") or (value.keys() == {"per_source"} and _integer(1)(value["per_source"]))
+
+
 _is_positive, _is_share = _number(lambda x: x > 0), _number(lambda x: 0 < x <= 1)
 _is_cutoff = _number(lambda x: 0 <= x < 1)
 BOUNDS: dict[str, Any] = {
@@ -144,6 +150,7 @@ BOUNDS: dict[str, Any] = {
     **dict.fromkeys(("batch_size", "ranks"), lambda value: value == "auto" or _integer(1)(value)),
     **dict.fromkeys(("prompts", "best_metric"), _is_text),
     **dict.fromkeys(("metrics", "stop_strings"), _are_texts),
+    "rows": _are_rows,
     "min_p": _number(lambda x: 0 <= x <= 1),
     "max_round_time_s": _number(lambda x: x >= 0),
     "params_key": lambda value: _is_text(value) and value,

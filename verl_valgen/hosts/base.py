@@ -207,9 +207,10 @@ class Host(ABC):
 
     @classmethod
     def num_validation_rows(cls, config: DictConfig) -> int | None:
-        """The rows of all validation files, None where that is not certain before they are read."""
+        """The validation rows from which some can be chosen, None where that is not certain before they are read."""
         try:
-            return forecast.num_rows_in_files(config, "val")
+            is_shuffled = OmegaConf.select(config, "data.shuffle", default=False)  # before data.val_max_samples cuts
+            return (forecast.num_rows_in_files if is_shuffled else forecast.num_rows)(config, "val")
         except Exception as e:  # a configuration or a file that verl will refuse in its own words
             logger.debug("how many validation rows there are is not known: %s", describe(e))
             return None

@@ -142,9 +142,9 @@ def _asks_others(directory: Path, start_step: int, prompts: str, warnings: OnceL
     if before in (None, prompts):
         return False
     warnings.warn(
-        f"the prompts are others than before: samples, numbers and best value up to step {start_step} are those of "
-        "other prompts (another choice of rows, another number of ranks, data.val_max_samples without data.seed, "
-        "changed data or chat template); best.json starts anew"
+        f"the prompts are others than before: what was recorded up to step {start_step} is of other prompts, and a "
+        "best value starts anew (reasons may be: other rows, another number of ranks, data.val_max_samples shuffled "
+        "without data.seed, changed data, another chat template)"
     )
     return True
 

@@ -167,7 +167,8 @@ def check_rows_exist(chosen: str | Sequence[int] | Mapping[str, int], num_rows: 
     if beyond:
         which = f"row{'s' if len(beyond) > 1 else ''} {', '.join(map(str, beyond[:10]))}"
         raise ConfigError(
-            f"{source} must be rows of data.val_files, which has {num_rows} rows (0 to {num_rows - 1}), got {which}"
+            f"{source} must be rows of the validation data, which has {num_rows} rows (0 to {num_rows - 1}), "
+            f"got {which}"
         )
 
 

@@ -11,13 +11,14 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from verl_valgen.records import Round
 from verl_valgen.trackers.base import Tracker
+from verl_valgen.trackers.first_file import Types, missing_types, types_in, with_types
 from verl_valgen.whole_files import TEMPORARY_SUFFIX, replace_file
 
 _STEP_FILE = re.compile(r"step_(\d{8,})\.jsonl")
@@ -42,16 +43,36 @@ class JsonlTracker(Tracker):
     def __init__(self, directory: str | os.PathLike[str], run: Mapping[str, Any] | None = None) -> None:
         self._directory = Path(directory)
         self._run = run
+        self._first: Path | None = None
+        """The folder's first step file, once it is known."""
+        self._types: Types = {}
+        """What it has types for."""
 
     def log(self, round: Round) -> None:
         records = [sample.to_dict() for sample in round.samples]
         self._directory.mkdir(parents=True, exist_ok=True)
-        content = "".join(f"{_to_json(record)}\n" for record in records)
-        _replace(self._directory / f"step_{round.step:08d}.jsonl", content)
+        path = self._directory / f"step_{round.step:08d}.jsonl"
+        _replace(path, _lines(records))
         if self._run is not None:
             run, self._run = dict(self._run), None
-            path = self._directory / _RUNS_FILE
-            _replace(path, _to_json([*_earlier_runs(path), run], indent=2) + "\n")
+            runs = self._directory / _RUNS_FILE
+            _replace(runs, _to_json([*_earlier_runs(runs), run], indent=2) + "\n")
+        self._keep_loadable(path, records)
+
+    def _keep_loadable(self, path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+        """Makes room in the folder's first step file for the types of the records that were written to `path`."""
+        if self._first is None or not self._first.exists() or _step(path) <= _step(self._first):
+            self._first = min(
+                (file for file in self._directory.iterdir() if _STEP_FILE.fullmatch(file.name)), key=_step
+            )
+            self._types = types_in(records if self._first == path else _read(self._first))
+        if missing := missing_types(self._types, types_in(records)):
+            first = _read(self._first)
+            content = _lines(with_types(first, missing))
+            if content != _lines(first):
+                _replace(self._first, content)
+            for name, types in missing.items():  # with what found no room it is not tried again
+                self._types.setdefault(name, set()).update(types)
 
 
 def run_before(directory: str | os.PathLike[str], start_step: int) -> Mapping[str, Any] | None:
@@ -95,6 +116,25 @@ def set_aside(directory: str | os.PathLike[str], start_step: int, *, best_too: b
         for path in set(about_runs).difference(stale):
             shutil.copyfile(path, folder / path.name)
     return folder
+
+
+def _step(path: Path) -> int:
+    match = _STEP_FILE.fullmatch(path.name)
+    assert match is not None, "it is a step file"
+    return int(match[1])
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The records of a step file; [] where somebody has put something else there."""
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except ValueError:
+        return []
+    return records if all(isinstance(record, dict) for record in records) else []
+
+
+def _lines(records: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(f"{_to_json(record)}\n" for record in records)
 
 
 def _earlier_runs(path: Path) -> list[Any]:
