@@ -74,6 +74,11 @@ class Host(ABC):
         return num_parameters(self.model)
 
     @property
+    def has_experts(self) -> bool:
+        """Whether the model is a mixture of experts."""
+        return has_experts(self.model)
+
+    @property
     def largest_unit_bytes(self) -> int:
         """Bytes that gathering takes beside the copy: see `verl_valgen.weights.gather.largest_unit_bytes`."""
         from verl_valgen.weights.gather import largest_unit_bytes
@@ -232,6 +237,12 @@ class Host(ABC):
     def while_building(cls) -> AbstractContextManager[None]:
         """Must be open while verl's trainer is constructed."""
         return nullcontext()
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether modules of a model, or their classes, are called experts."""
+    names = (f"{name} {type(module).__name__}".lower() for name, module in model.named_modules())
+    return any("expert" in name or "moe" in name for name in names)
 
 
 def current_device(device_type: str) -> torch.device:

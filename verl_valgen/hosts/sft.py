@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from verl_valgen.hosts import cpu, forecast, fused_kernels
-from verl_valgen.hosts.base import Host, current_device, flash_attn_works
+from verl_valgen.hosts.base import Host, current_device, flash_attn_works, has_experts
 from verl_valgen.hosts.schedule import Schedule
 from verl_valgen.text import printable
 
@@ -67,6 +67,10 @@ class SFTHost(Host):
         if self.is_sharded_by_fsdp:
             return super().num_parameters
         return sum(parameter.numel() for parameter in self._empty_model().parameters())
+
+    @cached_property
+    def has_experts(self) -> bool:
+        return super().has_experts if self.is_sharded_by_fsdp else has_experts(self._empty_model())
 
     @property
     def largest_unit_bytes(self) -> int:

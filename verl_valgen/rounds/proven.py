@@ -100,7 +100,7 @@ class ProvenAnswerer:
         copy, gathered.model = gathered.model, None
         finding = Finding(None, "generation.verify switches it off")
         if self.settings.verify is True or (self.settings.verify == "first" and not self.is_proven):
-            reading = Reading(self.host, self.answerer.special_tokens(), self.settings.seed, copy)
+            reading = Reading(self.host, self.answerer.special_tokens(), self.settings.seed, gathered.dtype, copy)
             finding = verify(reading, gathered.requests, completions)
         if error is not None:
             raise error

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from verl_valgen.backends.beams import beam_objection
 from verl_valgen.backends.hf import HFBackend
-from verl_valgen.backends.judging import objection, shortfalls
+from verl_valgen.backends.judging import objection, shortfalls, tolerance
 from verl_valgen.collectives import agree, attempt, broadcast, gather_values, rank, world_size
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Completion, Request
@@ -65,6 +65,8 @@ class Reading:
     """With the ids that end answers."""
     seed: int
     """`generation.seed`"""
+    dtype: torch.dtype
+    """The dtype that the answers were computed in."""
     copy: Any = None
     """The logging rank's copy of the model, which reads where `host.why_not_sharded` gives a reason."""
 
@@ -144,13 +146,19 @@ def _objections_of_trainer(reading: Reading, own: Sequence[Excerpt]) -> list[str
             raise MemoryError("there is no room for a forward pass of the trainer's model")
         read = [host.read(excerpt.input_ids, len(excerpt.output_ids)) for excerpt in own]
         processors = _logits_processors(reading, own)
-    return [_objection(*of_excerpt, reading.seed) for of_excerpt in zip(own, read, processors, strict=True)]
+    return [
+        _objection(reading, *of_excerpt, host.compute_dtype) for of_excerpt in zip(own, read, processors, strict=True)
+    ]
 
 
-def _objection(excerpt: Excerpt, logits: Tensor, processors: LogitsProcessorList, seed: int) -> str | None:
+def _objection(
+    reading: Reading, excerpt: Excerpt, logits: Tensor, processors: LogitsProcessorList, dtype: torch.dtype
+) -> str | None:
+    """What a reader that computes in `dtype` has against an answer."""
     request, output_ids = excerpt.request, excerpt.output_ids
     if excerpt.sum_logprob is None:
-        return objection(shortfalls(logits, request, output_ids, seed, processors))
+        tolerated = tolerance((reading.dtype, dtype), reading.host.has_experts)
+        return objection(shortfalls(logits, request, output_ids, reading.seed, processors), tolerated)
     return beam_objection(logits, request, output_ids, excerpt.sum_logprob, processors)
 
 
@@ -176,15 +184,15 @@ def _objections_of_copy(reading: Reading, own: Sequence[Excerpt]) -> list[str | 
     if reading.copy is None:
         return []
     backend = HFBackend(reading.copy, reading.host.tokenizer, reading.seed)
-    return [_objection_of_copy(backend, *of_excerpt) for of_excerpt in zip(own, of_trainer, strict=True)]
+    return [_objection_of_copy(reading, backend, *of_excerpt) for of_excerpt in zip(own, of_trainer, strict=True)]
 
 
-def _objection_of_copy(backend: HFBackend, excerpt: Excerpt, of_trainer: float | None) -> str | None:
+def _objection_of_copy(reading: Reading, backend: HFBackend, excerpt: Excerpt, of_trainer: float | None) -> str | None:
     model: Any = backend.model
     ids = torch.tensor([excerpt.input_ids], device=model.device)
     logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
     logits = logits[-len(excerpt.output_ids) :]
-    found = _objection(excerpt, logits, backend.logits_processors(excerpt.request), backend.seed)
+    found = _objection(reading, excerpt, logits, backend.logits_processors(excerpt.request), reading.dtype)
     if found is not None or of_trainer is None:
         return found
     chosen = torch.tensor(excerpt.output_ids, device=model.device)
