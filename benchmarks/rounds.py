@@ -43,6 +43,7 @@ from verl_valgen.hosts.base import Host
 from verl_valgen.records import Request, Round, RoundNumbers, Sample
 from verl_valgen.rounds.generation import Answerer
 from verl_valgen.rounds.restore import preserved_blas_workspaces
+from verl_valgen.rounds.verification import Finding, Reading, verify
 from verl_valgen.settings.load import GenerationSettings
 from verl_valgen.trackers import open_trackers
 
@@ -174,6 +175,7 @@ def compare(host: BenchmarkHost, size: str, strategy: str, arguments: argparse.N
     say("|---" * (len(columns) + 1) + "|")
     for way in arguments.ways:
         show_way(host, way, floor_ms, arguments.repetitions)
+    show_check(host, arguments.repetitions)
     if "Hugging Face's loop on a copy" in arguments.ways:
         if rank() == 0:
             show_plain_generate(host, arguments.repetitions)
@@ -207,6 +209,24 @@ def show_way(host: BenchmarkHost, way: str, floor_ms: float, repetitions: int) -
         f"| {way} | {step_ms:.2f} | {step_ms / floor_ms:.2f} | {whole:.2f} | {gather:.2f} | {prefill:.2f} | "
         f"{whole - gather - prefill:.2f} | {first:.2f} | {memory.peaks} | {memory.left} |"
     )
+
+
+def show_check(host: BenchmarkHost, repetitions: int) -> None:
+    """What the check of a round's answers takes, the forward pass of the sharded model included."""
+    say("\n| the check of a round's answers | verified | s | one reading, s | first check, s |\n|---|---|---|---|---|")
+    for name, chosen in (("greedy", {"do_sample": False}), ("default", {})):
+        settings = GenerationSettings(enabled=True, max_new_tokens=NEW_TOKENS, **chosen)
+        answerer = Answerer(host, settings)
+        asked = requests(NUM_PROMPTS, settings.parameters)
+        completions = answerer(asked)
+        reading = Reading(host, answerer.special_tokens(), settings.seed, answerer.dtype)
+        found: list[Finding] = []
+        first = seconds(lambda: found.append(verify(reading, asked, completions)))  # noqa: B023  (called at once)
+        whole = median(lambda: found.append(verify(reading, asked, completions)), repetitions)  # noqa: B023
+        ids = [*asked[0].input_ids, *range(5, 5 + NEW_TOKENS - 1)]
+        one = median(lambda: dropped(host.read(ids, NEW_TOKENS)), repetitions)  # noqa: B023
+        say(f"| {name} | {[finding.verified for finding in found]} | {whole:.3f} | {one:.3f} | {first:.3f} |")
+    say("")
 
 
 @torch.no_grad()

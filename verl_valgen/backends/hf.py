@@ -43,6 +43,11 @@ _WITHOUT_PROCESSORS = SAMPLING_ONLY | {
 """Parameters that `generate` makes no logits processor of, sampling being done here."""
 
 
+def has_processors(request: Request) -> bool:
+    """Whether `generate` itself may make logits processors of a request's parameters."""
+    return not request.params.keys() <= _WITHOUT_PROCESSORS
+
+
 class HFBackend(Backend):
     """Generates with Hugging Face's own loop and everything that it supports: beams, stop strings, any cache."""
 
@@ -188,7 +193,7 @@ class HFBackend(Backend):
             UnsuitableError: This version of transformers does not tell.
         """
         prepared = LogitsProcessorList()
-        if request.params.keys() <= _WITHOUT_PROCESSORS:
+        if not has_processors(request):
             return prepared
         if Version(transformers.__version__) < Version("4.57"):
             raise UnsuitableError(f"transformers {transformers.__version__} does not show its logits processors")

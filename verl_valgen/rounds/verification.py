@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from verl_valgen.backends.beams import beam_objection
-from verl_valgen.backends.hf import HFBackend
+from verl_valgen.backends.hf import HFBackend, has_processors
 from verl_valgen.backends.judging import objection, shortfalls, tolerance
 from verl_valgen.collectives import agree, attempt, broadcast, gather_values, rank, world_size
 from verl_valgen.hosts.base import Host
@@ -166,6 +166,8 @@ def _logits_processors(reading: Reading, own: Sequence[Excerpt]) -> list[LogitsP
     """What transformers makes of the requests' parameters, for the model in training. Not collective."""
     from verl_valgen.weights.sharded import generating_through
 
+    if not any(has_processors(excerpt.request) for excerpt in own):
+        return [LogitsProcessorList() for _ in own]
     host = reading.host
     with generating_through(host.model, reading.special_tokens, host.device) as model:
         backend = HFBackend(model, host.tokenizer, seed=0)
