@@ -47,10 +47,10 @@ def test_other_rows_after_a_stop_at_an_epochs_end(server, tmp_path, assets):
         "trainer.test_freq=1", "trainer.save_freq=2", "trainer.total_epochs=3", "trainer.resume_mode=auto",
         "generation.do_sample=false", "generation.max_new_tokens=2", "generation.best_metric=num_new_tokens",
     ]  # fmt: skip
-    first = server.run(tmp_path, [*overrides, "trainer.total_training_steps=2"], num_ranks=2)
+    first = server.run(tmp_path, [*overrides, "trainer.total_training_steps=2"])
     assert first.returncode == 0, first.output[-5000:]
     assert {sample["row"] for sample in first.samples(2)} - set(range(16))  # of all forty
-    second = server.run(tmp_path, [*overrides, "trainer.total_training_steps=null"], num_ranks=2)
+    second = server.run(tmp_path, [*overrides, "trainer.total_training_steps=null"])
     assert second.returncode == 0, second.output[-5000:]
     for samples in (first.samples(2), second.samples(4)):
         assert [(str(s["row"]), s["file"]) for s in samples] == [(s["data_source"], None) for s in samples]
