@@ -117,11 +117,10 @@ def three_rounds(model_directory: Path, directory: Path, kind: str) -> dict[str,
         if dist.get_rank() == 0:
             fail(kind, patch)
         rounds = ValidationRounds(host, settings)
-        with rounds:
+        with rounds, rounds.told_if_missing():
             for step in (1, 2, 3):
                 host.rounds(step)
             warnings = list(records)
-            rounds.warn_of_missing()
     return {
         "warnings": warnings,
         "missing": records[len(warnings) :],

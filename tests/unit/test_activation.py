@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -207,7 +208,9 @@ def test_rounds_that_did_not_come_are_told_while_the_rounds_are_open_unless_trai
     events = []
 
     class Rounds(nullcontext):
-        def warn_of_missing(self) -> None:
+        @contextmanager
+        def told_if_missing(self) -> Iterator[None]:
+            yield
             events.append("missing")
 
         def __exit__(self, *args: Any) -> None:
