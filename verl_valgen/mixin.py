@@ -36,10 +36,8 @@ class ValidationGenerationMixin:
         self._rounds = ValidationRounds(host_class(self), checked.settings, checked.file_prompts)
 
     def fit(self) -> Any:
-        with self._rounds:
-            result = super().fit()  # type: ignore[misc]
-            self._rounds.warn_of_missing()
-        return result
+        with self._rounds, self._rounds.told_if_missing():
+            return super().fit()  # type: ignore[misc]
 
     def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
         """Answers the prompts of a batch of the validation loader. Collective: all ranks must call.

@@ -25,7 +25,7 @@ from verl_valgen.hosts.schedule import Schedule
 from verl_valgen.prompts.files import read_own_prompts
 from verl_valgen.rounds import recorder as recorder_module
 from verl_valgen.rounds.rounds import ValidationRounds
-from verl_valgen.settings.load import GenerationSettings
+from verl_valgen.settings.load import ConfigError, GenerationSettings
 from verl_valgen.trackers import composite as composite_module
 from verl_valgen.trackers.jsonl import JsonlTracker
 from verl_valgen.weights.plain_copy import PlainCopy
@@ -116,11 +116,14 @@ def three_rounds(model_directory: Path, directory: Path, kind: str) -> dict[str,
     with warnings_of_rounds() as records, pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 0:
             fail(kind, patch)
-        with ValidationRounds(host, settings):
+        rounds = ValidationRounds(host, settings)
+        with rounds, rounds.told_if_missing():
             for step in (1, 2, 3):
                 host.rounds(step)
+            warnings = list(records)
     return {
-        "warnings": records,
+        "warnings": warnings,
+        "missing": records[len(warnings) :],
         "met": agree(True, CPU),
         "random": torch.equal(state, torch.get_rng_state()),
         "files": sorted(path.name for path in (directory / "generations").glob("step_*")),
@@ -138,8 +141,18 @@ FAULTS = {
 }
 
 
+def wrong_configuration(model_directory: Path, directory: Path) -> dict[str, Any]:
+    """A mistake that rank 0 finds, which alone reads the rows; afterwards both ranks must still meet."""
+    host = SmallHost(model_directory, directory, Rows())
+    settings = GenerationSettings(enabled=True, rows={"per_source": 2})
+    with pytest.raises(ConfigError) as caught, ValidationRounds(host, settings):
+        raise AssertionError("training begins")
+    return {"error": str(caught.value), "met": agree(True, CPU)}
+
+
 def all_faults(directory: Path) -> dict[str, dict[str, Any]]:
-    return {kind: three_rounds(directory, directory / kind, kind) for kind in ("none", *FAULTS)}
+    outcomes = {kind: three_rounds(directory, directory / kind, kind) for kind in ("none", *FAULTS)}
+    return outcomes | {"configuration": wrong_configuration(directory, directory / "configuration")}
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +178,22 @@ def test_a_fault_on_rank_0_costs_one_warning(outcomes, kind, warning):
         assert result["files"] == []
     if kind == "oom":
         assert "lower generation.max_new_tokens, or set generation.gather=sharded" in first["warnings"][0]
+
+
+def test_a_mistake_that_only_the_data_shows_ends_the_run_on_all_ranks(outcomes):
+    results = [outcome["configuration"] for outcome in outcomes]
+    error = "generation.rows: per_source needs a column data_source, which the validation data does not have"
+    assert results == [{"error": error, "met": True}] * 2
+
+
+def test_rounds_that_were_announced_and_did_not_come_are_told_once(outcomes):
+    first, second = (outcome["none"]["missing"] for outcome in outcomes)
+    assert first == [
+        "the samples that were announced for step 4 did not come: training ended without these validations (the last "
+        "one was at step 3)"
+    ]
+    assert second == []
+    assert outcomes[0]["rows"]["missing"] == []  # none were announced
 
 
 def test_without_a_fault_every_round_is_written(outcomes, directory):

@@ -11,7 +11,7 @@ from destinations import make_round, make_sample
 from readback import read_jsonl
 
 from verl_valgen.records import Sample
-from verl_valgen.trackers.jsonl import JsonlTracker, set_aside
+from verl_valgen.trackers.jsonl import JsonlTracker, run_before, set_aside
 
 
 def test_record_has_every_field_in_order(tmp_path):
@@ -176,3 +176,18 @@ def test_a_new_run_takes_nothing_over_where_no_samples_are_left_either(tmp_path)
     _touch(tmp_path, "runs.json", "best.json")
     assert set_aside(tmp_path, 0) == tmp_path / "old-1"
     assert os.listdir(tmp_path) == ["old-1"]
+
+
+def test_a_best_value_that_starts_anew_is_moved_and_the_runs_are_copied(tmp_path):
+    _touch(tmp_path, "step_00000010.jsonl", "best.json", "runs.json")
+    assert set_aside(tmp_path, 10, best_too=True) == tmp_path / "old-1"
+    assert sorted(os.listdir(tmp_path)) == ["old-1", "runs.json", "step_00000010.jsonl"]
+    assert sorted(os.listdir(tmp_path / "old-1")) == ["best.json", "runs.json"]
+
+
+def test_the_run_before_is_the_one_that_left_the_samples_up_to_a_step(tmp_path):
+    runs = [{"start_step": 0, "x": 1}, {"start_step": 10, "x": 2}, {"start_step": 5, "x": 3}, "broken"]
+    for number, run in enumerate(runs):
+        JsonlTracker(tmp_path, {"run": run} if isinstance(run, str) else run).log(make_round([make_sample()], number))
+    assert [(run_before(tmp_path, step) or {}).get("x") for step in (0, 5, 6, 11)] == [None, 1, 3, 3]
+    assert run_before(tmp_path / "missing", 5) is None

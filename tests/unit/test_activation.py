@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -159,6 +160,28 @@ def test_wrong_configuration_ends_the_program_with_a_line_for_each_mistake(
     assert capsys.readouterr().err == ""
 
 
+def test_what_only_the_run_can_show_to_be_wrong_ends_the_program_alike(config, calls, capsys, monkeypatch):
+    class Failing(Own):
+        def __init__(self, config: DictConfig) -> None:
+            raise ConfigError("a line\nand another")
+
+    with pytest.raises(SystemExit) as ended:
+        Program().run(config, Failing)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "verl-valgen: a line\nverl-valgen: and another\n"
+
+
+def test_a_row_beyond_the_files_ends_the_program_before_a_trainer_is_made(config, calls, capsys, monkeypatch):
+    monkeypatch.setattr(SmallHost, "num_validation_rows", staticmethod(lambda config: 20), raising=False)
+    generation = {"rows": [3, 20], "n": 0}
+    with pytest.raises(SystemExit) as ended:
+        Program().run(OmegaConf.create({"generation": generation}))
+    assert ended.value.code == 2
+    assert [line.partition(", got ")[2] for line in capsys.readouterr().err.splitlines()] == ["0", "row 20"]
+    config.generation.rows = [20]  # which own prompts replace
+    assert Program().run(config)._rounds.settings.rows == [20]
+
+
 def test_a_misspelt_variable_ends_the_program_with_generation_off_too(calls, capsys, monkeypatch):
     monkeypatch.setenv("VERL_GENERATION_ENABELD", "true")
     with pytest.raises(SystemExit):
@@ -178,3 +201,34 @@ def test_a_configuration_that_a_trainer_changes_is_read_anew(config, calls):
 def test_a_backend_is_looked_for_with_generation_off_too(calls):
     with pytest.raises(ConfigError, match=r"generation\.backend must be one of auto, hf, fast, got 'nosuch'"):
         Own(OmegaConf.create({"generation": {"enabled": False, "backend": "nosuch"}}))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rounds_that_did_not_come_are_told_while_the_rounds_are_open_unless_training_failed(config, calls, fails):
+    events = []
+
+    class Rounds(nullcontext):
+        @contextmanager
+        def told_if_missing(self) -> Iterator[None]:
+            yield
+            events.append("missing")
+
+        def __exit__(self, *args: Any) -> None:
+            events.append("end")
+
+    class Fitting(VerlsTrainer):
+        def fit(self) -> int:
+            events.append("fit")
+            return 1 // (not fails)
+
+    class OwnFitting(mixin.ValidationGenerationMixin, Fitting):
+        pass
+
+    trainer = OwnFitting(config)
+    trainer._rounds = Rounds()  # type: ignore[assignment]
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            trainer.fit()
+    else:
+        assert trainer.fit() == 1
+    assert events == (["fit", "end"] if fails else ["fit", "missing", "end"])

@@ -44,12 +44,15 @@ def read_prompts(
 
     Raises:
         ConfigError: Prompts of the file cannot be rendered; with file and line of each.
+
+    Raises what data set and chat template raise, where no row can be made a prompt.
     """
     mistakes = Mistakes()
     prompts = tokenized(file_prompts, tokenizer, template_kwargs, settings.turn, mistakes, end_ids)
     _raise_first(mistakes)
     if not (prompts and settings.prompts_mode == "replace"):
-        prompts = [*_validation_prompts(dataset, rows, tokenizer, settings, end_ids), *prompts]
+        may_be_none = bool(prompts)
+        prompts = [*_validation_prompts(dataset, rows, tokenizer, settings, end_ids, may_be_none=may_be_none), *prompts]
     if not prompts:
         chosen = isinstance(settings.rows, str)
         which = f"first {settings.max_val_samples} validation rows" if chosen else "rows of generation.rows"
@@ -69,9 +72,18 @@ def _raise_first(mistakes: Mistakes) -> None:
 
 
 def _validation_prompts(
-    dataset: Any, rows: Sequence[int], tokenizer: Any, settings: GenerationSettings, end_ids: Collection[int]
+    dataset: Any,
+    rows: Sequence[int],
+    tokenizer: Any,
+    settings: GenerationSettings,
+    end_ids: Collection[int],
+    *,
+    may_be_none: bool,
 ) -> list[Prompt]:
-    """The prompts of the validation data, by their rows in its files, after a warning about rows that have none."""
+    """The prompts of the validation data, by their rows in its files, after a warning about rows that have none.
+
+    Raises what data set and chat template raise where they do so for every row, unless there `may_be_none`.
+    """
     refused: dict[int, Exception] = {}
     prompts, without_answer, multi_modal = prompts_from_dataset(
         dataset,
@@ -82,6 +94,8 @@ def _validation_prompts(
         refused=refused,
         end_ids=end_ids,
     )
+    if refused and len(refused) == len(set(rows)) and not may_be_none:
+        raise next(iter(refused.values()))
     place_of = dict(zip(rows, places(dataset, rows), strict=True))
     reasons = {
         "have no answer left within data.max_length": without_answer,

@@ -46,10 +46,9 @@ def make_requests(queries: Sequence[Query]) -> list[Request]:
     """The requests of all queries, in order: num_completions * best_of each, a completion's candidates side by side."""
     requests = []
     for query in queries:
-        prompt = query.prompt
-        stream = prompt.stream if prompt.stream is not None else prompt.row or 0
+        stream = query.prompt.stream if query.prompt.stream is not None else query.prompt.row or 0
         requests += [
-            Request(prompt.input_ids, (stream, number), query.params, wants_logprob=query.best_of > 1)
+            Request(query.prompt.input_ids, (stream, number), query.params, wants_logprob=query.best_of > 1)
             for number in range(query.num_completions * query.best_of)
         ]
     return requests

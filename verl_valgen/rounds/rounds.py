@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,8 +78,10 @@ class ValidationRounds:
             self.recorder.close()
             self.recorder = None  # another `fit()` has runs of its own
 
-    def warn_of_missing(self) -> None:
-        """Says on the logging rank, at the end of `fit()`, that rounds which were announced did not come."""
+    @contextmanager
+    def told_if_missing(self) -> Iterator[None]:
+        """At the end of `fit()`, unless it raises, the logging rank says which announced rounds did not come."""
+        yield
         missing = [str(step) for step in self.steps if step not in self.asked_at]
         if missing and self.host.is_logging_rank:
             shown = [*missing[:3], "...", missing[-1]] if len(missing) > 4 else missing

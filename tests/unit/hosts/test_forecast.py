@@ -52,6 +52,24 @@ def foretold(host_class, config, tmp_path, *overrides, num_ranks=1):
     return host_class.why_validation_will_crash(OmegaConf.merge(config, OmegaConf.from_dotlist(dotlist)), num_ranks)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "num_rows"),
+    [
+        (["data.val_files=<tmp>/seven.parquet"], 7),
+        (["data.val_files=[<tmp>/seven.parquet,<tmp>/three.parquet]"], 10),
+        (["data.val_files=<tmp>/seven.parquet", "data.val_max_samples=4"], 4),
+        # Any of the seven may be among the four.
+        (["data.val_files=<tmp>/seven.parquet", "data.val_max_samples=4", "data.shuffle=true"], 7),
+        (["data.val_files=<tmp>/seven.parquet", "data.custom_cls.path=own.py"], None),
+        (["data.val_files=<tmp>/nosuch.parquet"], None),
+    ],
+)
+def test_the_validation_rows_to_choose_from(config, tmp_path, overrides, num_rows):
+    dotlist = [override.replace("<tmp>", str(tmp_path)) for override in overrides]
+    assert SFTHost.num_validation_rows(OmegaConf.merge(config, OmegaConf.from_dotlist(dotlist))) == num_rows
+    assert SFTHost.num_validation_rows(OmegaConf.create({})) is None
+
+
 EMPTY = "data.val_files=<tmp>/empty.parquet"
 
 

@@ -18,7 +18,7 @@ from verl_valgen.prompts import files as own_prompts
 from verl_valgen.prompts.datasets import prompts_from_dataset
 from verl_valgen.prompts.files import read_own_prompts, tokenized
 from verl_valgen.prompts.tokens import Decoder
-from verl_valgen.settings.checks import ConfigError
+from verl_valgen.settings.checks import ConfigError, Mistakes
 
 ASKED = [{"role": "user", "content": "2+2?"}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": " 4 "}]
@@ -143,6 +143,72 @@ def test_a_reference_of_the_rows_own_is_not_rendered(tmp_path, tokenizer):
     assert prompt.reference == "4"
     with pytest.raises(TemplateError, match="no"):
         tokenized(read(tmp_path, [messages]), tokenizer, {}, "last")
+
+
+def test_what_the_template_refuses_is_told_with_file_and_line_and_the_rest_is_read(tmp_path, tokenizer):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'alien' %}{{ raise_exception('no\n\x1b aliens') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    alien = [{"role": "alien", "content": "x"}]
+    mistakes = Mistakes()
+    prompts = tokenized(read(tmp_path, ["a", alien, "b", alien]), tokenizer, {}, "last", mistakes)
+    assert [(prompt.text, prompt.stream) for prompt in prompts] == [("a", 1 << 31), ("b", (1 << 31) + 2)]
+    reason = "it cannot be rendered (TemplateError: no\\n\\x1b aliens)"
+    assert mistakes.lines == [f"generation.prompts: {tmp_path}/own.jsonl, line {line}: {reason}" for line in (2, 4)]
+    pd.DataFrame({"messages": [ASKED, alien]}).to_parquet(tmp_path / "own.parquet")
+    mistakes = Mistakes()
+    tokenized(read_own_prompts(str(tmp_path / "own.parquet"), ""), tokenizer, {}, "last", mistakes)
+    assert mistakes.lines[0].startswith(f"generation.prompts: {tmp_path}/own.parquet, row 1 (from 0): it cannot be ren")
+
+
+def function(name, **properties):
+    parameters = {"type": "object", "properties": {key: {"type": kind} for key, kind in properties.items()}}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def calls(name, **arguments):
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return [
+        *ASKED,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "4", "name": name},
+    ]
+
+
+def test_a_table_gives_the_same_prompts_as_lines(tmp_path, tokenizer):
+    """Arrow gives every tool, call and message the keys of all others."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = (
+        "{{ tools | tojson if tools else '' }}{% for m in messages %}{{ m.role }}"
+        "{{ m.content if m.content is not none }}"
+        "{{ m.tool_calls | tojson if m.tool_calls is defined else '-' }}{{ m.name if m.name is defined else '-' }}"
+        "{% endfor %}"
+    )
+    rows = [
+        {"messages": calls("clock", zone="UTC"), "tools": [function("clock", zone="string"), function("add", a="n")]},
+        {"messages": calls("add", a=[1], b={"c": "d"}), "tools": [function("add", a="number")]},
+        {"messages": [*ASKED, {"role": "assistant", "tool_calls": [{"type": "x"}]}, {"role": "user", "content": "?"}]},
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / "own.parquet")
+    of_lines = tokenized(read(tmp_path, rows), tokenizer, {}, "last")
+    of_table = tokenized(read_own_prompts(str(tmp_path / "own.parquet"), ""), tokenizer, {}, "last")
+    assert [p.input_ids for p in of_table] == [p.input_ids for p in of_lines]
+    assert "null" not in tokenizer.decode(of_table[0].input_ids)
+
+
+def test_what_functions_of_a_reward_get_has_no_made_up_keys_either(tmp_path):
+    rows = [
+        {"prompt": "a", "extra_info": {"x": 1}, "reward_model": {"ground_truth": {"left": "1"}}},
+        {"prompt": "b", "extra_info": {"y": "2"}, "reward_model": {"ground_truth": {"right": "2"}}},
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / "own.parquet")
+    prompts = read_own_prompts(str(tmp_path / "own.parquet"), "")
+    assert [(one.data.extra_info, one.data.ground_truth) for one in prompts] == [
+        ({"x": 1}, {"left": "1"}),
+        ({"y": "2"}, {"right": "2"}),
+    ]
 
 
 def test_without_a_question_the_text_is_the_whole_prompt(tmp_path, tokenizer):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 
 import pytest
+from jinja2 import TemplateError
 from omegaconf import OmegaConf
 from unit.prompts.data import multi_turn, talk
 
 from verl_valgen.hosts.sft import SFTHost
 from verl_valgen.prompts.files import read_own_prompts
 from verl_valgen.prompts.sources import read_prompts
+from verl_valgen.settings.checks import ConfigError
 from verl_valgen.settings.settings import GenerationSettings
 
 
@@ -64,3 +67,41 @@ def test_rows_that_have_no_prompt_are_told(tmp_path, tokenizer, caplog):
         "rows [1, 0] of the validation data have no answer left within data.max_length: skipped",
         "no samples: none of the first 5 validation rows can be answered",
     ]
+
+
+@pytest.fixture
+def strict(tokenizer):
+    """Refuses a message that says "no"."""
+    tokenizer = copy.copy(tokenizer)
+    refusing = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not so') }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = refusing + tokenizer.chat_template
+    return tokenizer
+
+
+def test_a_row_that_the_template_refuses_is_left_out_and_named(tmp_path, strict, caplog):
+    dataset = multi_turn(tmp_path, strict, [talk("a?", "A"), talk("no", "B"), talk("c?", "C")])
+    with caplog.at_level(logging.WARNING, "verl_valgen"):
+        prompts = read_prompts(dataset, [2, 1, 0], strict, GenerationSettings(enabled=True), {}, [])
+    assert [(prompt.row, prompt.text) for prompt in prompts] == [(2, "c?"), (0, "a?")]
+    assert caplog.messages == [
+        "rows [1] of the validation data cannot be made a prompt (jinja2.exceptions.TemplateError: not so): skipped"
+    ]
+
+
+def test_where_no_row_can_be_made_a_prompt_own_prompts_still_are(tmp_path, strict, file_prompts):
+    dataset = multi_turn(tmp_path, strict, [talk("no", "A"), talk("no", "B")])
+    settings = GenerationSettings(enabled=True, prompts_mode="append")
+    (prompt,) = read_prompts(dataset, [0, 1], strict, settings, {}, file_prompts("generation_params"))
+    assert prompt.text == "a"
+    with pytest.raises(TemplateError, match="not so"):
+        read_prompts(dataset, [0, 1], strict, settings, {}, [])
+
+
+def test_own_prompts_that_are_refused_are_an_error_that_names_the_first_ten(tmp_path, strict):
+    (tmp_path / "own.txt").write_text("yes\n" + "no\n" * 13)
+    settings = GenerationSettings(enabled=True)
+    with pytest.raises(ConfigError) as caught:
+        read_prompts(None, [], strict, settings, {}, read_own_prompts(str(tmp_path / "own.txt"), ""))
+    *lines, last = str(caught.value).split("\n")
+    assert [line.partition(", ")[2].partition(":")[0] for line in lines] == [f"line {i}" for i in range(2, 12)]
+    assert last == "generation.prompts: 3 more prompts cannot be rendered"

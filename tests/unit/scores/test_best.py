@@ -99,3 +99,16 @@ def test_a_round_without_it_is_said_once_and_nan_is_never_the_best(tmp_path, cap
 def test_a_new_run_takes_nothing_over(tmp_path):
     rounds(best(tmp_path), (0, 2.0))
     assert rounds(best(tmp_path), (0, 1.0)) == [{"best": 1.0, "best_step": 0}]
+
+
+def test_it_starts_anew_where_the_prompts_are_others(tmp_path):
+    rounds(Best(tmp_path, "right", "max", 0, "some"), (10, 2.0))
+    assert json.loads((tmp_path / "best.json").read_text())["prompts"] == "some"
+    assert rounds(Best(tmp_path, "right", "max", 10, "some"), (11, 1.0)) == [{"best": 2.0, "best_step": 10}]
+    assert rounds(Best(tmp_path, "right", "max", 11, "others"), (12, 1.0)) == [{"best": 1.0, "best_step": 12}]
+    assert json.loads((tmp_path / "best.json").read_text())["before"] == []
+
+
+def test_a_file_that_does_not_say_its_prompts_is_gone_on_from(tmp_path):
+    rounds(best(tmp_path), (10, 2.0))
+    assert rounds(Best(tmp_path, "right", "max", 10, "some"), (11, 1.0)) == [{"best": 2.0, "best_step": 10}]

@@ -59,11 +59,26 @@ def test_any_text_is_shown_in_printable_ascii(text, max_chars):
         (checks.optional_text(), None, ""),
         (checks.texts(), "a", ["a"]),
         (checks.texts(may_be_empty=True), None, []),
+        (checks.rows(), " First ", "first"),
+        (checks.rows(), [3, "7"], [3, 7]),
+        (checks.rows(), {"per_source": "2"}, {"per_source": 2}),
         (checks.finite(), {"a": [1, None]}, {"a": [1, None]}),
     ],
 )
 def test_values_are_read(check, value, expected):
     assert check(value, "here") == expected
+
+
+OTHER_ROWS = [
+    *("last", "", None, 3, True, [], [3, 3], [-1], [1.5], [True], [2**31], [[1]]),
+    *({}, {"per_source": 0}, {"per_source": [1]}, {"per_sauce": 2}, {"per_source": 2, "first": 1}),
+]
+
+
+@pytest.mark.parametrize("value", OTHER_ROWS, ids=repr)
+def test_other_rows_are_refused(value):
+    with pytest.raises(ConfigError, match=r"here must be batches, first, a list of distinct rows .* >= 1\}, got "):
+        checks.rows()(value, "here")
 
 
 def test_mistakes_are_collected_line_by_line_and_once():

@@ -16,6 +16,14 @@ class TestYaml:
     def test_defaults_equal_dataclass_defaults(self, environ):
         assert load_with_hydra(environ=environ) == GenerationSettings(enabled=True)
 
+    @pytest.mark.parametrize(
+        ("override", "rows"),
+        [("first", "first"), ("[3,7]", [3, 7]), ("{per_source: 2}", {"per_source": 2})],
+    )
+    def test_rows_of_every_kind_can_be_set_on_the_command_line(self, override, rows):
+        assert load_with_hydra(f"generation.rows={override}").rows == rows
+        assert load_with_hydra(f"+generation.rows={override}", with_generation=False).rows == rows
+
     def test_every_key_stands_in_the_default_group(self):
         block = OmegaConf.load(OUR_CONFIG / "generation" / "default.yaml")
         assert {f"generation.{name}" for name in block} | {"trainer.max_val_samples"} == SETTINGS.keys()
