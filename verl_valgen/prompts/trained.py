@@ -231,7 +231,7 @@ def warn_of_differences(prompts: Sequence[Prompt]) -> None:
         for difference in prompt.differences:
             rows.setdefault(difference, {})[prompt.row] = None
     if rows:
-        texts = [f"{difference} (rows {_listed(list(found))})" for difference, found in rows.items()]
+        texts = [f"{difference} ({_listed(list(found))})" for difference, found in rows.items()]
         logger.warning(
             "validation data and training differ: %s; the samples have what is trained as `reference`, and what the "
             "data says as `reference_text`",
@@ -242,4 +242,4 @@ def warn_of_differences(prompts: Sequence[Prompt]) -> None:
 def _listed(rows: Sequence[int | None]) -> str:
     most = 10
     more = f" and {len(rows) - most} more" if len(rows) > most else ""
-    return ", ".join(map(str, rows[:most])) + more
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:most]))}{more}"
