@@ -224,8 +224,8 @@ def test_another_data_set_has_raw_references_too(tokenizer):
 
 
 def test_one_warning_names_the_rows(caplog):
-    def prompt(row: int, *differences: str) -> Prompt:
-        return Prompt(row, [1], "", None, differences=differences)
+    def prompt(row: int, *differences: str, file: str | None = None) -> Prompt:
+        return Prompt(row, [1], "", None, differences=differences, file=file)
 
     with caplog.at_level(logging.WARNING, "verl_valgen"):
         warn_of_differences([prompt(0), prompt(1)])
@@ -238,3 +238,9 @@ def test_one_warning_names_the_rows(caplog):
         "8, 9 and 2 more); a user turn is lost, as a whole or in part (row 3); the samples have what is trained as "
         "`reference`, and what the data says as `reference_text`"
     )
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "verl_valgen"):
+        warn_of_differences(
+            [prompt(row, trained.NOT_TRAINED, file=file) for row, file in ((0, "a"), (1, "a"), (0, "b"))]
+        )
+    assert f"{trained.NOT_TRAINED} (rows 0, 1 of a and row 0 of b)" in caplog.text

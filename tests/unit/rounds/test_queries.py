@@ -187,7 +187,9 @@ def test_a_record_has_answer_and_reference_as_they_are_shown_and_whole(tokenizer
     prompt = Prompt(0, ids("<|im_start|>1+3?"), "1+3?", **texts)
     (query,) = make_queries([prompt], settings())
     completion = Completion([*ids("so</think> 5"), 10_000, tokenizer.eos_token_id], "eos")
-    (sample,) = make_samples(pair([query], [completion]), 1, 0, "float32", AnswerReader(Decoder(tokenizer), "</think>"))
+    (sample,) = make_samples(
+        pair([query], [completion]), 1, 0, "float32", AnswerReader(Decoder(tokenizer), "</think>"), None
+    )
     record = sample.to_dict()
     assert list(record)[5:13] == [
         *("prompt", "prompt_text", "generation", "generation_raw", "reference", "reference_raw", "reference_text"),
