@@ -17,6 +17,8 @@ from end_to_end.trainer import Assets, Run, run, strategy
 from reasons import last_exception, last_warning
 from transformers import AutoTokenizer
 
+from verl_valgen.prompts.tokens import Decoder
+
 NUM_RANKS = 2
 STEPS = (2, 3)  # of the validations in a run of `Assets.overrides`; its checkpoint is that of the last
 NUM_SAMPLES = 5
@@ -69,7 +71,7 @@ def difference(result: Run, assets: Assets, lora: bool) -> str | None:
     for sample in result.samples(step):
         prompt_ids = tokenizer(sample["prompt"], add_special_tokens=False)["input_ids"]
         output_ids = plain_greedy(model, prompt_ids, MAX_NEW_TOKENS)
-        text = tokenizer.decode(output_ids, skip_special_tokens=True)
+        text = Decoder(tokenizer).answer(output_ids)
         if (sample["generation"], sample["num_new_tokens"]) != (text, len(output_ids)):
             return f"sample {sample['index']}: {sample['generation']!r} instead of {text!r}"
     return None

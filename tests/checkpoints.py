@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from verl_valgen.prompts.tokens import Decoder
+
 
 def read_sharded(directory: Path) -> dict[str, Tensor]:
     """The whole parameters of `global_step_<N>/`, in the dtype in which they are trained."""
@@ -69,5 +71,5 @@ def assert_greedy_samples(
     for sample in samples:
         prompt_ids = tokenizer(sample["prompt"], add_special_tokens=False)["input_ids"]
         output_ids = plain_greedy(model, prompt_ids, max_new_tokens, **parameters)
-        assert sample["generation"] == tokenizer.decode(output_ids, skip_special_tokens=True)
+        assert sample["generation"] == Decoder(tokenizer).answer(output_ids)
         assert sample["num_new_tokens"] == len(output_ids)

@@ -47,8 +47,7 @@ class ValidationGenerationMixin:
                 and `loss_mask`, (B, L) int64 each, or nested tensors. Without `loss_mask` all is prompt.
 
         Returns:
-            (prompts, generations) in batch order on rank 0, ([], []) elsewhere. Prompts are decoded with special
-            tokens, generations without. Samples with images or videos (`multi_modal_inputs`) are left out, with a
-            warning.
+            (prompts, generations) in batch order on rank 0, ([], []) elsewhere, as the fields `prompt` and
+            `generation` of a record. Samples with images or videos (`multi_modal_inputs`) are left out, with a warning.
         """
         return self._rounds.generate_samples(batch)

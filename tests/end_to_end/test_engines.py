@@ -15,6 +15,8 @@ from end_to_end.server import TrainerServer
 from end_to_end.trainer import HAS_ENGINES, VAL_BATCH_SIZE, Assets, Run, strategy, write_program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from verl_valgen.prompts.tokens import Decoder
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not HAS_ENGINES, reason="verl.trainer.fsdp_sft_trainer has no engines"),
@@ -152,7 +154,7 @@ def test_padded_batches_are_answered_like_nested_ones(server, tmp_path, assets):
     assert len(prompts) == VAL_BATCH_SIZE
     for prompt, generation in zip(prompts, generations, strict=True):
         output_ids = plain_greedy(model, tokenizer(prompt, add_special_tokens=False)["input_ids"], MAX_NEW_TOKENS)
-        assert generation == tokenizer.decode(output_ids, skip_special_tokens=True)
+        assert generation == Decoder(tokenizer).answer(output_ids)
 
 
 def test_without_validation_data_the_cause_is_named(server, tmp_path, assets):

@@ -33,6 +33,7 @@ from readback import read_mlflow, read_swanlab, read_wandb
 from transformers import AutoTokenizer, GenerationConfig
 
 from verl_valgen.backends.hf import HFBackend
+from verl_valgen.prompts.tokens import Decoder
 from verl_valgen.records import Request
 
 NUM_SAMPLES = 5
@@ -197,7 +198,7 @@ def test_generations_are_those_of_a_plain_model(finished):
     else:
         outputs = [plain_greedy(model, ids, MAX_NEW_TOKENS) for ids in prompts]
     for sample, prompt_ids, output_ids in zip(samples, prompts, outputs, strict=True):
-        assert sample["generation"] == tokenizer.decode(output_ids, skip_special_tokens=True)
+        assert sample["generation"] == Decoder(tokenizer).answer(output_ids)
         assert sample["num_prompt_tokens"] == len(prompt_ids)
         assert sample["num_new_tokens"] == len(output_ids)
         assert (sample["finish_reason"] == "eos") == (output_ids[-1] == tokenizer.eos_token_id)

@@ -24,6 +24,8 @@ from end_to_end.trainer import (
 )
 from transformers import AutoTokenizer
 
+from verl_valgen.prompts.tokens import Decoder
+
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = {"VERL_GENERATION_DO_SAMPLE": "false", "VERL_GENERATION_MAX_NEW_TOKENS": "8"}
 
@@ -123,7 +125,7 @@ def test_a_subclass_generates_before_after_and_during_fit(server, tmp_path, asse
     fresh = AutoModelForCausalLM.from_pretrained(assets.model, dtype=torch.float32).eval()
     for prompt, generation in zip(*answers[0]["before"][0], strict=True):
         prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        assert generation == tokenizer.decode(plain_greedy(fresh, prompt_ids, 8), skip_special_tokens=True)
+        assert generation == Decoder(tokenizer).answer(plain_greedy(fresh, prompt_ids, 8))
     assert answers[0]["before"][0][1] != generations
 
 

@@ -18,7 +18,7 @@ from verl_valgen.prompts import files as own_prompts
 from verl_valgen.prompts.datasets import prompts_from_dataset
 from verl_valgen.prompts.files import read_own_prompts, tokenized
 from verl_valgen.prompts.masks import prompts_from_batch
-from verl_valgen.prompts.tokens import decode
+from verl_valgen.prompts.tokens import Decoder
 from verl_valgen.settings.checks import ConfigError
 
 PROFILE = settings.get_profile("reliability")
@@ -78,7 +78,7 @@ def test_padding_of_any_kind_changes_no_prompt(tokenizer, some_rows, dtype, num_
     assert prompts_from_batch(batch, tokenizer, shifted=False) == from_nested
     for (ids, mask), prompt in zip(some_rows, from_nested, strict=True):
         start, end = expected_split(mask)
-        answer = decode(tokenizer, ids[start:end], skip_special_tokens=True).strip() if end > start else None
+        answer = Decoder(tokenizer).answer(ids[start:end], ids[:start]).strip() if end > start else None
         assert (prompt.input_ids, prompt.reference) == (ids[:start], answer)
 
 

@@ -19,12 +19,15 @@ from verl_valgen.prompts.masks import answer_spans, trained_texts, without_paddi
 from verl_valgen.prompts.reasoning import KNOWN_ENDS, reasoning_of
 from verl_valgen.prompts.tokens import Decoder, encode
 from verl_valgen.records import Prompt
-from verl_valgen.text import describe
+from verl_valgen.text import describe, printable
 
 logger = logging.getLogger(__name__)
 
 _OVERLAP = 8
 """Number of tokens by which prompt and item are recognised as the same at the beginning of an answer."""
+
+_MOST_LISTED = 10
+"""Number of rows that the warning names for each difference."""
 
 _TAIL = 64
 """Number of the prompt's last tokens in which something is looked for."""
@@ -226,12 +229,12 @@ def _difference_of_prompts(
 
 def warn_of_differences(prompts: Sequence[Prompt]) -> None:
     """One warning about the rows whose prompt or data is not what is trained, if there are any."""
-    rows: dict[str, dict[int | None, None]] = {}
+    rows: dict[str, dict[tuple[str | None, int | None], None]] = {}
     for prompt in prompts:
         for difference in prompt.differences:
-            rows.setdefault(difference, {})[prompt.row] = None
+            rows.setdefault(difference, {})[prompt.file, prompt.row] = None
     if rows:
-        texts = [f"{difference} (rows {_listed(list(found))})" for difference, found in rows.items()]
+        texts = [f"{difference} ({_listed(list(found))})" for difference, found in rows.items()]
         logger.warning(
             "validation data and training differ: %s; the samples have what is trained as `reference`, and what the "
             "data says as `reference_text`",
@@ -239,7 +242,14 @@ def warn_of_differences(prompts: Sequence[Prompt]) -> None:
         )
 
 
-def _listed(rows: Sequence[int | None]) -> str:
-    most = 10
-    more = f" and {len(rows) - most} more" if len(rows) > most else ""
-    return ", ".join(map(str, rows[:most])) + more
+def _listed(rows: Sequence[tuple[str | None, int | None]]) -> str:
+    """Rows with their files, as far as there are several; not all of very many."""
+    by_file: dict[str | None, list[str]] = {}
+    for file, row in rows[:_MOST_LISTED]:
+        by_file.setdefault(file, []).append(str(row))
+    texts = [
+        f"row{'s' if len(own) > 1 else ''} {', '.join(own)}" + (f" of {printable(file, 200)}" if file else "")
+        for file, own in by_file.items()
+    ]
+    more = [f"{len(rows) - _MOST_LISTED} more"] if len(rows) > _MOST_LISTED else []
+    return " and ".join([*texts, *more])

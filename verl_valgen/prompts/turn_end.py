@@ -33,27 +33,22 @@ class TurnEnd(NamedTuple):
 
 def end_of_turn(template: ChatTemplate) -> TurnEnd:
     """The end of a turn by the template's rendering of one; `TurnEnd("")` where it renders none, or nothing."""
-    try:
-        rendered = _render(template)
-        text = rendered[rendered.rindex(_CONTENT) + len(_CONTENT) :].strip()
-        ids = encode(template.tokenizer, text) if text else []
-    except Exception as e:  # of every kind: a template is a program
-        logger.debug("the end of a turn is not known, as the chat template does not render one: %s", describe(e))
-        return TurnEnd("")
-    is_one = len(ids) == 1 and _is_added(template.tokenizer, ids[0])
-    return TurnEnd(text, tuple(ids), ids[0] if is_one else None)
+    for question, answer in (("?", _CONTENT), (_parts("?"), _parts(_CONTENT))):  # as some processors want them
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        try:
+            _, found, rest = template.render(messages).rpartition(_CONTENT)
+            ids = encode(template.tokenizer, rest.strip()) if rest.strip() else []
+        except Exception as e:  # of every kind: a template is a program
+            logger.debug("the chat template does not render a turn: %s", describe(e))
+            continue
+        if found:
+            is_one = len(ids) == 1 and _is_added(template.tokenizer, ids[0])
+            return TurnEnd(rest.strip(), tuple(ids), ids[0] if is_one else None)
+    return TurnEnd("")
 
 
-def _render(template: ChatTemplate) -> str:
-    """A question and an answer, whose contents are strings or, as some processors want them, lists of parts."""
-    try:
-        return template.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": _CONTENT}])
-    except Exception:
-        if template.processor is None:
-            raise
-        contents = [[{"type": "text", "text": text}] for text in ("?", _CONTENT)]
-        roles = ("user", "assistant")
-        return template.render([{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)])
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _is_added(tokenizer: Any, token_id: int) -> bool:

@@ -89,12 +89,12 @@ QWEN3_5 = (
 DEEPSEEK = """\
 {{- bos_token -}}
 {%- for m in messages -%}
-{%- if m.role == 'user' -%}{{- '<｜User｜>' + m.content -}}
+{%- if m.role == 'user' -%}{{- '<|User|>' + m.content -}}
 {%- elif m.role == 'assistant' -%}
-{{- '<｜Assistant｜>' + (m.content or '').split('</think>')[-1] + '<｜end▁of▁sentence｜>' -}}
+{{- '<|Assistant|>' + (m.content or '').split('</think>')[-1] + '<|end_of_sentence|>' -}}
 {%- else -%}{{- m.content -}}{%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<｜Assistant｜><think>\\n' -}}{%- endif -%}
+{%- if add_generation_prompt -%}{{- '<|Assistant|><think>\\n' -}}{%- endif -%}
 """
 GLM = (
     _REASONING
@@ -134,7 +134,8 @@ LLAMA_3_1 = """\
 {%- if m.role == 'tool' -%}
 {{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' + m.content | tojson + '<|eot_id|>' -}}
 {%- elif m.tool_calls is iterable and m.tool_calls | length -%}
-{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n<|python_tag|>' + m.tool_calls[0].function.name + '<|eom_id|>' -}}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
+{{- '<|python_tag|>' + m.tool_calls[0].function.name + '<|eom_id|>' -}}
 {%- elif m.role != 'system' -%}
 {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' -}}
 {%- endif -%}
@@ -176,11 +177,7 @@ FAMILIES = {
     "Qwen3": Family(QWEN3, _CHATML, "<|im_end|>", "</think>", (*_THINK, *_CALL)),
     "Qwen3.5": Family(QWEN3_5, _CHATML, "<|im_end|>", "</think>", (*_THINK, *_CALL)),
     "DeepSeek": Family(
-        DEEPSEEK,
-        ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
-        "<｜end▁of▁sentence｜>",
-        "</think>",
-        _THINK,
+        DEEPSEEK, ("<|User|>", "<|Assistant|>", "<|end_of_sentence|>"), "<|end_of_sentence|>", "</think>", _THINK
     ),
     "GLM": Family(
         GLM,

@@ -177,3 +177,27 @@ def test_what_failed_is_asked_with_the_global_parameters():
     (query,) = make_queries(prompts({"temperature": 0.3}), settings(strategies={"two": {"top_k": 3}}))
     assert query.params["temperature"] == 0.3
     assert with_global_parameters(query, settings(strategies={"two": {"top_k": 3}})).params == GLOBAL | {"top_k": 3}
+
+
+def test_a_record_has_answer_and_reference_as_they_are_shown_and_whole(tokenizer):
+    def ids(text: str) -> list[int]:
+        return tokenizer(text)["input_ids"]
+
+    texts = {"reference": "hm</think>4", "reference_raw": "hm</think>4<|im_end|>", "reference_text": "hm</think>four"}
+    prompt = Prompt(0, ids("<|im_start|>1+3?"), "1+3?", **texts)
+    (query,) = make_queries([prompt], settings())
+    completion = Completion([*ids("so</think> 5"), 10_000, tokenizer.eos_token_id], "eos")
+    (sample,) = make_samples(
+        pair([query], [completion]), 1, 0, "float32", AnswerReader(Decoder(tokenizer), "</think>"), None
+    )
+    record = sample.to_dict()
+    assert list(record)[5:13] == [
+        *("prompt", "prompt_text", "generation", "generation_raw", "reference", "reference_raw", "reference_text"),
+        "finish_reason",
+    ]
+    assert record["prompt"] == "<|im_start|>1+3?"
+    assert (record["generation"], record["generation_raw"]) == ("5\ufffd", "so</think> 5\ufffd<|im_end|>")
+    assert (record["reference"], record["reference_raw"]) == ("4", "hm</think>4<|im_end|>")
+    assert record["reference_text"] == "hm</think>four"
+    assert "whole_generation" not in record
+    assert sample.whole_generation == "so</think> 5\ufffd"

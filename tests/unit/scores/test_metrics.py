@@ -125,6 +125,16 @@ def test_verls_signature(own):
     assert metric(sample(**given)) is None
 
 
+def test_a_function_with_verls_signature_gets_the_reasoning_too(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def verls(solution_str, ground_truth): return float(solution_str == 'so</think>4')\n"
+        "def ours(sample): return float(sample.generation == '4')\n"
+    )
+    one = sample(generation="4", whole_generation="so</think>4", reference="4")
+    assert load_metric(f"{tmp_path}/own.py:verls")(one) == load_metric(f"{tmp_path}/own.py:ours")(one) == 1.0
+    assert load_metric("exact_match")(one) == 1.0
+
+
 def test_verls_own_reward_functions():
     metric = load_metric("verl.utils.reward_score:default_compute_score")
     given = {"data_source": "openai/gsm8k", "ground_truth": "18", "reference": "so 18"}
