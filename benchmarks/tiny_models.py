@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig,
 
 VOCAB_SIZE, FIRST_NODE = 160, 40
 EOS = 1
-STEPS, SEQUENCES, TOKENS, LEARNING_RATE = 120, 16, 32, 3e-3
+STEPS, SEQUENCES, TOKENS, LEARNING_RATE = 150, 8, 32, 4e-3
 
 SIZES = {
     "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,

@@ -27,16 +27,18 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import transformers
-from tiny_models import ARCHITECTURES, WEIGHTS, language, special_ids, tiny_model
+from tiny_models import ARCHITECTURES, EOS, WEIGHTS, language, special_ids, tiny_model
 from torch import Tensor
 from transformers import LogitsProcessorList
 from verification_faults import ALWAYS_WRONG, FAULTS
 
 from verl_valgen.backends import judging
 from verl_valgen.backends.base import Limits
-from verl_valgen.backends.fast.backend import FastBackend, why_unsuitable
+from verl_valgen.backends.batching import left_pad
+from verl_valgen.backends.fast.backend import FastBackend
 from verl_valgen.backends.fast.fused import fuse
 from verl_valgen.backends.hf import HFBackend
+from verl_valgen.backends.sampling import GumbelNoise, logits_warpers
 from verl_valgen.records import Request
 
 SEED = 7
@@ -107,7 +109,7 @@ def examine(task: tuple[str, argparse.Namespace]) -> list[Right | Wrong]:
             num_answers = -(-arguments.answers // (len(sound) * len(WEIGHTS)))
             for pair in PAIRS:
                 records += right_answers(name, weights, model, pair, num_answers)
-        if weights != "random":
+        if weights != "random" and arguments.faults:
             for number, fault in enumerate(FAULTS):
                 if name in fault.models:
                     for pair in NUM_WRONG:
@@ -119,7 +121,8 @@ def right_answers(name: str, weights: str, model: Any, pair: str, num_answers: i
     answer_dtype, reader_dtype = PAIRS[pair]
     judge = judge_of(model, answer_dtype, reader_dtype)
     ways = list(ways_of(model, answer_dtype))
-    offset = list(ARCHITECTURES).index(name)  # so that the few batches of each do not all have the same parameters
+    # So that the few batches of each do not all have the same parameters.
+    offset = list(ARCHITECTURES).index(name) + 2 * WEIGHTS.index(weights) + 5 * list(PAIRS).index(pair)
     batches = [
         (PARAMS[i % len(PARAMS)], LENGTHS[i % len(LENGTHS)], min(BATCH, num_answers - (i - offset) * BATCH))
         for i in range(offset, offset - (-num_answers // BATCH))
@@ -128,9 +131,8 @@ def right_answers(name: str, weights: str, model: Any, pair: str, num_answers: i
         batches.append((DEFAULT, LONG, NUM_LONG))
     for i, (params, length, size) in enumerate(batches):
         requests = some_requests(size, params, length, seed=100 * offset + i)
-        for request, completion in zip(requests, ways[i % len(ways)](requests), strict=True):
-            assert completion.output_ids, completion
-            yield Right(name, weights, pair, *judge(request, completion.output_ids))
+        for request, output_ids in zip(requests, ways[i % len(ways)](requests), strict=True):
+            yield Right(name, weights, pair, *judge(request, output_ids))
 
 
 def wrong_answers(
@@ -145,21 +147,20 @@ def wrong_answers(
     judge = judge_of(model, answer_dtype, reader_dtype)
     right, wrong = copy_of(model, answer_dtype), copy_of(model, answer_dtype)
     fault.plant(wrong, earlier)
-    alone = 1 if name in ALWAYS_WRONG else ROUND
+    size = 1 if name in ALWAYS_WRONG else ROUND
     for params in (GREEDY, DEFAULT):
         requests = some_requests(NUM_WRONG[pair] // 2, params, 24, seed=1)
-        expected = HFBackend(right, None, SEED, Limits(batch_size=alone)).generate(requests)
+        expected = [ids for i in range(0, len(requests), size) for ids in answers(right, requests[i : i + size])]
         for begin in range(0, len(requests), ROUND):
             batch = requests[begin : begin + ROUND]
             with fault.around(wrong):
-                completions = HFBackend(wrong, None, SEED, Limits(batch_size=ROUND)).generate(batch)
+                found = answers(wrong, batch)
             lengths = [len(request.input_ids) for request in batch]
-            totals = [length + len(found.output_ids) for length, found in zip(lengths, completions, strict=True)]
+            totals = [length + len(output_ids) for length, output_ids in zip(lengths, found, strict=True)]
             read = {lengths.index(min(lengths)), totals.index(max(totals))}
-            for i, (request, found) in enumerate(zip(batch, completions, strict=True)):
-                assert found.output_ids, found
-                differs = found.output_ids != expected[begin + i].output_ids
-                judged = judge(request, found.output_ids)
+            for i, (request, output_ids) in enumerate(zip(batch, found, strict=True)):
+                differs = output_ids != expected[begin + i]
+                judged = judge(request, output_ids)
                 yield Wrong(number, name, weights, pair, params is GREEDY, begin, i in read, differs, *judged)
 
 
@@ -173,25 +174,38 @@ def copy_of(model: Any, dtype: torch.dtype) -> Any:
     return result.eval().requires_grad_(False).to(model.device)
 
 
-def ways_of(model: Any, dtype: torch.dtype) -> Iterator[Callable[[Sequence[Request]], Any]]:
-    """The ways that give right answers, each as a backend's `generate`."""
-    limits = Limits(batch_size=BATCH)
-    yield HFBackend(copy_of(model, dtype), None, SEED, limits).generate
-    if why_unsuitable(model, GREEDY, 512) is None:
-        is_fused = model.device.type == "cuda"  # there `FastBackend` fuses by itself
-        if not is_fused:
-            yield FastBackend(copy_of(model, dtype), None, SEED, limits).generate
-        exact, plain = copy_of(model, torch.float32), copy_of(model, torch.float32)
-        ids = torch.tensor(language(1, 30, seed=2), device=model.device)
-        with contextlib.suppress(Exception), torch.no_grad():  # fused modules may not fit
-            fuse(exact)
-            expected = plain(input_ids=ids, use_cache=False).logits
-            if torch.allclose(exact(input_ids=ids, use_cache=False).logits, expected, atol=1e-3 * expected.std()):
-                fused = copy_of(model, dtype)
-                fuse(fused)
-                backend = FastBackend(fused, None, SEED, limits)
-                backend.is_fused = True
-                yield backend.generate
+def ways_of(model: Any, dtype: torch.dtype) -> Iterator[Callable[[Sequence[Request]], list[list[int]]]]:
+    """The ways that give right answers: both backends (on CUDA `fast` fuses and captures graphs), and fused modules."""
+    for backend in (HFBackend, FastBackend):
+        generate = backend(copy_of(model, dtype), None, SEED, Limits(batch_size=BATCH)).generate
+        yield lambda requests, generate=generate: [completion.output_ids for completion in generate(requests)]
+    exact, fused = copy_of(model, torch.float32), copy_of(model, dtype)
+    ids = torch.tensor(language(1, 30, seed=2), device=model.device)
+    with contextlib.suppress(Exception), torch.no_grad():  # they may not fit
+        expected = exact(input_ids=ids, use_cache=False).logits
+        fuse(exact)
+        if torch.allclose(exact(input_ids=ids, use_cache=False).logits, expected, atol=1e-3 * expected.std().item()):
+            fuse(fused)
+            yield lambda requests: answers(fused, requests)
+
+
+def answers(model: Any, requests: Sequence[Request]) -> list[list[int]]:
+    """What transformers' own loop answers in one padded batch, without the care that a backend takes."""
+    input_ids, mask = left_pad([request.input_ids for request in requests], model.device)
+    params, (num_prompts, prompt_length) = requests[0].params, input_ids.shape
+    processors = LogitsProcessorList()
+    if params["do_sample"]:
+        keys = [request.key for request in requests]
+        processors += logits_warpers(params, model.device)
+        processors.append(GumbelNoise(SEED, keys, prompt_length, params["max_new_tokens"], model.device))
+    config = copy.deepcopy(special_ids())
+    config.update(do_sample=False, max_new_tokens=params["max_new_tokens"])
+    found = model.generate(
+        input_ids, attention_mask=mask, generation_config=config, logits_processor=processors, synced_gpus=False
+    )
+    rows = found[:, prompt_length:].tolist()
+    assert len(rows) == num_prompts
+    return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
 
 
 def judge_of(
@@ -232,6 +246,8 @@ def show_right(records: Sequence[Right]) -> None:
     names = {"without experts": False, "with experts": True}
     for pair, (group, routed), weights in itertools.product(PAIRS, names.items(), WEIGHTS):
         some = [r for r in records if (r.pair, r.weights) == (pair, weights) and has_experts(r.model) == routed]
+        if not some:
+            continue
         values = torch.tensor([value for r in some for value in r.shortfalls])
         quantiles = [f"{torch.quantile(values, q):.3f}" for q in (0.99, 0.999)]
         share, alarms = float((values > 0).double().mean()), sum(r.objection is not None for r in some)
@@ -278,6 +294,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=3400, help="right answers of each pair of dtypes, at least")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--no-faults", dest="faults", action="store_false", help="right answers alone")
     parser.add_argument("--models", nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES), metavar="MODEL")
     arguments = parser.parse_args()
     begin = time.perf_counter()
