@@ -148,7 +148,14 @@ def without_adapters(model: Any) -> Any:
         if hasattr(module, "modules_to_save") and hasattr(module, "original_module") and module.disable_adapters:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, module.original_module)
-    return model.unload()
+    before = list(model.modules())
+    plain = model.unload()
+    kept = set(plain.modules())
+    for module in before:
+        if module not in kept:  # in a circle of references they would keep the weights until a garbage collection
+            module._modules.clear()
+            module._parameters.clear()
+    return plain
 
 
 def _name(module: nn.Module) -> str:

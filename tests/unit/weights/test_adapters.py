@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -195,3 +197,18 @@ def test_what_the_trainer_has_untied_is_untied():
     plain = gather(source.eval(), dtype=torch.float32, device=CPU, keep=True)
     assert torch.equal(logits(plain), logits(source))
     assert plain.config.tie_word_embeddings is False
+
+
+@pytest.mark.parametrize("name", ["head", "tokens", "saved-head"])
+def test_a_copy_is_gone_without_a_garbage_collection(name):
+    build, config, _, _ = CASES[name]
+    source = peft_model(build, config())
+    gc.collect()
+    gc.disable()
+    try:
+        plain = gather(source, dtype=torch.float32, device=CPU, keep=True)
+        parameters = [weakref.ref(parameter) for parameter in plain.parameters()]
+        del plain
+        assert [ref() for ref in parameters if ref() is not None] == []
+    finally:
+        gc.enable()
