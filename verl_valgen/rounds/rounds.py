@@ -85,10 +85,9 @@ class ValidationRounds:
         missing = [str(step) for step in self.steps if step not in self.asked_at]
         if missing and self.host.is_logging_rank:
             steps = ", ".join([*missing[:3], "...", missing[-1]] if len(missing) > 4 else missing)
-            last = max(self.asked_at, default="none")
             self.warnings.warn(
                 f"no samples came at these steps, for which they were announced: {steps}; training ended "
-                f"without validating there (last step with samples: {last})"
+                f"without validating there (last step with samples: {max(self.asked_at, default='none')})"
             )
 
     def _prepare(self) -> bool:
