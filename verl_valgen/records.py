@@ -35,7 +35,7 @@ class Prompt:
     """A prompt that is ready to be answered."""
 
     row: int | None
-    """Row of the data set; None where the prompt does not come from one."""
+    """Row of the validation data's file (of the data set, while it is read); None where the prompt is not from one."""
     input_ids: list[int]
     """The model's input, up to and including the generation prompt; no padding."""
     text: str
@@ -158,6 +158,9 @@ class Sample:
     index: int
     """0-based position of the prompt in the round."""
     row: int | None
+    """Row of the validation data's file; None where the prompt does not come from it."""
+    file: str | None = field(default=None, kw_only=True)
+    """The file that `row` is of, where the data has several."""
     strategy: str
     completion: int
     """0-based number among the completions of the same prompt."""
@@ -190,9 +193,6 @@ class Sample:
     """The texts that metrics returned beside their scores, such as the answer that a reward function extracted."""
     verified: bool | None = None
     """Whether the answers of the round passed the check against the trainer's model; None: they were not checked."""
-
-    file: str | None = None
-    """The file that `row` is of, where the data has several."""
 
     # Not recorded: for metrics, and for the numbers of the round.
     output_ids: Sequence[int] = ()

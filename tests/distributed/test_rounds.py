@@ -189,8 +189,8 @@ def test_a_mistake_that_only_the_data_shows_ends_the_run_on_all_ranks(outcomes):
 def test_rounds_that_were_announced_and_did_not_come_are_told_once(outcomes):
     first, second = (outcome["none"]["missing"] for outcome in outcomes)
     assert first == [
-        "the samples that were announced for step 4 did not come: training ended without these validations (the last "
-        "one was at step 3)"
+        "no samples came at these steps, for which they were announced: 4; training ended without validating there "
+        "(last step with samples: 3)"
     ]
     assert second == []
     assert outcomes[0]["rows"]["missing"] == []  # none were announced

@@ -84,13 +84,10 @@ class ValidationRounds:
         yield
         missing = [str(step) for step in self.steps if step not in self.asked_at]
         if missing and self.host.is_logging_rank:
-            shown = [*missing[:3], "...", missing[-1]] if len(missing) > 4 else missing
-            steps = f"step{'s' if len(missing) > 1 else ''} {', '.join(shown)}"
-            last = max(self.asked_at, default=None)
-            seen = "there was none at all" if last is None else f"the last one was at step {last}"
+            steps = ", ".join([*missing[:3], "...", missing[-1]] if len(missing) > 4 else missing)
             self.warnings.warn(
-                f"the samples that were announced for {steps} did not come: training ended without these validations "
-                f"({seen})"
+                f"no samples came at these steps, for which they were announced: {steps}; training ended "
+                f"without validating there (last step with samples: {max(self.asked_at, default='none')})"
             )
 
     def _prepare(self) -> bool:
