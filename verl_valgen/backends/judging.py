@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,11 +126,10 @@ def processed(
     """The logits of some positions after processors that look at the tokens before; `begin` is the first position."""
     if not processors:
         return logits
+    process: Any = processors  # annotated with types that tensors do not have
     ids = torch.tensor([[*request.input_ids, *output_ids]], device=logits.device)
     lengths = range(len(request.input_ids) + begin, len(request.input_ids) + begin + len(logits))
-    return torch.cat(
-        [processors(ids[:, :length], row[None].clone()) for length, row in zip(lengths, logits, strict=True)]
-    )
+    return torch.cat([process(ids[:, :length], row[None].clone()) for length, row in zip(lengths, logits, strict=True)])
 
 
 def _missing_of_sample(scores: Tensor, chosen: Tensor, keys: Tensor, request: Request) -> Tensor:
@@ -141,7 +140,8 @@ def _missing_of_sample(scores: Tensor, chosen: Tensor, keys: Tensor, request: Re
     def is_left(doubt: float) -> Tensor:
         masses = {name: params[name] + doubt for name in _MASSES if (params.get(name) or 1.0) < 1.0}
         masses = {name: min(max(mass, _SMALLEST_MASS), 1.0) for name, mass in masses.items()}
-        return logits_warpers({**params, **masses}, scores.device)(chosen[:, None], scores * (1 - doubt)) > -math.inf
+        warp: Any = logits_warpers({**params, **masses}, scores.device)
+        return warp(chosen[:, None], scores * (1 - doubt)) > -math.inf
 
     left = [is_left(doubt) for doubt in (_DOUBT, 0.0, -_DOUBT)]  # (N, V) each
     perhaps, surely = left[0] | left[1] | left[2], left[0] & left[1] & left[2]
