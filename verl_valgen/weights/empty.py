@@ -51,7 +51,11 @@ def empty_like(source: Any, dtype: torch.dtype) -> nn.Module:
     def build() -> nn.Module:
         return _build(lambda: cls(copy.deepcopy(config)), dtype, (_all_on_meta, _parameters_on_meta, _on_cpu))
 
-    return build() if base is source else _build_with_adapters(build, source)
+    if base is not source:
+        return _build_with_adapters(build, source)
+    if hasattr(source, "peft_config"):
+        raise NotImplementedError("adapters that are in the model without PEFT's model around it cannot be merged")
+    return build()
 
 
 def _build_with_adapters(build: Callable[[], nn.Module], source: Any) -> nn.Module:

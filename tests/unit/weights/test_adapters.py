@@ -181,6 +181,13 @@ def test_what_cannot_be_merged_is_named(config, reason):
         gather(source, dtype=torch.float32, device=CPU, keep=True)
 
 
+def test_adapters_that_transformers_itself_put_into_the_model_are_named():
+    source = untied()
+    source.add_adapter(lora())
+    with pytest.raises(NotImplementedError, match="adapters that are in the model without PEFT's model"):
+        gather(source, dtype=torch.float32, device=CPU, keep=True)
+
+
 def test_a_merge_that_gives_something_else_is_an_error(monkeypatch):
     source = peft_model(untied, lora())
     monkeypatch.setattr(peft.tuners.lora.Linear, "merge", lambda self: self.merged_adapters.append("default"))
