@@ -52,11 +52,10 @@ def examine(name: str) -> dict[str, Any]:
             cell = run(patient)
         except Exception as e:
             cell = Cell("raises", describe(e))
-        if cell.outcome in ("wrong", "raises"):
-            for what in depends_on:
-                if what in upstream:
-                    cell = Cell("upstream", f"its own {what}: {upstream[what]}")
-                    break
+        fault = next((what for what in depends_on if what in upstream), None)
+        # A copy that differs is wrong, whatever its forward pass does.
+        if fault is not None and (cell.outcome == "raises" or (cell.outcome == "wrong" and check != "copy")):
+            cell = Cell("upstream", f"its own {fault}: {upstream[fault]}")
         cells[check] = cell
         patient.passes[check] = cell.outcome in ("right", "falls back")
     return {
@@ -84,6 +83,7 @@ def check_bfloat16(patient: Patient) -> Cell:
     model = patient.copy(torch.bfloat16)
     if patient.adapter is None:
         loaded = patient.loaded[torch.bfloat16]
+        loaded.set_attn_implementation(model.config._attn_implementation)  # another one rounds otherwise
     else:  # merged in float32, then rounded
         loaded = patient.copy()
         for parameter in loaded.parameters():
@@ -162,7 +162,7 @@ def answered(
 
 
 CHECKS: dict[str, tuple[Callable[[Patient], Cell], tuple[str, ...]]] = {
-    "copy": (check_copy, ()),
+    "copy": (check_copy, ("forward",)),
     "bfloat16": (check_bfloat16, ("forward", "reload")),
     "hf": (check_alone, ("forward", "generate")),
     "batch": (check_batch, ("forward", "generate")),
