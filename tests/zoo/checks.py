@@ -111,22 +111,22 @@ def same_logits(patient: Patient, actual: PreTrainedModel, expected: PreTrainedM
 
 def check_alone(patient: Patient) -> Cell:
     """`hf`, one prompt at a time."""
-    return answered(patient, HFBackend, patient.requests, together=False)
+    return answered(patient, HFBackend, patient.requests, together=False, way="hf")
 
 
 def check_batch(patient: Patient) -> Cell:
     """`hf`, prompts of unequal lengths together."""
-    return answered(patient, HFBackend, patient.requests, together=True)
+    return answered(patient, HFBackend, patient.requests, together=True, way="batch")
 
 
 def check_fast(patient: Patient) -> Cell:
     """`fast`, as on CPU."""
-    return answered(patient, FastBackend, patient.requests, together=True)
+    return answered(patient, FastBackend, patient.requests, together=True, way="fast")
 
 
 def check_fused(patient: Patient) -> Cell:
     """`fast` with fused modules, as on CUDA."""
-    return answered(patient, FastBackend, patient.requests, together=True, fused=True)
+    return answered(patient, FastBackend, patient.requests, together=True, fused=True, way="fused")
 
 
 def check_sampling(patient: Patient) -> Cell:
@@ -137,15 +137,34 @@ def check_sampling(patient: Patient) -> Cell:
 
 
 def check_verified(patient: Patient) -> Cell:
-    """Some way gives answers that pass, the fastest of them first: what a round shows is proven."""
-    way = next((way for way in WAYS if patient.passes.get(way)), None)
-    return Cell("wrong", "no way passes") if way is None else Cell("right", way)
+    """What a round would show: the answers of the fastest way to which its net has no objection, and they are right.
+
+    The net reads two answers: the one behind the most padding, and the longest.
+    """
+    for way in (way for way in WAYS if way in patient.answers):
+        read_by_net = [(patient.requests[i], patient.answers[way][i]) for i in (0, -1)]
+        objections = [found for pair in read_by_net if (found := patient.objection(*pair))]
+        if objections and patient.passes.get(way):
+            return Cell("wrong", f"objects to right answers of {way}: {objections[0]}")
+        if not objections:
+            return Cell("right", way) if patient.passes.get(way) else Cell("wrong", f"passes wrong answers of {way}")
+    return Cell("wrong", "no way passes")
 
 
 def answered(
-    patient: Patient, backend_class: type[HFBackend], requests: list[Request], *, together: bool, fused: bool = False
+    patient: Patient,
+    backend_class: type[HFBackend],
+    requests: list[Request],
+    *,
+    together: bool,
+    fused: bool = False,
+    way: str | None = None,
 ) -> Cell:
-    """Has a backend answer, and the source judge."""
+    """Has a backend answer, and the source judge.
+
+    Args:
+        way: One of `WAYS`, for which the answers are kept.
+    """
     model = patient.copy()
     if fused:
         fuse(model)
@@ -155,6 +174,8 @@ def answered(
         batches = [requests] if together else [[request] for request in requests]
         completions = [completion for batch in batches for completion in backend.generate(batch)]
     judgement = patient.judge(requests, completions)
+    if way is not None:
+        patient.answers[way] = completions
     if judgement.num_wrong:
         return Cell("wrong", str(judgement))
     reason = getattr(backend, "unsuitable", None)
