@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from zoo.configurations import variant
-from zoo.judging import Judgement, judge_all
+from zoo.judging import Judgement, judge_all, read
 from zoo.sources import source_model
 
+from verl_valgen.backends.judging import EXACT, objection, shortfalls
 from verl_valgen.records import Completion, Request
 from verl_valgen.weights.gather import gather
 
@@ -36,6 +37,8 @@ class Patient:
     def __init__(self, name: str) -> None:
         self.passes: dict[str, bool] = {}
         """Check -> whether all its answers were judged right."""
+        self.answers: dict[str, list[Completion]] = {}
+        """Way -> its answers to `requests`; those that an exception prevented are missing."""
         self.source = source_model(name)
         self.adapter = variant(name).adapter
         generator = torch.Generator().manual_seed(2)
@@ -65,6 +68,12 @@ class Patient:
 
     def judge(self, requests: Sequence[Request], completions: Sequence[Completion]) -> Judgement:
         return judge_all(self.source, requests, completions, SEED)
+
+    def objection(self, request: Request, completion: Completion) -> str | None:
+        """What a round's net has against an answer."""
+        chosen = completion.output_ids
+        logits = read(self.source, [*request.input_ids, *chosen])[-len(chosen) - 1 : -1]
+        return objection(shortfalls(logits, request, chosen, SEED, LogitsProcessorList()), EXACT)
 
 
 def describe(error: BaseException) -> str:

@@ -50,8 +50,10 @@ VARIANTS: dict[str, Variant] = {
     "gemma2:window": Variant(_WINDOW),
     "gemma3:window": Variant({"text_config.sliding_window": 8, "text_config.layer_types": _MIXED}),
     "gemma3_text:window": Variant({**_WINDOW, "layer_types": _MIXED}),
-    "gemma4_text:equal-keys": Variant({"attention_k_eq_v": True}),
-    "gemma4_text:moe": Variant({"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}),
+    "gemma4_text:equal-keys": Variant({"attention_k_eq_v": True, "num_global_key_value_heads": 2}),
+    "gemma4_text:moe": Variant(
+        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    ),
     "gemma4_text:shared-keys": Variant({"num_kv_shared_layers": 2}),
     "gemma4_text:window": Variant(_WINDOW),
     "glm4_moe:qk-norm": Variant({"use_qk_norm": True}),
