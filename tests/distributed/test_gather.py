@@ -23,8 +23,9 @@ from verl_valgen.collectives import agree
 from verl_valgen.hosts.cpu import cpu_platform
 from verl_valgen.weights import gather as gather_module
 from verl_valgen.weights.empty import empty_from_config, empty_like
-from verl_valgen.weights.gather import collect, gather, largest_unit_bytes, num_parameters
+from verl_valgen.weights.gather import collect, gather
 from verl_valgen.weights.plain_copy import PlainCopy
+from verl_valgen.weights.sizes import largest_unit_bytes, num_parameters
 
 CPU = torch.device("cpu")
 SIZES = {

@@ -69,7 +69,7 @@ class Host(ABC):
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, the same number on all ranks."""
-        from verl_valgen.weights.gather import num_parameters
+        from verl_valgen.weights.sizes import num_parameters
 
         return num_parameters(self.model)
 
@@ -80,8 +80,8 @@ class Host(ABC):
 
     @property
     def largest_unit_bytes(self) -> int:
-        """Bytes that gathering takes beside the copy: see `verl_valgen.weights.gather.largest_unit_bytes`."""
-        from verl_valgen.weights.gather import largest_unit_bytes
+        """Bytes that gathering takes beside the copy: see `verl_valgen.weights.sizes.largest_unit_bytes`."""
+        from verl_valgen.weights.sizes import largest_unit_bytes
 
         return largest_unit_bytes(self.model)
 
