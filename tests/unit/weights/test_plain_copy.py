@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from verl_valgen.weights.empty import empty_like
+from verl_valgen.weights.empty import empty_from_config, empty_like
 from verl_valgen.weights.plain_copy import PlainCopy
 
 CPU = torch.device("cpu")
@@ -31,6 +31,25 @@ def test_a_tied_parameter_is_stored_once_under_whichever_name_it_comes(names):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, source.lm_head.weight.bfloat16())
     assert copy.num_bytes == 2 * source.num_parameters()
+
+
+@pytest.mark.parametrize("names", [(EMBEDDING, HEAD), (HEAD, EMBEDDING)], ids=["embedding-first", "head-first"])
+def test_a_stream_with_two_values_for_a_tied_parameter_unties_it(names):
+    """As `from_pretrained` does where the checkpoint has two, whatever its configuration says."""
+    source = build(tie_word_embeddings=True)
+    two = {EMBEDDING: source.lm_head.weight, HEAD: torch.randn(37, 16)}
+    copy = PlainCopy(empty_from_config(AutoModelForCausalLM, source.config, torch.bfloat16), CPU)
+    for name, parameter in source.named_parameters():
+        if name != EMBEDDING:
+            copy.receive(name, parameter)
+    for name in names:
+        copy.receive(name, two[name])
+    model = copy.finish()
+    assert {name: torch.equal(model.get_parameter(name), two[name].bfloat16()) for name in two} == dict.fromkeys(
+        two, True
+    )
+    assert not model.config.tie_word_embeddings
+    assert source.config.tie_word_embeddings
 
 
 def test_buffers_of_a_state_dict_are_received_too():
