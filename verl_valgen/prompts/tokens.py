@@ -12,8 +12,9 @@ from typing import Any
 REPLACEMENT = "\ufffd"
 """What a token that has no text is shown as, and what decoders give for bytes that are no UTF-8."""
 
-_FEWEST, _MOST = 8, 64
-"""Numbers of tokens before a text that it is decoded behind: the first unless a character begins further ahead."""
+_CONTEXT_LENGTHS = (8, 9, 10, 11)
+"""Numbers of tokens before a text that it is decoded behind, so that one of them begins with a character: these have at
+most four bytes, each of which may be a token."""
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -47,13 +48,13 @@ class Decoder:
             behind: The tokens before these. Alone, decoders of the SentencePiece kind would strip a leading space.
                 A character whose bytes lie on both sides belongs to the text behind.
         """
-        context = [token_id for token_id in behind[-_MOST:] if self.has_text(token_id)]
+        context = [token_id for token_id in behind[-_CONTEXT_LENGTHS[-1] :] if self.has_text(token_id)]
         pieces = []
         for has_text, group in groupby(token_ids, self.has_text):
             run = list(group)
             if has_text:
                 pieces.append(self._added(context, run))
-                context = [*context, *run][-_MOST:]
+                context = [*context, *run][-_CONTEXT_LENGTHS[-1] :]
             else:
                 pieces.append(REPLACEMENT * len(run))
         return "".join(pieces)
@@ -84,12 +85,10 @@ class Decoder:
 
     def _added(self, context: Sequence[int], token_ids: list[int]) -> str:
         """The text that tokens add to that of the tokens before them; all of them are known."""
-        length = _FEWEST
-        before = self._decode(context[-length:])
-        while before.startswith(REPLACEMENT) and length < len(context):  # it begins amid a character
-            length *= 2
-            before = self._decode(context[-length:])
-        text = self._decode([*context[-length:], *token_ids])
+        # Bytes that begin amid a character would spoil all that follow.
+        tails = [context[-length:] for length in _CONTEXT_LENGTHS]
+        tail = next((tail for tail in tails if not self._decode(tail).startswith(REPLACEMENT)), tails[0])
+        before, text = self._decode(tail), self._decode([*tail, *token_ids])
         if text.startswith(before):
             return text[len(before) :]
         if before.endswith(REPLACEMENT):  # it ends amid a character, which is complete now

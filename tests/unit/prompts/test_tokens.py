@@ -107,9 +107,10 @@ def test_wherever_prompt_and_answer_part_they_are_the_whole(pieces):
         assert text.endswith(REPLACEMENT) == (text + rest != whole)
 
 
-def test_the_bytes_of_a_long_prompt_do_not_spoil_the_answer(pieces):
+@pytest.mark.parametrize("text", ["é" + "😀" * 40, "😀" * 40 + "é", "日" * 50], ids=len)
+def test_the_bytes_of_a_long_prompt_do_not_spoil_the_answer(pieces, text):
     decoder = Decoder(pieces)
-    prompt = utf8(pieces, "é" + "😀" * 40)
+    prompt = utf8(pieces, text)
     assert decoder.whole(ids(pieces, "▁Paris"), prompt) == " Paris"
     assert decoder.whole(utf8(pieces, "😀é"), prompt) == "😀é"
     assert decoder.whole(utf8(pieces, "😀")[:2], prompt) == REPLACEMENT * 2  # an answer that is cut off
