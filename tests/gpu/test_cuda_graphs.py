@@ -15,8 +15,9 @@ from gpu.test_trainers import needs_compiler
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from verl_valgen.backends.base import Limits
-from verl_valgen.backends.fast import cuda_graph
+from verl_valgen.backends.fast import cuda_graph, suitability
 from verl_valgen.backends.fast.backend import FastBackend
+from verl_valgen.backends.fast.suitability import try_model
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.records import Completion, Request
 from verl_valgen.rounds.restore import preserved_blas_workspaces
@@ -55,7 +56,9 @@ def plain(assets) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def fused(assets) -> PreTrainedModel:
-    return load(assets, torch.float32)
+    model = load(assets, torch.float32)
+    assert try_model(model, requests(9), may_fuse=True).unsuitable is None  # which captures a graph, too
+    return model
 
 
 @pytest.fixture
@@ -202,7 +205,8 @@ def test_compiled_it_says_the_same_and_compiles_once(in_bfloat16, assets, tokeni
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
-def test_a_model_that_asks_the_host_gets_hugging_faces_loop(plain, assets, tokenizer, caplog):
+def test_a_model_that_asks_the_host_gets_hugging_faces_loop(plain, assets, tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(suitability, "_findings", {})
     asking = load(assets, torch.float32)
     asking.model.register_forward_pre_hook(lambda module, args: torch.ones(1, device=CUDA).item() and None)
     expected = answer(HFBackend, plain, tokenizer, SAMPLING, requests(*MIXED))
@@ -210,6 +214,7 @@ def test_a_model_that_asks_the_host_gets_hugging_faces_loop(plain, assets, token
         assert answer(FastBackend, asking, tokenizer, SAMPLING, requests(*MIXED)) == expected
     assert "Hugging Face's loop: a step cannot be captured" in caplog.text
     asking.model._forward_pre_hooks.clear()
+    suitability._findings.clear()
     assert answer(FastBackend, asking, tokenizer, SAMPLING, requests(*MIXED)) == expected
 
 

@@ -1,7 +1,8 @@
 """Hugging Face's `generate` as a backend.
 
 Sampling runs as greedy search over perturbed logits (`sampling.py`), so that one code path serves both and torch's
-global random state is never used.
+global random state is never used. (Over 200 lines, as subclasses override a part of each: of the batches, of a batch,
+and of the call.)
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from transformers import (
 )
 
 from verl_valgen.backends.base import Backend, UnsuitableError
-from verl_valgen.backends.batching import Group, as_id_set, group_requests, left_pad
+from verl_valgen.backends.batching import Group, as_id_set, even_length, group_requests
 from verl_valgen.backends.beams import BeamObserver
 from verl_valgen.backends.observers import NanObserver, StopStringObserver
+from verl_valgen.backends.padding import Sharing, left_pad, next_batch
 from verl_valgen.backends.sampling import GumbelNoise, logits_warpers
+from verl_valgen.backends.sharing import how_to_share
 from verl_valgen.records import Completion, FinishReason, Request
 from verl_valgen.settings.generation_config import SAMPLING_ONLY
 from verl_valgen.text import describe, describe_at_length
@@ -78,6 +81,10 @@ class HFBackend(Backend):
     def release(self) -> None:
         """Frees what is kept from one batch for the next. A hook for subclasses."""
 
+    def sharing(self, requests: Sequence[Request]) -> Sharing:
+        """Says which prompts may share a batch."""
+        return how_to_share(self, requests, even_length(self.model.config))
+
     def _generate_groups(
         self, requests: Sequence[Request], groups: Sequence[Group], completions: list[Completion]
     ) -> None:
@@ -86,9 +93,10 @@ class HFBackend(Backend):
         for group in groups:
             todo = group.indices
             while todo and time.time() <= self.limits.deadline:
-                batch = [requests[i] for i in todo[:batch_size]]
+                indices = next_batch(requests, todo, batch_size, self.sharing(requests))
+                batch = [requests[i] for i in indices]
                 try:
-                    answers = self.generate_batch(batch, group.max_new_tokens)
+                    answers = self.generate_batch(batch, group)
                     if batch[0].wants_logprob:
                         answers = self.with_logprobs(batch, answers)
                 except torch.OutOfMemoryError as e:
@@ -99,23 +107,26 @@ class HFBackend(Backend):
                     traceback.clear_frames(e.__traceback__)  # they hold what was allocated
                     self.release()
                     continue
-                for i, answer in zip(todo, answers, strict=False):  # one batch of `todo`
+                for i, answer in zip(indices, answers, strict=True):
                     completions[i] = answer
-                todo = todo[batch_size:]
+                todo = todo[len(indices) :]
 
-    def generate_batch(self, requests: Sequence[Request], max_new_tokens: int) -> list[Completion]:
+    def generate_batch(self, requests: Sequence[Request], group: Group) -> list[Completion]:
         """Returns one completion per request of a single batch.
 
         Args:
             requests: B requests with equal parameters.
-            max_new_tokens: In place of the parameter of that name; 0 where the prompts fill the model's context.
+            group: The group that they belong to. Its `max_new_tokens` stands in place of the parameter of that name.
         """
+        max_new_tokens = group.max_new_tokens
         if max_new_tokens <= 0:
             return [Completion([], "length") for _ in requests]
         device = self.model.device
         input_ids, attention_mask = left_pad([request.input_ids for request in requests], device)  # (B, L) each
         params = requests[0].params
         config = self._generation_config(params, max_new_tokens)
+        if not group.use_cache or self.sharing(requests) is Sharing.NOT_EVEN_A_CACHE:
+            config.use_cache = False
 
         processors = LogitsProcessorList()
         if params["do_sample"]:

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from verl_valgen.backends.batching import group_requests
+from verl_valgen.backends.batching import Group, even_length, group_requests
 from verl_valgen.backends.hf import HFBackend
+from verl_valgen.backends.padding import Sharing, next_batch
+from verl_valgen.backends.sharing import how_to_share
 from verl_valgen.collectives import agree, largest
 from verl_valgen.records import Completion, Request
 from verl_valgen.text import describe
 
 _FILLER = Request([0], (0, 0), {"do_sample": False, "max_new_tokens": 1})
 """A request whose answer nobody wants: a rank without requests of its own answers it, to take part in the passes."""
+_FILLER_GROUP = Group([0], 1)
 
 
 class LockstepBackend(HFBackend):
@@ -37,6 +40,7 @@ class LockstepBackend(HFBackend):
     def __init__(self, *args: Any, sequence_bytes: int, logprobs_bytes: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sequence_bytes, self.logprobs_bytes = sequence_bytes, logprobs_bytes
+        self._sharing = Sharing.NONE
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Completes this rank's requests, as `Backend.generate` says. Collective: all ranks must call.
@@ -48,11 +52,13 @@ class LockstepBackend(HFBackend):
         completions: list[Completion] = [Completion([], "time")] * len(requests)
         todo = [group for groups in group_requests(requests, self.model.config) for group in groups]
         batch_size = self.batch_size
+        self._sharing = how_to_share(self, requests, even_length(self.model.config), lambda ok: agree(ok, device))
         error: Exception | None = None
         while largest(len(todo), device) > 0:
             if not agree(time.time() <= self.limits.deadline, device):
                 break
-            batch, limit = (todo[0].indices[:batch_size], todo[0].max_new_tokens) if todo else ([], 1)
+            group = todo[0] if todo else _FILLER_GROUP
+            batch = next_batch(requests, group.indices, batch_size, self._sharing) if todo else []
             # Twice: while a cache grows, the old and the new one are both there.
             if not agree(self._fits(2 * self.sequence_bytes * max(1, len(batch))), device):
                 if batch_size == 1:
@@ -62,14 +68,14 @@ class LockstepBackend(HFBackend):
                 continue
             num_passes = self.model.num_passes
             try:
-                answers = self.generate_batch([requests[i] for i in batch] or [_FILLER], limit)
+                answers = self.generate_batch([requests[i] for i in batch] or [_FILLER], group)
             except torch.OutOfMemoryError as e:
                 error, todo = e, []
                 continue
             except Exception as e:
                 answers = [Completion([], "error", error=describe(e))] * len(batch)
                 if self.model.num_passes == num_passes:  # the others are in passes that this rank has not begun
-                    self.generate_batch([_FILLER], 1)
+                    self.generate_batch([_FILLER], _FILLER_GROUP)
             for i, answer in zip(batch, answers, strict=False):
                 completions[i] = answer
             if todo:
@@ -111,10 +117,13 @@ class LockstepBackend(HFBackend):
             return False
         return True
 
-    def generate_batch(self, requests: Sequence[Request], max_new_tokens: int) -> list[Completion]:
+    def sharing(self, requests: Sequence[Request]) -> Sharing:
+        return self._sharing  # which the ranks have found together
+
+    def generate_batch(self, requests: Sequence[Request], group: Group) -> list[Completion]:
         # Where the context is full, one token is generated all the same, to take part in the passes of the others.
-        completions = super().generate_batch(requests, max(1, max_new_tokens))
-        return completions if max_new_tokens > 0 else [Completion([], "length") for _ in requests]
+        completions = super().generate_batch(requests, group._replace(max_new_tokens=max(1, group.max_new_tokens)))
+        return completions if group.max_new_tokens > 0 else [Completion([], "length") for _ in requests]
 
     def call_generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         deferred = DeferredError()

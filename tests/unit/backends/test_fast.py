@@ -87,16 +87,28 @@ def test_it_says_what_hugging_face_says_with_fewer_kernels_too(name, params):
     assert answer(HFBackend, model, params) == expected
 
 
-def test_what_gives_other_results_is_left_alone():
-    """A class that looks like the usual MLP and computes something else is kept."""
+def doubled(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * 2
+
+
+def swapped(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+def clamped(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """Like the usual one for all that a proof may see."""
+    return self.down_proj((self.act_fn(self.gate_proj(x)) * self.up_proj(x)).clamp(max=1e4))
+
+
+@pytest.mark.parametrize("forward", [doubled, swapped, clamped])
+def test_what_gives_other_results_is_left_alone(forward):
+    """A class that looks like the usual MLP and computes something else is kept, in the layer that has it."""
     model = build("llama")
-    mlp_class: Any = type(model.model.layers[0].mlp)
-    odd_class = type("OddMLP", (mlp_class,), {"forward": lambda self, x: mlp_class.forward(self, x) * 2})
-    for layer in model.model.layers:
-        layer.mlp.__class__ = odd_class
+    mlp = model.model.layers[1].mlp
+    mlp.__class__ = type("OddMLP", (type(mlp),), {"forward": forward})
     expected = answer(HFBackend, model, GREEDY)
     fuse(model)
-    assert {type(layer.mlp).__name__ for layer in model.model.layers} == {"OddMLP"}
+    assert [type(layer.mlp).__name__ for layer in model.model.layers] == ["FusedMLP", "OddMLP"]
     assert {type(layer.self_attn).__name__ for layer in model.model.layers} == {"FusedAttention"}
     assert answer(FastBackend, model, GREEDY) == expected
 

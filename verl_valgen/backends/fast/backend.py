@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import GenerationMode
 
 from verl_valgen.backends.base import UnsuitableError
 from verl_valgen.backends.batching import Group
+from verl_valgen.backends.fast.fused import unfuse
+from verl_valgen.backends.fast.suitability import try_model, why_unsuitable
 from verl_valgen.backends.hf import HFBackend
+from verl_valgen.backends.padding import Sharing, next_batch
+from verl_valgen.backends.trial import model_key
 from verl_valgen.records import Completion, Request
-from verl_valgen.settings.generation_config import SAMPLING_ONLY
 from verl_valgen.text import describe
 
 if TYPE_CHECKING:
@@ -29,13 +29,17 @@ _compile_failures: list[str] = []
 """Why torch.compile failed in this process. It is not tried again: it would fail every time, after half a minute."""
 
 
+_failures: dict[tuple[str, str], str] = {}
+"""Why our loop failed, by `model_key` and parameters, where Hugging Face's did not. It would fail in every round."""
+
+
 class FastBackend(HFBackend):
     """Generates with `DecodingLoop` where it can, on CUDA with one graph launch per token."""
 
     loop: DecodingLoop | None = None
     """Kept from one batch for the next."""
-    is_fused = False
-    """Whether the model's modules have been replaced by fused ones."""
+    uses_own_loop = False
+    """Whether the batch of the moment runs in our loop."""
     unsuitable: str | None = None
     """Why Hugging Face's loop runs instead, None where ours does."""
 
@@ -47,35 +51,71 @@ class FastBackend(HFBackend):
 
     def prepare(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
         self.release()
+        self.unsuitable = None
+        cached = [group for group in groups if group.use_cache]
+        if not cached:
+            return  # `generate_batch` says why
         # The longest of all batches, so that one loop serves them; a multiple of 64, so that attention reads the mask
         # without a copy.
-        longest = max(len(requests[group.indices[-1]].input_ids) + group.max_new_tokens for group in groups)
+        longest = max(len(requests[group.indices[-1]].input_ids) + group.max_new_tokens for group in cached)
         self.cache_length = -(-longest // 64) * 64
-        self.unsuitable = why_unsuitable(self.model, requests[groups[0].indices[0]].params, self.cache_length)
-        may_fuse = self.limits.fuse and self.model.device.type == "cuda"
-        if self.unsuitable is None and may_fuse and not self.is_fused:
-            from verl_valgen.backends.fast.fused import fuse
+        params = requests[groups[0].indices[0]].params
+        self.unsuitable = why_unsuitable(self.model, params, self.cache_length) or self._earlier_failure(params)
+        if self.unsuitable is None:
+            may_fuse = self.limits.fuse and self.model.device.type == "cuda"
+            self.unsuitable = try_model(self.model, requests, may_fuse=may_fuse).unsuitable
+        if self.unsuitable is not None:
+            unfuse(self.model)
 
-            fuse(self.model)
-            self.is_fused = True
+    def _earlier_failure(self, params: Any) -> str | None:
+        return _failures.get((model_key(self.model), repr(params)))
 
     def release(self) -> None:
         self.loop = None
 
-    def generate_batch(self, requests: Sequence[Request], max_new_tokens: int) -> list[Completion]:
-        if self.unsuitable is None:
-            try:
-                return self._generate_batch_compiled(requests, max_new_tokens)
-            except UnsuitableError as e:
-                self.unsuitable = str(e)
-            self.release()
-        logger.debug("Hugging Face's loop: %s", self.unsuitable)
-        return super().generate_batch(requests, max_new_tokens)
+    def sharing(self, requests: Sequence[Request]) -> Sharing:
+        # The trial of our loop has a padded prompt.
+        return Sharing.ANY_LENGTHS if self.unsuitable is None else super().sharing(requests)
 
-    def _generate_batch_compiled(self, requests: Sequence[Request], max_new_tokens: int) -> list[Completion]:
+    def generate_batch(self, requests: Sequence[Request], group: Group) -> list[Completion]:
+        reason = self.unsuitable
+        if reason is None and not group.use_cache:
+            reason = "an answer crosses a length beyond which the rotary tables are others"
+        if reason is not None:
+            return self._in_hugging_faces_loop(requests, group, reason)
+        try:
+            self.uses_own_loop = True
+            return self._generate_batch_compiled(requests, group)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # a class that we do not know may do anything with our cache
+            traceback.clear_frames(e.__traceback__)
+            is_known = isinstance(e, UnsuitableError)
+            self.unsuitable = str(e) if is_known else describe(e)
+        finally:
+            self.uses_own_loop = False
+        self.release()
+        answers = self._in_hugging_faces_loop(requests, group, self.unsuitable)
+        if not is_known:  # and what fails in both is the fault of the parameters
+            _failures[model_key(self.model), repr(requests[0].params)] = self.unsuitable
+        return answers
+
+    def _in_hugging_faces_loop(self, requests: Sequence[Request], group: Group, reason: str) -> list[Completion]:
+        """Answers a batch of ours with the model as it came, in smaller batches where prompts must be apart."""
+        logger.debug("Hugging Face's loop: %s", reason)
+        unfuse(self.model)
+        answers: list[Completion] = []
+        while len(answers) < len(requests):
+            rest = list(range(len(answers), len(requests)))
+            if len(rest) > 1:
+                rest = next_batch(requests, rest, len(rest), super().sharing(requests))
+            answers += super().generate_batch([requests[i] for i in rest], group)
+        return answers
+
+    def _generate_batch_compiled(self, requests: Sequence[Request], group: Group) -> list[Completion]:
         """Returns the completions of one batch, generated with torch.compile if that is wanted and works."""
         try:
-            return super().generate_batch(requests, max_new_tokens)
+            return super().generate_batch(requests, group)
         except (UnsuitableError, torch.OutOfMemoryError):
             raise
         except Exception as e:
@@ -84,14 +124,14 @@ class FastBackend(HFBackend):
             _compile_failures.append(describe(e))
         logger.warning("generation.compile: going on without torch.compile, which failed: %s", _compile_failures[-1])
         self.release()
-        return super().generate_batch(requests, max_new_tokens)
+        return super().generate_batch(requests, group)
 
     @property
     def _compiles(self) -> bool:
         return self.limits.compile and not _compile_failures
 
     def call_generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        if self.unsuitable is not None:
+        if not self.uses_own_loop:
             return super().call_generate(input_ids, **kwargs)
         from verl_valgen.backends.fast.loop import DecodingLoop
 
@@ -99,46 +139,3 @@ class FastBackend(HFBackend):
             self.release()  # before the next one is allocated
             self.loop = DecodingLoop(self.model, len(input_ids), self.cache_length, compile=self._compiles)
         return super().call_generate(input_ids, custom_generate=self.loop, **kwargs)
-
-
-def why_unsuitable(model: PreTrainedModel, params: Any, cache_length: int) -> str | None:
-    """Says why our loop cannot serve a model or a request's parameters, None if it can.
-
-    Args:
-        params: `transformers.GenerationConfig` fields.
-        cache_length: The most tokens of a padded prompt and its answer.
-    """
-    # 4.57 is the first that takes a callable as `custom_generate`, and has cache layers as they still are.
-    if Version(transformers.__version__) < Version("4.57"):
-        return f"transformers {transformers.__version__} lets no other loop in"
-    handled_here = SAMPLING_ONLY | {"do_sample", "stop_strings"}
-    config = GenerationConfig(**{name: value for name, value in params.items() if name not in handled_here})
-    if (mode := config.get_generation_mode()) is not GenerationMode.GREEDY_SEARCH:
-        return f"{mode.value} does not go one token after the other"
-    for name, neutral in (
-        ("use_cache", True), ("cache_implementation", None), ("prefill_chunk_size", None), ("guidance_scale", None),
-    ):  # fmt: skip
-        if params.get(name, neutral) not in (neutral, None):
-            return f"generation.{name} is set"
-    if model.config.is_encoder_decoder or not model._can_compile_fullgraph:
-        return f"{type(model).__name__} has no steps of one shape"
-    return _why_no_full_attention(model.config.get_text_config(), cache_length)
-
-
-def _why_no_full_attention(config: Any, cache_length: int) -> str | None:
-    """Says why not every layer attends to all of a sequence with a cache of its own, None if every layer does."""
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"the attention is {config._attn_implementation}"
-    if getattr(config, "num_kv_shared_layers", 0):
-        return "layers share their keys and values"
-    windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size", "full_attention": ""}
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:  # without them, an attribute that is set holds for all layers
-        layer_types = [name for name, attribute in windows.items() if getattr(config, attribute or "_", None)]
-    for layer_type in sorted(set(layer_types)):
-        if layer_type not in windows:
-            return f"the model has {layer_type}"
-        window = getattr(config, windows[layer_type] or "_", None)
-        if window is not None and window < cache_length:
-            return f"the {layer_type} reaches back {window} tokens, the longest answer {cache_length}"
-    return None

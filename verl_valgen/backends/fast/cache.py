@@ -30,6 +30,12 @@ class FixedCache(Cache):
             assert isinstance(layer, FixedLayer)
             layer.prefill = prefill
 
+    def set_reported_length(self, length: int) -> None:
+        """Sets what `get_seq_length` says in steps. It is a number of the host, so that a graph could hold but one."""
+        for layer in self.layers:
+            assert isinstance(layer, FixedLayer)
+            layer.reported_length = length
+
 
 class FixedLayer(CacheLayerMixin):
     """Keys and values of one layer, (B, num_key_value_heads, L, head_dim) each, allocated at the first update."""
@@ -43,6 +49,7 @@ class FixedLayer(CacheLayerMixin):
         super().__init__()
         self.cache_length, self.slot = cache_length, slot
         self.prefill = True
+        self.reported_length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # type: ignore[override]
         self.keys, self.values = (
@@ -82,7 +89,7 @@ class FixedLayer(CacheLayerMixin):
         return (query_length if isinstance(query_length, int) else query_length.shape[0]), 0
 
     def get_seq_length(self, *args: Any) -> int:
-        return 0  # transformers asks before the prefill; a step brings its own positions
+        return 0 if self.prefill else self.reported_length  # a step brings its own positions
 
     def get_max_length(self) -> int:
         return self.cache_length
