@@ -65,3 +65,6 @@ class Backend(ABC):
         Raises:
             torch.OutOfMemoryError: Not even one request fits.
         """
+
+    def restore(self) -> None:  # noqa: B027  (most change nothing)
+        """Undoes what the backend has made of the model, for those who want it afterwards."""

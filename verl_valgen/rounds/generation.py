@@ -234,7 +234,10 @@ class Answerer:
         backend = backend_class(gathered.way.backend, self.host.device.type)(
             model, self.host.tokenizer, self.settings.seed, gathered.way.within(limits)
         )
-        return self._timed(backend, gathered.share)
+        answers = self._timed(backend, gathered.share)
+        if gathered.model is not None:
+            backend.restore()
+        return answers
 
     def _generate_through_the_sharded_model(self, gathered: GatheredRound) -> list[list[Any]]:
         """Collective: all ranks must call."""

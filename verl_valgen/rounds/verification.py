@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, PretrainedConfig
 
+from verl_valgen.backends.batching import table_boundaries
 from verl_valgen.backends.beams import beam_objection
 from verl_valgen.backends.hf import HFBackend, has_processors
 from verl_valgen.backends.judging import objection, shortfalls, tolerance
@@ -83,11 +84,11 @@ def verify(reading: Reading, requests: Sequence[Request], completions: Sequence[
             not looked at.
     """
     host = reading.host
-    chosen, error = attempt(lambda: _chosen(requests, completions or []))
+    chosen, error = attempt(lambda: _chosen(requests, completions or [], host.model_config))
     received = broadcast(chosen, host.is_logging_rank, host.device)
     if not received:
         return Finding(None, "no answer that could be read" if error is None else describe(error))
-    excerpts = [Excerpt(requests[i], output_ids, sum_logprob) for i, output_ids, sum_logprob in received]
+    excerpts = [Excerpt(requests[i], *fields) for i, *fields in received]
     if (reason := host.why_not_sharded()) is not None:
         if host.is_logging_rank:
             logger.debug("the copy reads the answers, as the trainer's model gives no logits: %s", reason)
@@ -102,25 +103,41 @@ def verify(reading: Reading, requests: Sequence[Request], completions: Sequence[
     return Finding(not found, found[0] if found else "")
 
 
-def _chosen(requests: Sequence[Request], completions: Sequence[Completion]) -> list[tuple[Any, ...]]:
+def _chosen(
+    requests: Sequence[Request], completions: Sequence[Completion], config: PretrainedConfig
+) -> list[tuple[Any, ...]]:
     """The answers to read, at most two: the one behind the most padding, and the longest together with its prompt.
 
     What is sensitive to padding shows in the first, what is sensitive to length in the second. Each is the index of its
-    request, and two fields of its completion.
+    request, and the other fields of its `Excerpt`.
     """
-    readable = [i for i, (r, c) in enumerate(zip(requests, completions, strict=False)) if _is_readable(r, c)]
+    readable = [i for i, (r, c) in enumerate(zip(requests, completions, strict=False)) if _is_readable(r, c, config)]
     if not readable:
         return []
     most_padded = max(readable, key=lambda i: (completions[i].num_padding, len(completions[i].output_ids)))
     others = [i for i in readable if i != most_padded]
     longest = max(others, key=lambda i: len(requests[i].input_ids) + len(completions[i].output_ids), default=None)
     chosen = [most_padded] if longest is None else [most_padded, longest]
-    return [(i, completions[i].output_ids, completions[i].sum_logprob) for i in chosen]
+    return [
+        (i, completions[i].output_ids[: _num_readable(requests[i], config)], completions[i].sum_logprob) for i in chosen
+    ]
 
 
-def _is_readable(request: Request, completion: Completion) -> bool:
+def _num_readable(request: Request, config: PretrainedConfig) -> int | None:
+    """How many of an answer's tokens one forward pass can judge; None: all.
+
+    Beyond a length at which the rotary tables change it computes the tokens before with the tables of the longer
+    sequence: other ones than they were chosen by.
+    """
+    boundary = min((length for length in table_boundaries(config) if length >= len(request.input_ids)), default=None)
+    return None if boundary is None else boundary - len(request.input_ids) + 1
+
+
+def _is_readable(request: Request, completion: Completion, config: PretrainedConfig) -> bool:
     """Whether an answer is words of the model, chosen in a way that a reader can follow: not by NaN, say."""
-    follows = request.params.get("num_beams", 1) == 1 or completion.sum_logprob is not None
+    num_readable = _num_readable(request, config)
+    is_whole = num_readable is None or len(completion.output_ids) <= num_readable
+    follows = request.params.get("num_beams", 1) == 1 or (completion.sum_logprob is not None and is_whole)
     return follows and bool(completion.output_ids) and not completion.error and not completion.had_nan
 
 

@@ -49,6 +49,9 @@ class FastBackend(HFBackend):
         finally:
             self.release()
 
+    def restore(self) -> None:
+        unfuse(self.model)
+
     def prepare(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
         self.release()
         self.unsuitable = None
