@@ -11,6 +11,10 @@ from zoo.patients import GREEDY, SAME, Patient, describe
 
 from verl_valgen.records import Completion
 
+SIMILAR = 0.1
+"""How far the logits with a cache may differ, in standard deviations: such as choose the same tokens most of the time,
+and yet are not those of another position."""
+
 
 def fault_of_forward(patient: Patient) -> str | None:
     """A model whose forward pass raises, varies, or looks ahead cannot be a judge."""
@@ -29,19 +33,26 @@ def fault_of_forward(patient: Patient) -> str | None:
 
 
 def fault_of_generate(patient: Patient) -> str | None:
-    """Transformers' own `generate`, one prompt at a time, judged by the model's own forward pass."""
-    completions = []
+    """Transformers' own `generate`, one prompt at a time: its tokens and logits, judged by the model's own forward."""
+    completions, gaps = [], []
     try:
         for request in patient.requests:
             ids = torch.tensor([request.input_ids])
             model: Any = patient.source
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
-            completions.append(Completion(output[0, ids.shape[1] :].tolist(), "length"))
+            output = model.generate(
+                ids, attention_mask=torch.ones_like(ids), output_logits=True, return_dict_in_generate=True, **GREEDY
+            )
+            chosen = output.sequences[0, ids.shape[1] :].tolist()
+            completions.append(Completion(chosen, "length"))
+            expected = read(patient.source, output.sequences[0].tolist())[-len(chosen) - 1 : -1]
+            gaps.append(relative_gap(torch.cat(output.logits).float(), expected))
         judgement = patient.judge(patient.requests, completions)
         patient.distinct = sum(len(set(completion.output_ids)) for completion in completions)
     except Exception as e:
         return describe(e)
-    return str(judgement) if judgement.num_wrong else None
+    if judgement.num_wrong:
+        return str(judgement)
+    return f"other logits, gap {max(gaps):.2g}" if max(gaps) > SIMILAR else None
 
 
 def fault_of_reload(patient: Patient) -> str | None:

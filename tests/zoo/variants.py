@@ -132,7 +132,8 @@ VARIANTS: dict[str, Variant] = {
     "smollm3:window": Variant(
         {**_WINDOW, "use_sliding_window": True, "layer_types": _MIXED, "no_rope_layers": [1, 0, 1, 1]}
     ),
-    "stablelm:parallel": Variant({"use_parallel_residual": True, "qk_layernorm": True}),
+    "stablelm:parallel": Variant({"use_parallel_residual": True}),
+    "stablelm:qk-norm": Variant({"qk_layernorm": True}),
     "starcoder2:window": Variant(_WINDOW),
     "zamba2:chunks": Variant({"chunk_size": 8}),
 }
