@@ -37,7 +37,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from verl_valgen.backends import backend_class
 from verl_valgen.backends.base import Limits
-from verl_valgen.backends.batching import left_pad
+from verl_valgen.backends.padding import left_pad
 from verl_valgen.collectives import gather_values, rank, world_size
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Request, Round, RoundNumbers, Sample

@@ -34,10 +34,10 @@ from verification_faults import ALWAYS_WRONG, FAULTS
 
 from verl_valgen.backends import judging
 from verl_valgen.backends.base import Limits
-from verl_valgen.backends.batching import left_pad
 from verl_valgen.backends.fast.backend import FastBackend
 from verl_valgen.backends.fast.fused import fuse
 from verl_valgen.backends.hf import HFBackend
+from verl_valgen.backends.padding import left_pad
 from verl_valgen.backends.sampling import GumbelNoise, logits_warpers
 from verl_valgen.records import Request
 

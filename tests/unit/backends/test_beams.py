@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
-from verl_valgen.backends.batching import left_pad
 from verl_valgen.backends.beams import BeamObserver, beam_objection
 from verl_valgen.backends.hf import HFBackend
+from verl_valgen.backends.padding import left_pad
 from verl_valgen.records import Request
 
 PROMPTS = [[(7 * row + 3 * i) % 90 for i in range(4 + 3 * row)] for row in range(4)]
