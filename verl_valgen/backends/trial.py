@@ -68,7 +68,8 @@ def difference(expected: Tensor, actual: Tensor, dtype: torch.dtype) -> float:
     if not bool(actual.isfinite().all()):
         return math.inf
     expected, actual = (logits - logits.mean(-1, keepdim=True) for logits in (expected, actual))
-    gaps = (expected - actual).norm(dim=-1) / expected.norm(dim=-1)  # (B, NUM_STEPS + 1)
+    # A model may give all tokens the same.
+    gaps = (expected - actual).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)  # (B, NUM_STEPS + 1)
     return (gaps.kthvalue(2).values if dtype in _COARSE else gaps).max().item()
 
 
