@@ -42,6 +42,11 @@ def read(model: Any, ids: Sequence[int]) -> Tensor:
     return output.logits[0, -len(ids) :].float()
 
 
+def read_by_prefixes(model: Any, prompt: Sequence[int], chosen: Sequence[int]) -> Tensor:
+    """Returns the (T, V) float32 logits for T tokens behind a prompt, each read behind those before it alone."""
+    return torch.stack([read(model, [*prompt, *chosen[:length]])[-1] for length in range(len(chosen))])
+
+
 def relative_gap(actual: Tensor, expected: Tensor) -> float:
     """The largest difference of (N, V) logits, in standard deviations of the expected ones; infinite with NaN."""
     if actual.shape != expected.shape:
@@ -86,8 +91,7 @@ def judge_all(
         prompt, chosen = request.input_ids, completion.output_ids
         judgement = judge(read(reader, [*prompt, *chosen])[-len(chosen) - 1 : -1], chosen, request, seed)
         if judgement.num_wrong:  # some rotary tables depend on the length, so that what is said depends on what follows
-            prefixes = [[*prompt, *chosen[:length]] for length in range(len(chosen))]
-            by_prefixes = torch.stack([read(reader, prefix)[-1] for prefix in prefixes])
-            judgement = min(judgement, judge(by_prefixes, chosen, request, seed), key=lambda one: one.num_wrong)
+            by_prefixes = judge(read_by_prefixes(reader, prompt, chosen), chosen, request, seed)
+            judgement = min(judgement, by_prefixes, key=lambda one: one.num_wrong)
         total += judgement
     return total

@@ -52,7 +52,37 @@ class Known(NamedTuple):
     why: str
 
 
-KNOWN: tuple[Known, ...] = ()
+_NO_STEPS = "its class declares no steps of one shape"
+_BEYOND = "its window or chunk is shorter than the answers"
+_MISSING = "not in this release"
+_CROSSING = "keeps what it cached with the tables of another length"
+
+KNOWN = (
+    Known("qwen3_moe", "falls back", "4.", _NO_STEPS),
+    Known("qwen3_5_text", "not built", "4.", _MISSING),
+    Known("qwen3_5_text", "falls back", "5.", _NO_STEPS),
+    Known("gemma4_text", "not built", "4.", _MISSING),
+    Known("mixtral", "falls back", "4.", _NO_STEPS),
+    Known("glm4_moe", "falls back", "4.", _NO_STEPS),
+    Known("deepseek_v3", "falls back", "4.", _NO_STEPS),
+    Known("falcon_h1", "falls back", "4. 5.", _NO_STEPS),
+    Known("lfm2", "falls back", "4. 5.", _NO_STEPS),
+    Known("apertus", "reload", "4.", "rounds two numbers of its activation, gap 0.0079"),
+    Known("bart", "falls back", "4.", "takes no position_ids"),
+    Known("bart", "falls back", "5.", "counts positions by the cache"),
+    Known("bloom", "falls back", "4. 5.", "makes its biases of a mask of two dimensions"),
+    Known("deepseek_v4", "not built", "4.", _MISSING),
+    Known("deepseek_v4", "reload", "5.", "raises in bfloat16"),
+    Known("deepseek_v4", "falls back", "5.", _NO_STEPS),
+    Known("ernie4_5_moe", "falls back", "4.", _NO_STEPS),
+    Known("gpt_oss:window", "falls back", "4. 5.", _BEYOND),
+    Known("llama4_text:chunks", "falls back", "4. 5.", _BEYOND),
+    Known("llama:longrope", "generate", "5.", _CROSSING),
+    Known("phi3:longrope", "generate", "5.", _CROSSING),
+    Known("qwen3_moe:lora-experts", "falls back", "4.", _NO_STEPS),
+    Known("rwkv", "falls back", "4. 5.", _NO_STEPS),
+    Known("xglm", "falls back", "4. 5.", _NO_STEPS),
+)
 
 
 def known(name: str, version: str) -> dict[str, str]:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 import transformers
 from zoo.forks import Zookeeper
+from zoo.judging import judge
 from zoo.known import COMMON, KINDS, KNOWN, known
 from zoo.page import not_right
+from zoo.patients import GREEDY, SAMPLING
+
+from verl_valgen.records import Request
 
 FORTY = (*COMMON, *KINDS)
 
@@ -23,6 +28,17 @@ def zookeeper() -> Iterator[Zookeeper]:
 def test_there_are_forty_and_nothing_is_known_of_others():
     assert len(set(FORTY)) == len(FORTY) == 40
     assert {entry.name for entry in KNOWN} <= set(FORTY)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
+def test_the_judge_sees_a_single_token_that_is_not_chosen(params):
+    logits = torch.randn(3, 24, generator=torch.Generator().manual_seed(0)) * 3
+    request = Request([5, 6, 7], (1, 0), params)
+    chosen: list[int] = []
+    for position in range(len(logits)):
+        wrong = [judge(logits[: position + 1], [*chosen, token], request, 3).num_wrong for token in range(24)]
+        assert sorted(wrong) == [0] + [1] * 23
+        chosen.append(wrong.index(0))
 
 
 @pytest.mark.slow

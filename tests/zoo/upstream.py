@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from zoo.judging import read, relative_gap
+from zoo.judging import read, read_by_prefixes, relative_gap
 from zoo.patients import GREEDY, SAME, Patient, describe
 
 from verl_valgen.records import Completion
@@ -44,8 +44,11 @@ def fault_of_generate(patient: Patient) -> str | None:
             )
             chosen = output.sequences[0, ids.shape[1] :].tolist()
             completions.append(Completion(chosen, "length"))
-            expected = read(patient.source, output.sequences[0].tolist())[-len(chosen) - 1 : -1]
-            gaps.append(relative_gap(torch.cat(output.logits).float(), expected))
+            said = torch.cat(output.logits).float()
+            gap = relative_gap(said, read(patient.source, [*request.input_ids, *chosen])[-len(chosen) - 1 : -1])
+            if gap > SIMILAR:  # see `judge_all`
+                gap = min(gap, relative_gap(said, read_by_prefixes(patient.source, request.input_ids, chosen)))
+            gaps.append(gap)
         judgement = patient.judge(patient.requests, completions)
         patient.distinct = sum(len(set(completion.output_ids)) for completion in completions)
     except Exception as e:
