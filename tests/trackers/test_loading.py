@@ -76,6 +76,10 @@ CASES = {
     "parameters": [{}, {"params": PARAMS | {"min_p": 0.1}}],
     "a parameter that is a list": [[{}, {}], [{"params": PARAMS | {"stop_strings": ["a"]}}, {}]],
     "a parameter that is a list of one sample": [{}, {"params": PARAMS | {"stop_strings": ["a"]}}],
+    "a parameter that was a number": [
+        [{"params": PARAMS | {"eos_token_id": 1}}, {"params": PARAMS | {"eos_token_id": 1}}],
+        {"params": PARAMS | {"eos_token_id": [1, 2]}},
+    ],
     "a parameter that was a whole number": [
         {"params": PARAMS | {"repetition_penalty": 1}},
         {"params": PARAMS | {"repetition_penalty": 1.2}},

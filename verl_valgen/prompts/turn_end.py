@@ -42,7 +42,7 @@ def end_of_turn(template: ChatTemplate) -> TurnEnd:
             logger.debug("the chat template does not render a turn: %s", describe(e))
             continue
         if found:
-            is_one = len(ids) == 1 and _is_added(template.tokenizer, ids[0])
+            is_one = len(ids) == 1 and is_added(template.tokenizer, ids[0])
             return TurnEnd(rest.strip(), tuple(ids), ids[0] if is_one else None)
     return TurnEnd("")
 
@@ -51,7 +51,7 @@ def _parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 
 
-def _is_added(tokenizer: Any, token_id: int) -> bool:
+def is_added(tokenizer: Any, token_id: int) -> bool:
     """Whether a token lies beside the vocabulary of ordinary text, as special tokens do.
 
     An answer that ended with one that is a word or a mark would be cut off amid its text.

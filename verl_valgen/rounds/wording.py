@@ -17,7 +17,7 @@ from verl_valgen.prompts.conversations import ChatTemplate
 from verl_valgen.prompts.datasets import mask_is_shifted
 from verl_valgen.prompts.reasoning import reasoning_end
 from verl_valgen.prompts.tokens import Decoder
-from verl_valgen.prompts.turn_end import TurnEnd, end_of_turn
+from verl_valgen.prompts.turn_end import TurnEnd, end_of_turn, is_added
 from verl_valgen.settings.generation_config import as_ids, special_tokens
 from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import printable
@@ -50,7 +50,9 @@ class Wording:
         """The tokens that are left out of answers: ends, beginnings and padding."""
         own = self.host.generation_config or GenerationConfig()
         others = [*as_ids(own.bos_token_id), *as_ids(own.pad_token_id), *as_ids(self._turn_end.token_id)]
-        return frozenset([*self._own_ends, *self.added_ends, *others])
+        # A configuration may name any token; one that is a mark or a letter elsewhere stays there.
+        ids = [*self._own_ends, *self.added_ends, *others]
+        return frozenset(i for i in ids if is_added(self.host.tokenizer, i))
 
     @cached_property
     def reader(self) -> AnswerReader:
@@ -62,11 +64,10 @@ class Wording:
 
     def notes(self) -> Iterator[tuple[int, str]]:
         """What is to be said at the start of a run, each with its level of logging."""
-        tokenizer = self.host.tokenizer
         if self.added_ends:
+            decoder = Decoder(self.host.tokenizer)
             more, own = (
-                printable(", ".join(map(str, tokenizer.convert_ids_to_tokens(list(ids)))), 200)
-                for ids in (self.added_ends, self._own_ends)
+                printable(", ".join(decoder.whole([i]) for i in ids), 200) for ids in (self.added_ends, self._own_ends)
             )
             reason = f"the model's own configuration names {own or 'no end'} alone"
             yield logging.INFO, f"answers end with {more}, too, as what is trained does; {reason}"

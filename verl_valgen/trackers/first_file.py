@@ -84,7 +84,10 @@ def _widen(records: list[Record], name: str, types: set[str], wanted: set[str]) 
 def _widen_mappings(mappings: list[Record], key: str, types: set[str], wanted: set[str]) -> None:
     if len({frozenset(mapping) for mapping in mappings}) > 1 or not mappings[0]:
         return  # it is `Json` already
-    if types == {"integer"} or wanted == {"text"}:
+    if types and not wanted <= {*types, "integer", "number"}:
+        if len(mappings) > 1:  # then one key more makes it `Json`, which may hold a number here and a list there
+            mappings[0][""] = None
+    elif types == {"integer"} or wanted == {"text"}:
         _widen(mappings, key, types, wanted)
     elif key in mappings[0] and mappings[0][key] is None:
         del mappings[0][key]

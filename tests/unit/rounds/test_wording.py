@@ -174,3 +174,13 @@ def test_no_end_of_reasoning_is_said(model, tokenizer):
     ((level, line),) = wording.notes()
     assert (level, wording.reader.reasoning_end) == (logging.WARNING, "")
     assert "set generation.reasoning_end" in line
+
+
+def test_a_configuration_that_names_ordinary_tokens_costs_no_text(model, tokenizer):
+    """Without a generation_config.json a class's own ids stand there, whatever they are in the vocabulary."""
+    letter, *_ = tokenizer("a", add_special_tokens=False)["input_ids"]
+    wording = wording_of(
+        model, tokenizer, GenerationConfig(pad_token_id=letter, bos_token_id=letter, eos_token_id=None)
+    )
+    said = tokenizer("banana", add_special_tokens=False)["input_ids"]
+    assert wording.reader.answer([], Completion(said, "length")).generation == "banana"
