@@ -83,7 +83,8 @@ def check_bfloat16(patient: Patient) -> Cell:
     model = patient.copy(torch.bfloat16)
     if patient.adapter is None:
         loaded = patient.loaded[torch.bfloat16]
-        loaded.set_attn_implementation(model.config._attn_implementation)  # another one rounds otherwise
+        if (attention := model.config._attn_implementation) != loaded.config._attn_implementation:
+            loaded.set_attn_implementation(attention)  # another one rounds otherwise
     else:  # merged in float32, then rounded
         loaded = patient.copy()
         for parameter in loaded.parameters():
