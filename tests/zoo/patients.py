@@ -40,7 +40,7 @@ class Patient:
         self.answers: dict[str, list[Completion]] = {}
         """Way -> its answers to `requests`; those that an exception prevented are missing."""
         self.source = source_model(name)
-        self.adapter = variant(name).adapter
+        self.attention, self.adapter = variant(name).attention, variant(name).adapter
         generator = torch.Generator().manual_seed(2)
         self.requests = [
             Request(torch.randint(3, 90, (length,), generator=generator).tolist(), (row, 0), GREEDY)
@@ -60,9 +60,9 @@ class Patient:
         """What `from_pretrained` makes of the saved source, in float32 and in bfloat16."""
         with tempfile.TemporaryDirectory() as directory:
             copy.deepcopy(self.source).save_pretrained(directory)  # which writes to the configuration
-            attention = self.source.config._attn_implementation
+            extra = {} if self.attention is None else {"attn_implementation": self.attention}
             return {
-                dtype: type(self.source).from_pretrained(directory, dtype=dtype, attn_implementation=attention).eval()
+                dtype: type(self.source).from_pretrained(directory, dtype=dtype, **extra).eval()
                 for dtype in (torch.float32, torch.bfloat16)
             }
 
