@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitNormalization, LogitsProcessor, LogitsProcessorList
 
 from verl_valgen.backends.judging import processed
 from verl_valgen.records import Request
@@ -100,6 +100,8 @@ def beam_objection(
         None where the sums agree; else a phrase with numbers.
     """
     chosen = torch.tensor(output_ids, device=logits.device)
+    # transformers normalizes behind the processor that observes.
+    processors = LogitsProcessorList(p for p in processors if not isinstance(p, LogitNormalization))
     log_probs = processed(logits.float().log_softmax(-1), 0, request, output_ids, processors)
     total = log_probs.gather(1, chosen[:, None]).sum().item()
     num_tokens = len(output_ids)

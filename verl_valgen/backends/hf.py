@@ -44,6 +44,7 @@ _WITHOUT_PROCESSORS = SAMPLING_ONLY | {
     *("max_time", "use_cache", "cache_implementation"),
 }
 """Parameters that `generate` makes no logits processor of, sampling being done here."""
+_OF_CACHES = {"cache_implementation", "prefill_chunk_size", "use_cache"}
 
 
 def has_processors(request: Request) -> bool:
@@ -214,7 +215,8 @@ class HFBackend(Backend):
             return input_ids
 
         input_ids, attention_mask = left_pad([request.input_ids], self.model.device)
-        config = self._generation_config(request.params, request.params["max_new_tokens"])
+        params = {name: value for name, value in request.params.items() if name not in _OF_CACHES}
+        config = self._generation_config({**params, "use_cache": False}, params["max_new_tokens"])
         HFBackend.call_generate(
             self, input_ids, attention_mask=attention_mask, generation_config=config, custom_generate=keep
         )

@@ -22,6 +22,8 @@ _LARGEST = 1e4
 """In place of infinity, for which JSON has no word."""
 _CHUNK_NUMBERS = 2**22
 """Logits that are judged at once."""
+_RULED_OUT = 1e3
+"""So far below the largest a logit is no prediction: the model allows the token nowhere."""
 _DOUBT = 0.03
 """Logits are scaled by 1 +- this, and probabilities to be reached changed by as much, for tokens at the edge of top-p
 and its like: on either side they may be chosen."""
@@ -63,7 +65,7 @@ def shortfalls(
             missing = _missing_of_sample(scores, chosen[rows], keys, request)
         else:
             missing = scores.amax(-1) - _at(scores, chosen[rows])
-        parts.append((missing / raw.std(-1).clamp(min=1e-6)).nan_to_num(_LARGEST, _LARGEST).clamp(0, _LARGEST))
+        parts.append((missing / _spread(raw)).nan_to_num(_LARGEST, _LARGEST).clamp(0, _LARGEST))
     return torch.cat(parts)
 
 
@@ -153,6 +155,23 @@ def _missing_of_sample(scores: Tensor, chosen: Tensor, keys: Tensor, request: Re
     ahead = rivals - (own + gumbel_noise(keys, chosen))[:, None]
     from_first = torch.minimum(ahead, scores - last_inside[:, None]).masked_fill(~surely, -math.inf).amax(-1)
     return torch.maximum(from_inside, from_first) * temperature
+
+
+def _spread(logits: Tensor) -> Tensor:
+    """(N,): the standard deviation of (N, V) logits, without those by which a model rules tokens out."""
+    counts = logits > logits.amax(-1, keepdim=True) - _RULED_OUT
+    number = counts.sum(-1)
+    mean = logits.where(counts, 0.0).sum(-1) / number
+    squares = (logits - mean[:, None]).where(counts, 0.0).square().sum(-1)
+    return (squares / (number - 1).clamp(min=1)).sqrt().clamp(min=1e-6)
+
+
+def logprobs(logits: Tensor, output_ids: Sequence[int]) -> Tensor:
+    """(T,) float32: ln p(token) of an answer's T tokens under (T, V) logits of the positions before them."""
+    chosen = torch.tensor(output_ids, device=logits.device)
+    num_rows = max(1, _CHUNK_NUMBERS // logits.shape[1])
+    chunks = zip(logits.split(num_rows), chosen.split(num_rows), strict=True)
+    return torch.cat([_at(rows.float().log_softmax(-1), tokens) for rows, tokens in chunks])
 
 
 def _at(values: Tensor, chosen: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`Host`: what the rest of the package asks of verl's trainers.
+"""`Host`: what the rest of the package asks of verl's trainers. (Over 200 lines: it is one interface.)
 
 Some of it is asked where generation is off, too (running on CPU, without flash-attn): `weights/` is imported only by
 the members that use it, so that a run with generation off loads none of it.
@@ -241,8 +241,11 @@ class Host(ABC):
 
 def has_experts(model: nn.Module) -> bool:
     """Whether modules of a model, or their classes, are called experts."""
-    names = (f"{name} {type(module).__name__}".lower() for name, module in model.named_modules())
-    return any("expert" in name or "moe" in name for name in names)
+    # Not classes called "Moe": those of a mixture of experts have dense variants.
+    return any(
+        "moe" in name.lower() or "expert" in f"{name} {type(module).__name__}".lower()
+        for name, module in model.named_modules()
+    )
 
 
 def current_device(device_type: str) -> torch.device:

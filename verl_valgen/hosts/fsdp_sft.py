@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from packaging.version import Version
 
 from verl_valgen.hosts import cpu, forecast
 from verl_valgen.hosts.base import Host, current_device, flash_attn_works
@@ -39,13 +41,22 @@ class FSDPSFTHost(Host):
     def mean_logprob(self, input_ids: Sequence[int], output_ids: Sequence[int]) -> float | None:
         ids = torch.tensor([[*input_ids, output_ids[-1]]])  # (1, L)
         positions = torch.arange(ids.shape[1])[None]
+        shift = 1 if Version(metadata.version("verl")) < Version("0.6") else 0  # its masks stand one to the left
+        end = ids.shape[1] - shift
         batch = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "position_ids": positions,
-            "loss_mask": (positions >= ids.shape[1] - len(output_ids)).long(),
+            "loss_mask": ((positions >= end - len(output_ids)) & (positions < end)).long(),
         }
-        return -self.trainer.validation_step(batch).item()  # the mean over ranks that have all read the same
+        was_training = [(module, module.training) for module in self.model.modules()]
+        try:
+            loss = self.trainer.validation_step(batch).item()  # the mean over ranks that have all read the same
+        finally:
+            for module, training in was_training:
+                module.training = training
+        # Where tokens are balanced, verl counts them over all ranks, and scales by the data-parallel ones alone.
+        return -loss * (self.config.ulysses_sequence_parallel_size if self.config.data.balance_dp_token else 1)
 
     def schedule(self) -> Schedule:
         config = self.config.trainer

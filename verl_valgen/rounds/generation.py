@@ -227,7 +227,8 @@ class Answerer:
         model = gathered.model
         if model is None:
             return []
-        if self.host.why_not_sharded() is None:  # else the copy is wanted for the check of the answers
+        # Where the trainer's model gives no logits the copy is wanted for the check of the answers.
+        if self.settings.verify is False or self.host.why_not_sharded() is None:
             gathered.model = None  # to be free when the answers are exchanged
         model.generation_config = self.special_tokens()
         limits = Limits(gathered.plan.batch_size, gathered.deadline, self.settings.compile)

@@ -39,8 +39,8 @@ class ProvenAnswerer:
         """The way in use, then the safer ones."""
         self.is_proven = False
         """Whether answers of the way in use have passed."""
-        self.has_no_way = False
-        """Whether all ways have failed."""
+        self.failed: set[Way] = set()
+        """The safer ways that have failed, too. (One that could not be taken, for want of time, say, has not.)"""
         self.warnings = OnceLogger(logger)
 
     def __call__(self, requests: Sequence[Request] | None) -> ProvenAnswers | None:
@@ -55,7 +55,7 @@ class ProvenAnswerer:
         """Answers the requests of a gathered round, and has the answers checked. Collective: all ranks must call.
 
         Where they fail, they are made again on the safer ways, and the first way that passes stays for the run. Where
-        none passes, the last answers are returned, unverified, and later rounds try no other way.
+        none passes, the last answers are returned, unverified, and later rounds try none again that has failed.
 
         The check needs the weights that were gathered: the trainer must not have taken a step since.
 
@@ -71,17 +71,18 @@ class ProvenAnswerer:
         if verified is not False:
             self.is_proven = self.is_proven or verified is True
             return answers
-        for way in [] if self.has_no_way else self._safer(gathered):
+        for way in [way for way in self._safer(gathered) if way not in self.failed]:
             # What fails on the logging rank alone has ended with no check on all ranks.
             result, error = attempt(partial(self._made_again, gathered, way))
             again, verified, found = result or (None, None, describe(error) if error else "")
             self._log("%s: %s", way.name, found or "passed")
-            answers = again or answers
             if verified:
                 self.ways, self.is_proven = self.ways[self.ways.index(way) :], True
                 self._warn(gathered.way, f"{reason}; the answers were made again, and will be from now on: {way.name}")
-                return answers
-        self.has_no_way = True
+                return again
+            if verified is False:
+                answers = again
+                self.failed.add(way)
         self._warn(
             gathered.way,
             f"{reason}; no safer way does better, so the answers are in the JSONL files alone, without scores",

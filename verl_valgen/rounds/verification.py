@@ -3,15 +3,17 @@
 The answers come from a copy of the weights, through a cache, in padded batches, perhaps through fused modules and a
 captured graph. Any of these can be wrong for a model that nobody has tried, and then the answers look like answers. The
 reader shares none of it: it is the sharded model in training, called as verl's validation calls it. This module decides
-what is read by whom, and computes the reading; judging.py has the rule, proven.py what follows.
+what is read by whom, and computes it; judging.py has the rule, proven.py what follows. (Over 200 lines, as what is
+read and how go together.)
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PretrainedConfig
 from verl_valgen.backends.batching import table_boundaries
 from verl_valgen.backends.beams import beam_objection
 from verl_valgen.backends.hf import HFBackend, has_processors
-from verl_valgen.backends.judging import objection, shortfalls, tolerance
+from verl_valgen.backends.judging import logprobs, objection, shortfalls, tolerance
 from verl_valgen.collectives import agree, attempt, broadcast, gather_values, rank, world_size
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Completion, Request
@@ -69,14 +71,14 @@ class Reading:
     dtype: torch.dtype
     """The dtype that the answers were computed in."""
     copy: Any = None
-    """The logging rank's copy of the model, which reads where `host.why_not_sharded` gives a reason."""
+    """This rank's copy of the model, if it has one, which reads where `host.why_not_sharded` gives a reason."""
 
 
 def verify(reading: Reading, requests: Sequence[Request], completions: Sequence[Completion] | None) -> Finding:
     """Has two answers of a round read by the trainer's own model. Collective: all ranks must call.
 
     Even ranks read one and odd ranks the other in the same forward pass; a single rank reads one after the other. Where
-    the model gives no logits, the logging rank's copy reads both.
+    the model gives no logits, each copy reads both.
 
     Args:
         requests: The same on all ranks.
@@ -97,10 +99,12 @@ def verify(reading: Reading, requests: Sequence[Request], completions: Sequence[
         own = excerpts if world_size() == 1 else [excerpts[rank() % len(excerpts)]]
         result, error = attempt(lambda: _objections_of_trainer(reading, own))
     reports = gather_values([result, None if error is None else describe(error)], host.device)
+    # An objection stands, whatever fails elsewhere.
+    if found := [text for texts, _ in reports for text in texts or () if text is not None]:
+        return Finding(False, found[0])
     if failures := [text for _, text in reports if text is not None]:
         return Finding(None, failures[0])
-    found = [text for texts, _ in reports for text in texts if text is not None]
-    return Finding(not found, found[0] if found else "")
+    return Finding(True)
 
 
 def _chosen(
@@ -135,9 +139,14 @@ def _num_readable(request: Request, config: PretrainedConfig) -> int | None:
 
 def _is_readable(request: Request, completion: Completion, config: PretrainedConfig) -> bool:
     """Whether an answer is words of the model, chosen in a way that a reader can follow: not by NaN, say."""
+    params = request.params
+    if params.get("guidance_scale") not in (None, 1.0):
+        return False  # its processor runs the model, for every token
+    if params.get("watermarking_config") and (params["do_sample"] or params.get("num_beams", 1) > 1):
+        return False  # transformers applies it behind our noise, and behind what the beams' sums are taken from
     num_readable = _num_readable(request, config)
     is_whole = num_readable is None or len(completion.output_ids) <= num_readable
-    follows = request.params.get("num_beams", 1) == 1 or (completion.sum_logprob is not None and is_whole)
+    follows = params.get("num_beams", 1) == 1 or (completion.sum_logprob is not None and is_whole)
     return follows and bool(completion.output_ids) and not completion.error and not completion.had_nan
 
 
@@ -157,15 +166,33 @@ def _objections_of_trainer(reading: Reading, own: Sequence[Excerpt]) -> list[str
         _, error = attempt(lambda: stack.enter_context(host.on_device()))
         if not agree(error is None, host.device):
             raise error or RuntimeError("another rank could not load its parameters")
-        config = host.model_config.get_text_config()
-        needs = max(reading_bytes(config, len(e.input_ids), len(e.output_ids), host.compute_dtype) for e in own)
-        if not agree(fits(needs + 2 * host.largest_unit_bytes, host.device), host.device):
-            raise MemoryError("there is no room for a forward pass of the trainer's model")
+        _agree_on_memory(host, own)
         read = [host.read(excerpt.input_ids, len(excerpt.output_ids)) for excerpt in own]
         processors = _logits_processors(reading, own)
-    return [
-        _objection(reading, *of_excerpt, host.compute_dtype) for of_excerpt in zip(own, read, processors, strict=True)
-    ]
+    return _each(
+        partial(_objection, reading, *of_excerpt, host.compute_dtype)
+        for of_excerpt in zip(own, read, processors, strict=True)
+    )
+
+
+def _agree_on_memory(host: Host, own: Sequence[Excerpt]) -> None:
+    """Raises MemoryError on all ranks where one has no room for its reading. Collective: all ranks must call."""
+    config, dtype = host.model_config.get_text_config(), host.compute_dtype
+    needs = max(reading_bytes(config, len(e.input_ids), len(e.output_ids), dtype) for e in own)
+    # While one unit computes the next is gathered. Its size is that in float32.
+    needs += 2 * host.largest_unit_bytes * dtype.itemsize // torch.float32.itemsize
+    if not agree(fits(needs, host.device), host.device):
+        raise MemoryError("there is no room for a forward pass of the trainer's model")
+
+
+def _each(judgements: Iterable[Callable[[], str | None]]) -> list[str | None]:
+    """The outcomes of all; raises what one has raised only where none objects."""
+    outcomes = [attempt(judge) for judge in judgements]
+    objections = [text for text, error in outcomes if error is None]
+    errors = [error for _, error in outcomes if error is not None]
+    if errors and not any(objections):
+        raise errors[0]
+    return objections
 
 
 def _objection(
@@ -198,12 +225,19 @@ def _objections_of_copy(reading: Reading, own: Sequence[Excerpt]) -> list[str | 
 
     Returns:
         [] on ranks without a copy.
+
+    Raises:
+        MemoryError: On all ranks, where one has no room for the reading.
+        Exception: On the rank concerned, after verl's last forward pass.
     """
+    _agree_on_memory(reading.host, own)
     of_trainer = [reading.host.mean_logprob(excerpt.input_ids, excerpt.output_ids) for excerpt in own]
     if reading.copy is None:
         return []
     backend = HFBackend(reading.copy, reading.host.tokenizer, reading.seed)
-    return [_objection_of_copy(reading, backend, *of_excerpt) for of_excerpt in zip(own, of_trainer, strict=True)]
+    return _each(
+        partial(_objection_of_copy, reading, backend, *of_excerpt) for of_excerpt in zip(own, of_trainer, strict=True)
+    )
 
 
 def _objection_of_copy(reading: Reading, backend: HFBackend, excerpt: Excerpt, of_trainer: float | None) -> str | None:
@@ -214,8 +248,7 @@ def _objection_of_copy(reading: Reading, backend: HFBackend, excerpt: Excerpt, o
     found = _objection(reading, excerpt, logits, backend.logits_processors(excerpt.request), reading.dtype)
     if found is not None or of_trainer is None:
         return found
-    chosen = torch.tensor(excerpt.output_ids, device=model.device)
-    logprob = logits.float().log_softmax(-1).gather(1, chosen[:, None]).mean().item()
+    logprob = logprobs(logits, excerpt.output_ids).mean().item()
     if abs(logprob - of_trainer) <= _MAX_LOGPROB_GAP:
         return None
     return f"the copy gives an answer a mean log-probability of {logprob:.2f}, the trainer's model {of_trainer:.2f}"

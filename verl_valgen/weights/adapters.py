@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_TOLERANCE = 1e-2  # relative; float32 on CUDA may be TF32
 # What an adapter's layer knows beside its tensors: its factor, whether it is switched off, which adapters are in use,
 # and which are in the weights already.
-_TOLERANCE = 1e-2  # relative; float32 on CUDA may be TF32
 _STATE = ("scaling", "_disable_adapters", "_active_adapter", "merged_adapters")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from verl_valgen.weights.structure import base_model, original_class, unwrap
 
@@ -95,11 +96,14 @@ def _evaluating(wrapped: nn.Module) -> Iterator[None]:
     finally:
         for module, training in was_training:
             module.training = training
-        # After a forward pass without a backward one, FSDP2 keeps the root's parameters whole: memory that training
+        # After a forward pass without a backward one FSDP keeps the root's parameters whole, in memory that training
         # counts on.
         for module in wrapped.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+        for unit in FSDP.fsdp_modules(wrapped, root_only=True):
+            if unit._handle is not None and unit._handle.uses_sharded_strategy:
+                unit._handle.reshard(True)
 
 
 def _uncast_adapter_inputs(model: nn.Module) -> AbstractContextManager[None]:
