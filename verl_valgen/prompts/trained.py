@@ -162,10 +162,10 @@ def _span_of_turn(prompt_ids: list[int], item: Item, messages: Sequence[Message]
 
 def _overlap(prompt_ids: list[int], ids: list[int], start: int, end: int) -> int:
     """How many tokens of the answer `ids[start:end]` the prompt ends in already: those of a think block, say."""
-    for length in range(min(end - start, len(prompt_ids)) + 1):
-        rest = prompt_ids[: len(prompt_ids) - length]
-        is_same_before = rest[-_OVERLAP:] == ids[max(0, start - _OVERLAP) : start]
-        if is_same_before and prompt_ids[len(rest) :] == ids[start : start + length]:
+    before = ids[max(0, start - _OVERLAP) : start]
+    for length in range(min(end - start, len(prompt_ids), _TAIL) + 1):
+        cut = len(prompt_ids) - length
+        if prompt_ids[max(0, cut - _OVERLAP) : cut] == before and prompt_ids[cut:] == ids[start : start + length]:
             return length
     return 0
 

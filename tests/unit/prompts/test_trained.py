@@ -223,6 +223,23 @@ def test_another_data_set_has_raw_references_too(tokenizer):
     assert (prompt.reference, prompt.reference_raw, prompt.reference_text) == ("b", "b<|im_end|>", None)
 
 
+def test_the_end_of_a_long_prompt_alone_is_compared():
+    class Counting(list):
+        copied = 0
+
+        def __getitem__(self, place):
+            found = super().__getitem__(place)
+            Counting.copied += len(found) if isinstance(place, slice) else 1
+            return found
+
+    question, opened, answer = list(range(5000)), [7001, 7002], [8000] * 5000
+    ids = [*question, *opened, *answer]
+    for prompt, expected in (([*question, *opened], 2), (question, 0), ([*question, 9], 0), (ids[1:], 0), ([], 0)):
+        Counting.copied = 0
+        assert trained._overlap(Counting(prompt), ids, len(question), len(ids)) == expected
+        assert Counting.copied < 5000
+
+
 def test_one_warning_names_the_rows(caplog):
     def prompt(row: int, *differences: str, file: str | None = None) -> Prompt:
         return Prompt(row, [1], "", None, differences=differences, file=file)
