@@ -51,7 +51,7 @@ def prepare(
     schedule = replace(host.schedule(), every=settings.every, before_train=settings.before_train)
     directory = Path(host.config.trainer.default_local_dir) / "generations"
     _announce(queries, settings, schedule, directory)
-    asked = fingerprint(query.prompt for query in queries)
+    asked = fingerprint(prompts)
     asks_others = _asks_others(directory, schedule.start_step, asked, warnings)
     _set_earlier_samples_aside(directory, schedule.start_step, warnings, best_too=asks_others)
     recorder = Recorder(
@@ -156,5 +156,6 @@ def _set_earlier_samples_aside(directory: Path, start_step: int, warnings: OnceL
         warnings.warn_of_error(f"samples of an earlier run stay in {directory}", e, GOES_ON)
     else:
         if folder is not None:
-            what = "the earlier best.json and samples" if best_too else "samples of an earlier run"
+            is_copied = best_too and (folder / "best.json").exists()
+            what = "best.json was copied, and samples of an earlier run" if is_copied else "samples of an earlier run"
             logger.info("%s beyond step %d were moved to %s", what, start_step, folder)
