@@ -10,10 +10,10 @@ from typing import Any
 
 from verl_valgen.hosts.base import Host
 from verl_valgen.hosts.schedule import Schedule
+from verl_valgen.prompts.differences import warn_of_differences
 from verl_valgen.prompts.files import OwnPrompt
 from verl_valgen.prompts.rows import chosen_rows
 from verl_valgen.prompts.sources import read_prompts
-from verl_valgen.prompts.trained import warn_of_differences
 from verl_valgen.records import Prompt, Query
 from verl_valgen.rounds.fingerprint import fingerprint
 from verl_valgen.rounds.preflight import notes_on_ignored_settings
