@@ -10,7 +10,8 @@ from typing import Any
 
 from verl_valgen.hosts.base import Host
 from verl_valgen.hosts.schedule import Schedule
-from verl_valgen.prompts.differences import warn_of_differences
+from verl_valgen.prompts.answers import AnswerReader
+from verl_valgen.prompts.differences import listed_rows, warn_of_differences
 from verl_valgen.prompts.files import OwnPrompt
 from verl_valgen.prompts.rows import chosen_rows
 from verl_valgen.prompts.sources import read_prompts
@@ -46,6 +47,8 @@ def prepare(
     if not queries:
         return None, None
     warn_of_differences(prompts)
+    if settings.reference == "trained":
+        _warn_of_untrained_reasoning(prompts, wording.reader)
     for level, line in wording.notes():
         logger.log(level, "%s", line)
     schedule = replace(host.schedule(), every=settings.every, before_train=settings.before_train)
@@ -65,6 +68,19 @@ def prepare(
         run=_describe(host, settings, schedule.start_step, asked, warnings),
     )
     return recorder, schedule.round_steps()
+
+
+def _warn_of_untrained_reasoning(prompts: Sequence[Prompt], reader: AnswerReader) -> None:
+    """One warning about the rows for which a perfectly trained model would score as one that says nothing."""
+    lost = [prompt for prompt in prompts if prompt.row is not None and reader.is_lost(prompt)]
+    if lost:
+        logger.warning(
+            "generation.reasoning=strip: %s %s no %s, and an answer without it counts as empty: set "
+            "generation.reasoning=keep",
+            listed_rows(lost),
+            "train" if len({(prompt.file, prompt.row) for prompt in lost}) > 1 else "trains",
+            printable(reader.reasoning_end, 100),
+        )
 
 
 def _describe(
