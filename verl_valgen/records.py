@@ -55,6 +55,8 @@ class Prompt:
     """What the data says, stripped, where it is not what is trained; else None."""
     differences: tuple[str, ...] = ()
     """In what way prompt or data are not what is trained, in words."""
+    source: str = field(default="", compare=False)
+    """Stands for what the template was given: the same on every day. "" where no template was given anything."""
 
 
 @dataclass(frozen=True)

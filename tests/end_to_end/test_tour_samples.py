@@ -156,8 +156,10 @@ def test_the_best_round_is_kept_and_told(finished):
     best_step = min(means, key=lambda step: means[step])
     best = json.loads((finished.generations / "best.json").read_text())
     del best["before"]
+    (run,) = json.loads((finished.generations / "runs.json").read_text())
     assert best == {
         "metric": "nucleus/num_new_tokens", "mode": "min", "value": means[best_step], "step": best_step,
+        "prompts": run["prompts"],
     }  # fmt: skip
     (line,) = [line for line in finished.stdout.splitlines() if line.startswith(f"Step {STEPS}: ")]
     assert f"best {means[best_step]:.3g} at step {best_step};" in line

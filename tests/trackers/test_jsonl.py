@@ -178,11 +178,17 @@ def test_a_new_run_takes_nothing_over_where_no_samples_are_left_either(tmp_path)
     assert os.listdir(tmp_path) == ["old-1"]
 
 
-def test_a_best_value_that_starts_anew_is_moved_and_the_runs_are_copied(tmp_path):
+def test_a_best_value_that_starts_anew_is_copied_and_stays_until_it_is_replaced(tmp_path):
     _touch(tmp_path, "step_00000010.jsonl", "best.json", "runs.json")
     assert set_aside(tmp_path, 10, best_too=True) == tmp_path / "old-1"
-    assert sorted(os.listdir(tmp_path)) == ["old-1", "runs.json", "step_00000010.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["best.json", "old-1", "runs.json", "step_00000010.jsonl"]
     assert sorted(os.listdir(tmp_path / "old-1")) == ["best.json", "runs.json"]
+
+
+def test_without_a_best_value_there_is_none_to_copy(tmp_path):
+    _touch(tmp_path, "step_00000010.jsonl", "runs.json")
+    assert set_aside(tmp_path, 10, best_too=True) is None
+    assert sorted(os.listdir(tmp_path)) == ["runs.json", "step_00000010.jsonl"]
 
 
 def test_the_run_before_is_the_one_that_left_the_samples_up_to_a_step(tmp_path):

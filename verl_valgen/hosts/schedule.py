@@ -14,7 +14,8 @@ class Schedule:
     available_steps: int
     """The step that the data suffices for: that of a run's last batch."""
     total_training_steps: int
-    """The step at which verl validates and exits; equal to `available_steps` unless configured."""
+    """The step at which verl validates and exits: that of all epochs unless configured; beyond `available_steps` where
+    a restored loader gives less."""
     test_freq: int
     """Validations come every `test_freq` steps and before the exit; with 0 or less, only before the exit."""
     every: int = 1

@@ -58,10 +58,19 @@ class AnswerReader:
         whole = generation = self.decoder.answer(said, prompt_ids)
         if self.reasoning_end:
             answer = after_reasoning(whole, self.reasoning_end)
-            is_closed = self.decoder.whole(prompt_ids[-_TAIL:]).rstrip().endswith(self.reasoning_end)
-            generation = (whole if is_closed else "") if answer is None else answer
+            generation = (whole if self._is_closed(prompt_ids) else "") if answer is None else answer
         raw = self.decoder.whole(ids, prompt_ids)
         return AnswerTexts(generation, _if_other(raw, generation), _if_other(whole, generation))
+
+    def _is_closed(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether a prompt ends the reasoning itself."""
+        return self.decoder.whole(prompt_ids[-_TAIL:]).rstrip().endswith(self.reasoning_end)
+
+    def is_lost(self, prompt: Prompt) -> bool:
+        """Whether an answer that is the reference, word for word, would count as empty."""
+        if not (self.reasoning_end and prompt.reference):
+            return False
+        return after_reasoning(prompt.reference, self.reasoning_end) is None and not self._is_closed(prompt.input_ids)
 
     def reference(self, prompt: Prompt) -> ReferenceTexts:
         """A reference without the end of a reasoning is whole: nothing shows that it has any."""

@@ -6,6 +6,8 @@ This module knows messages and chat templates. It does not know where messages c
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +40,11 @@ class ChatTemplate:
         """The template itself, or several of them; "" where there is none."""
         renderer = self.tokenizer if self.processor is None else self.processor
         return str(getattr(renderer, "chat_template", None) or "")
+
+    def checksum(self, messages: Sequence[Message]) -> str:
+        """Stands for all that makes the prompt of `messages`, of which a template may make another one every day."""
+        given = json.dumps([messages, self.kwargs, self.source], default=str, sort_keys=True)
+        return hashlib.sha256(given.encode()).hexdigest()
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of `messages`, followed by those of the generation prompt."""
@@ -113,7 +120,7 @@ def prompt_for_turn(
     text = readable(questions[-1]) if questions else template.decoder.readable(input_ids)
     if reference is None and turn < len(messages):
         reference = template.reference(messages, turn)
-    return Prompt(row, input_ids, text, reference)
+    return Prompt(row, input_ids, text, reference, source=template.checksum(before))
 
 
 def answered_turns(messages: Sequence[Message], turn: str) -> list[int]:

@@ -112,10 +112,12 @@ def _columns(dataset: Any, row: int, params_key: str) -> RowData:
 def _from_single_turn(dataset: Any, row: int, decoder: Decoder, _: str) -> list[Prompt] | _Skip:
     """The prompt of a row of verl's `SFTDataset`."""
     question = dataset.prompts[row]
-    input_ids = _chat_template(dataset).prompt_ids([{"role": "user", "content": question}])
+    template, messages = _chat_template(dataset), [{"role": "user", "content": question}]
+    input_ids = template.prompt_ids(messages)
     if _answer_is_cut_off(dataset, input_ids):
         return _Skip.ANSWER_IS_CUT_OFF
-    prompt = Prompt(row, input_ids, readable(question), dataset.responses[row].strip())
+    reference, source = dataset.responses[row].strip(), template.checksum(messages)
+    prompt = Prompt(row, input_ids, readable(question), reference, source=source)
     item = read_item(dataset, row)
     return [prompt if item is None else as_single_turn_is_trained(prompt, item, decoder)]
 

@@ -114,15 +114,16 @@ def _in_files(dataset: Any, rows: Sequence[int]) -> list[Place] | None:
     # A class of somebody's own may give its rows new labels.
     keeps_labels = type(dataset).__module__.startswith("verl.")
     found: dict[int, Place] = {}
+    taken: set[int] = set()
     for row in dict.fromkeys(rows):
         if is_whole:
             file = max((file for file in files if file.offset <= row), key=lambda file: file.offset)
             if file.labels[row - file.offset] == labels[row]:
                 found[row] = _place(file, row - file.offset, files)
+                taken.add(row)
                 continue
         candidates = [(file, in_file) for file in files for in_file in file.rows_labelled(labels[row])]
         if len(candidates) != 1 or not keeps_labels:
-            taken = {place.number for place in found.values()}
             columns = frame.iloc[row].to_dict()
             candidates = [
                 (file, in_file)
@@ -132,6 +133,7 @@ def _in_files(dataset: Any, rows: Sequence[int]) -> list[Place] | None:
         if not candidates:
             return None
         found[row] = _place(*candidates[0], files)
+        taken.add(found[row].number)
     return [found[row] for row in rows]
 
 

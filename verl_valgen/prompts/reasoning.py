@@ -9,8 +9,6 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from verl_valgen.text import describe
-
 if TYPE_CHECKING:
     from verl_valgen.prompts.conversations import ChatTemplate
 
@@ -44,7 +42,7 @@ def reasoning_end(template: ChatTemplate) -> str:
     try:
         text = template.render([{"role": "user", "content": "?"}, message])
     except Exception as e:  # of every kind: a template is a program
-        logger.debug("the chat template does not render reasoning: %s", describe(e))
+        logger.debug("the chat template does not render reasoning: %.300r", e)
         text = ""
     _, found, rest = text.partition(reasoning)
     between, has_content, _ = rest.partition(content)

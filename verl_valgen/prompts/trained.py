@@ -1,4 +1,4 @@
-"""What verl trains of a row, by the item of its data set, and in what way prompt and data are not that.
+"""What verl trains of a row, by the item of its data set.
 
 A chat template may render a turn in one way alone and in another within a conversation, and verl's versions tokenize
 turn by turn in ways of their own: which answer is trained, behind which prompt, stands in the item alone. This module
@@ -15,34 +15,20 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from verl_valgen.prompts.conversations import ChatTemplate, Message, readable
+from verl_valgen.prompts.differences import NOT_TRAINED, difference_of_answers, difference_of_prompts
 from verl_valgen.prompts.masks import answer_spans, trained_texts, without_padding
-from verl_valgen.prompts.reasoning import KNOWN_ENDS, reasoning_of
-from verl_valgen.prompts.tokens import Decoder, encode
+from verl_valgen.prompts.reasoning import reasoning_of
+from verl_valgen.prompts.tokens import Decoder
 from verl_valgen.records import Prompt
-from verl_valgen.text import describe, printable
+from verl_valgen.text import describe
 
 logger = logging.getLogger(__name__)
 
 _OVERLAP = 8
 """Number of tokens by which prompt and item are recognised as the same at the beginning of an answer."""
 
-_MOST_LISTED = 10
-"""Number of rows that the warning names for each difference."""
-
 _TAIL = 64
 """Number of the prompt's last tokens in which something is looked for."""
-
-# The ways in which prompt or data are not what is trained, as the warning has them.
-REASONING_IS_LOST = "the reasoning in the data is not trained"
-ANSWER_IS_CUT = "the answer is cut off at data.max_length"
-TEMPLATE_ADDS = "the chat template adds to the answer in the data"
-ANSWER_DIFFERS = "the answer in the data is trained as another text"
-NOT_TRAINED = "the answer is not trained"
-THINK_BLOCK_IS_UNTRAINED = "an empty think block is asked for and never trained"
-PROMPT_ASKS_FOR_MORE = "the prompt ends in more than what is trained"
-USER_TURN_IS_LOST = "a user turn is lost, as a whole or in part"
-PROMPT_DIFFERS = "the prompt is trained as another text"
-TOKENS_DIFFER = "the prompt is trained as the same text in other tokens"
 
 
 @dataclass(frozen=True)
@@ -137,7 +123,8 @@ def as_turn_is_trained(
         said = rendered if reasoning in rendered else f"{reasoning}\n\n{said}"
     trained = _with_reference(prompt, item, span, decoder, said=said, reasoning=reasoning)
     users = [readable(message.get("content")).strip() for message in messages[:turn] if message["role"] == "user"]
-    difference = _difference_of_prompts(prompt.input_ids, item, span[0], users, decoder)
+    before = item.ids[: span[0]]
+    difference = difference_of_prompts(prompt.input_ids, before, users, decoder, is_cut=item.is_cut_left)
     return replace(trained, differences=(*trained.differences, *difference))
 
 
@@ -162,10 +149,10 @@ def _span_of_turn(prompt_ids: list[int], item: Item, messages: Sequence[Message]
 
 def _overlap(prompt_ids: list[int], ids: list[int], start: int, end: int) -> int:
     """How many tokens of the answer `ids[start:end]` the prompt ends in already: those of a think block, say."""
-    for length in range(min(end - start, len(prompt_ids)) + 1):
-        rest = prompt_ids[: len(prompt_ids) - length]
-        is_same_before = rest[-_OVERLAP:] == ids[max(0, start - _OVERLAP) : start]
-        if is_same_before and prompt_ids[len(rest) :] == ids[start : start + length]:
+    before = ids[max(0, start - _OVERLAP) : start]
+    for length in range(min(end - start, len(prompt_ids), _TAIL) + 1):
+        cut = len(prompt_ids) - length
+        if prompt_ids[max(0, cut - _OVERLAP) : cut] == before and prompt_ids[cut:] == ids[start : start + length]:
             return length
     return 0
 
@@ -184,72 +171,7 @@ def _with_reference(
     if said.endswith(trained):  # what comes before it may be the end of the prompt: a think block that is opened there
         head = said.removesuffix(trained).strip()
         said = trained if decoder.whole(prompt.input_ids[-_TAIL:]).rstrip().endswith(head) else said
-    difference = _difference_of_answers(said, trained, reasoning, item, decoder)
+    difference = difference_of_answers(said, trained, reasoning, decoder, is_cut=item.is_cut_right)
     return replace(
         prompt, **texts, reference_text=None if said == trained else said, differences=(difference,) * bool(difference)
     )
-
-
-def _difference_of_answers(said: str, trained: str, reasoning: str, item: Item, decoder: Decoder) -> str:
-    """In what way what is trained is not what the data says; "" where it is that."""
-    # White space is the template's. And a tokenizer without a token for a character is no matter of training.
-    as_tokens = decoder.answer(encode(decoder.tokenizer, said))
-    if _without_space(trained) in (_without_space(said), _without_space(as_tokens)):
-        return ""
-    if not trained:
-        return NOT_TRAINED
-    if item.is_cut_right and _without_space(as_tokens).startswith(_without_space(trained)):
-        return ANSWER_IS_CUT
-    if reasoning not in trained or any(mark in said and mark not in trained for mark in KNOWN_ENDS):
-        return REASONING_IS_LOST
-    return TEMPLATE_ADDS if said in trained else ANSWER_DIFFERS
-
-
-def _without_space(text: str) -> str:
-    return "".join(text.split())
-
-
-def _difference_of_prompts(
-    prompt_ids: list[int], item: Item, start: int, users: Sequence[str], decoder: Decoder
-) -> tuple[str, ...]:
-    """In what way a prompt is not what the item has before `start`; () where it is that, or has what was cut off."""
-    before = item.ids[:start]
-    if prompt_ids[-len(before) if item.is_cut_left and before else 0 :] == before:
-        return ()
-    asked, trained = decoder.whole(prompt_ids), decoder.whole(before)
-    if asked == trained:
-        return (TOKENS_DIFFER,)
-    if any(user in asked and user not in trained for user in users):
-        return (USER_TURN_IS_LOST,)
-    if asked.startswith(trained):
-        more = asked[len(trained) :]
-        return (THINK_BLOCK_IS_UNTRAINED if any(mark in more for mark in KNOWN_ENDS) else PROMPT_ASKS_FOR_MORE,)
-    return (PROMPT_DIFFERS,)
-
-
-def warn_of_differences(prompts: Sequence[Prompt]) -> None:
-    """One warning about the rows whose prompt or data is not what is trained, if there are any."""
-    rows: dict[str, dict[tuple[str | None, int | None], None]] = {}
-    for prompt in prompts:
-        for difference in prompt.differences:
-            rows.setdefault(difference, {})[prompt.file, prompt.row] = None
-    if rows:
-        texts = [f"{difference} ({_listed(list(found))})" for difference, found in rows.items()]
-        logger.warning(
-            "validation data and training differ: %s; the samples have what is trained as `reference`, and what the "
-            "data says as `reference_text`",
-            "; ".join(texts),
-        )
-
-
-def _listed(rows: Sequence[tuple[str | None, int | None]]) -> str:
-    """Rows with their files, as far as there are several; not all of very many."""
-    by_file: dict[str | None, list[str]] = {}
-    for file, row in rows[:_MOST_LISTED]:
-        by_file.setdefault(file, []).append(str(row))
-    texts = [
-        f"row{'s' if len(own) > 1 else ''} {', '.join(own)}" + (f" of {printable(file, 200)}" if file else "")
-        for file, own in by_file.items()
-    ]
-    more = [f"{len(rows) - _MOST_LISTED} more"] if len(rows) > _MOST_LISTED else []
-    return " and ".join([*texts, *more])

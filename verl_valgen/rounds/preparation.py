@@ -10,10 +10,11 @@ from typing import Any
 
 from verl_valgen.hosts.base import Host
 from verl_valgen.hosts.schedule import Schedule
+from verl_valgen.prompts.answers import AnswerReader
+from verl_valgen.prompts.differences import listed_rows, warn_of_differences
 from verl_valgen.prompts.files import OwnPrompt
 from verl_valgen.prompts.rows import chosen_rows
 from verl_valgen.prompts.sources import read_prompts
-from verl_valgen.prompts.trained import warn_of_differences
 from verl_valgen.records import Prompt, Query
 from verl_valgen.rounds.fingerprint import fingerprint
 from verl_valgen.rounds.preflight import notes_on_ignored_settings
@@ -46,12 +47,14 @@ def prepare(
     if not queries:
         return None, None
     warn_of_differences(prompts)
+    if settings.reference == "trained":
+        _warn_of_untrained_reasoning(prompts, wording.reader)
     for level, line in wording.notes():
         logger.log(level, "%s", line)
     schedule = replace(host.schedule(), every=settings.every, before_train=settings.before_train)
     directory = Path(host.config.trainer.default_local_dir) / "generations"
     _announce(queries, settings, schedule, directory)
-    asked = fingerprint(query.prompt for query in queries)
+    asked = fingerprint(prompts)
     asks_others = _asks_others(directory, schedule.start_step, asked, warnings)
     _set_earlier_samples_aside(directory, schedule.start_step, warnings, best_too=asks_others)
     recorder = Recorder(
@@ -65,6 +68,19 @@ def prepare(
         run=_describe(host, settings, schedule.start_step, asked, warnings),
     )
     return recorder, schedule.round_steps()
+
+
+def _warn_of_untrained_reasoning(prompts: Sequence[Prompt], reader: AnswerReader) -> None:
+    """One warning about the rows for which a perfectly trained model would score as one that says nothing."""
+    lost = [prompt for prompt in prompts if prompt.row is not None and reader.is_lost(prompt)]
+    if lost:
+        logger.warning(
+            "generation.reasoning=strip: %s %s no %s, and an answer without it counts as empty: set "
+            "generation.reasoning=keep",
+            listed_rows(lost),
+            "train" if len({(prompt.file, prompt.row) for prompt in lost}) > 1 else "trains",
+            printable(reader.reasoning_end, 100),
+        )
 
 
 def _describe(
@@ -156,5 +172,6 @@ def _set_earlier_samples_aside(directory: Path, start_step: int, warnings: OnceL
         warnings.warn_of_error(f"samples of an earlier run stay in {directory}", e, GOES_ON)
     else:
         if folder is not None:
-            what = "the earlier best.json and samples" if best_too else "samples of an earlier run"
+            is_copied = best_too and (folder / "best.json").exists()
+            what = "best.json was copied, and samples of an earlier run" if is_copied else "samples of an earlier run"
             logger.info("%s beyond step %d were moved to %s", what, start_step, folder)

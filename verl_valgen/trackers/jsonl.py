@@ -92,7 +92,8 @@ def set_aside(directory: str | os.PathLike[str], start_step: int, *, best_too: b
     Temporary files that a crash left are removed. Returns the new folder, or None if nothing had to be moved.
 
     Args:
-        best_too: Whether a resumed run begins `best.json` anew: then it is moved.
+        best_too: Whether a resumed run begins `best.json` anew: then it is copied in any case, and stays until the run
+            replaces it, as the run may be a mistake that is stopped before.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -104,9 +105,8 @@ def set_aside(directory: str | os.PathLike[str], start_step: int, *, best_too: b
     about_runs = [path for name in _FILES_OF_A_RUN if (path := directory / name).exists()]
     if start_step == 0:
         stale += about_runs
-    elif best_too:
-        stale += [path for path in about_runs if path.name == "best.json"]
-    if not stale:
+    is_replaced = best_too and directory / "best.json" in about_runs
+    if not (stale or is_replaced):
         return None
     folder = next(path for k in count(1) if not (path := directory / f"old-{k}").exists())
     folder.mkdir()

@@ -23,10 +23,10 @@ from unit.prompts.data import (
 )
 
 from verl_valgen.prompts.datasets import DatasetPrompts, mask_is_shifted, prompts_from_dataset
+from verl_valgen.prompts.differences import NOT_TRAINED
 from verl_valgen.prompts.files import OwnPrompt, tokenized
 from verl_valgen.prompts.masks import prompts_from_batch
 from verl_valgen.prompts.tokens import Decoder
-from verl_valgen.prompts.trained import NOT_TRAINED
 from verl_valgen.records import Prompt, RowData
 
 CONVERSATIONS = {

@@ -26,8 +26,8 @@ from unit.prompts.data import (
 )
 
 from verl_valgen.prompts.datasets import mask_is_shifted, prompts_from_dataset
+from verl_valgen.prompts.differences import ANSWER_IS_CUT
 from verl_valgen.prompts.masks import prompts_from_batch
-from verl_valgen.prompts.trained import ANSWER_IS_CUT
 from verl_valgen.records import Prompt
 
 # Batches of verl's data sets

@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from unit.prompts.data import Items, MultiTurnSFTDataset, SFTDataset, needs_sft_dataset, talk
 
+from verl_valgen.prompts import places as module
 from verl_valgen.prompts.places import Place, places
 
 
@@ -81,6 +82,21 @@ def test_files_that_pandas_has_written_with_an_index(tmp_path, tokenizer, rows, 
 def test_rows_that_are_the_same_in_two_files_have_places_of_their_own(tmp_path, tokenizer):
     paths = write(tmp_path, frame(0, 6), frame(0, 6))
     assert_found(kept(paths, tokenizer, 11), paths)
+
+
+def test_each_place_is_looked_at_a_fixed_number_of_times(tmp_path, tokenizer, monkeypatch):
+    looks = []
+
+    class Counting(Place):
+        def __getattribute__(self, name):
+            looks.append(name)
+            return super().__getattribute__(name)
+
+    paths = write(tmp_path, frame(0, 30), frame(0, 30))
+    dataset = kept(paths, tokenizer, 50)
+    monkeypatch.setattr(module, "Place", Counting)
+    assert len(places(dataset, range(50))) == 50
+    assert len(looks) <= 100
 
 
 def test_row_groups_are_told_apart(tmp_path, tokenizer):

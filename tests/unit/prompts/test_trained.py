@@ -19,10 +19,11 @@ from unit.prompts.data import (
 )
 from unit.prompts.templates import FAMILIES, tokenizer_of
 
+from verl_valgen.prompts import differences as ways
 from verl_valgen.prompts import trained
 from verl_valgen.prompts.datasets import prompts_from_dataset
+from verl_valgen.prompts.differences import warn_of_differences
 from verl_valgen.prompts.tokens import Decoder
-from verl_valgen.prompts.trained import warn_of_differences
 from verl_valgen.records import Prompt
 
 BY_TURN = VERL >= (0, 7)
@@ -86,37 +87,37 @@ def test_the_reference_is_the_last_run_of_the_loss_mask(tmp_path, tokenizer, nam
 EXPECTED = {
     # (family, conversation): (reference, what the data says beyond it, differences), for verl <= 0.6 and later
     ("Qwen3", "plain"): (
-        ("<think>\n\n</think>\n\n14", "14", trained.TEMPLATE_ADDS),
+        ("<think>\n\n</think>\n\n14", "14", ways.TEMPLATE_ADDS),
         ("14", None),
     ),
     ("Qwen3", "thought"): (
         (THOUGHT, None),
-        ("14", THOUGHT, trained.REASONING_IS_LOST),
+        ("14", THOUGHT, ways.REASONING_IS_LOST),
     ),
     ("Qwen3", "two turns"): (
-        (THOUGHT, None, trained.USER_TURN_IS_LOST),
-        ("14", THOUGHT, trained.REASONING_IS_LOST),
+        (THOUGHT, None, ways.USER_TURN_IS_LOST),
+        ("14", THOUGHT, ways.REASONING_IS_LOST),
     ),
     ("Qwen3", "quick"): (
         ("14", None),
-        ("14", None, trained.THINK_BLOCK_IS_UNTRAINED),
+        ("14", None, ways.THINK_BLOCK_IS_UNTRAINED),
     ),
     ("Qwen3", "two quick turns"): (
-        ("14", None, trained.USER_TURN_IS_LOST),
-        ("14", None, trained.THINK_BLOCK_IS_UNTRAINED),
+        ("14", None, ways.USER_TURN_IS_LOST),
+        ("14", None, ways.THINK_BLOCK_IS_UNTRAINED),
     ),
     ("Qwen3.5", "thought"): (("sum\n</think>\n\n14", None), ("sum\n</think>\n\n14", None)),
     ("Qwen3.5", "quick"): (("14", None), ("14", None)),
     ("DeepSeek", "two turns"): (
         # It cuts as many characters off the answer as the generation prompt has too many: those of the last marker.
-        ("d_of_sentence|>", THOUGHT, trained.REASONING_IS_LOST, trained.PROMPT_DIFFERS),
-        ("14", THOUGHT, trained.REASONING_IS_LOST, trained.PROMPT_DIFFERS),
+        ("d_of_sentence|>", THOUGHT, ways.REASONING_IS_LOST, ways.PROMPT_DIFFERS),
+        ("14", THOUGHT, ways.REASONING_IS_LOST, ways.PROMPT_DIFFERS),
     ),
     ("GLM", "thought"): (("<think>sum</think>\n14", THOUGHT), ("<think>sum</think>\n14", THOUGHT)),
     ("GLM", "quick"): (("14", None), ("14", None)),
     ("gpt-oss", "plain"): (
-        ("<|channel|>final<|message|>14", "14", trained.TEMPLATE_ADDS),
-        ("<|channel|>final<|message|>14", "14", trained.TEMPLATE_ADDS),
+        ("<|channel|>final<|message|>14", "14", ways.TEMPLATE_ADDS),
+        ("<|channel|>final<|message|>14", "14", ways.TEMPLATE_ADDS),
     ),
     ("Llama 3.1", "two turns"): ((THOUGHT, None), (THOUGHT, None)),
     ("Mistral", "two turns"): ((THOUGHT, None), None),
@@ -137,8 +138,8 @@ def test_what_the_data_says_beyond_it_is_kept_and_named(tmp_path, tokenizer, nam
 def test_reasoning_in_a_field_of_its_own(tmp_path, tokenizer):
     message = {"role": "assistant", "content": "14", "reasoning_content": "sum"}
     for name, text, differences in (
-        ("Llama 3.1", "sum\n\n14", (trained.REASONING_IS_LOST,)),
-        ("Qwen3", THOUGHT if BY_TURN else None, (trained.REASONING_IS_LOST,) if BY_TURN else ()),
+        ("Llama 3.1", "sum\n\n14", (ways.REASONING_IS_LOST,)),
+        ("Qwen3", THOUGHT if BY_TURN else None, (ways.REASONING_IS_LOST,) if BY_TURN else ()),
     ):
         made = tokenizer_of(FAMILIES[name], tokenizer)
         dataset = dataset_of(tmp_path, made, [*talk("7+7?"), message])
@@ -156,7 +157,7 @@ def test_every_turn_has_its_own_reference(tmp_path, tokenizer, name):
         before = "" if BY_TURN else "<think>\n\n</think>\n\n"
         assert [p.reference for p in (first, second, third)] == [before + text for text in ("A", "123456", "C")]
     elif BY_TURN:
-        assert [p.differences[0] for p in (first, third)] == [trained.NOT_TRAINED] * 2
+        assert [p.differences[0] for p in (first, third)] == [ways.NOT_TRAINED] * 2
         assert (second.reference, second.reference_text) == ("3456", "123456")
 
 
@@ -165,7 +166,7 @@ def test_a_cut_off_answer_is_the_reference_as_far_as_it_is_trained(tmp_path, tok
     whole = dataset_of(tmp_path, made, talk("a?", "A", "b?", "123456"))
     length = len(item_ids(whole, 0)) - 3
     for truncation, expected in (
-        ("right", ("1234", "123456", trained.ANSWER_IS_CUT)),
+        ("right", ("1234", "123456", ways.ANSWER_IS_CUT)),
         ("left", ("123456", None)),  # the prompt is whole: at inference nothing is cut off
     ):
         dataset = dataset_of(tmp_path, made, talk("a?", "A", "b?", "123456"), truncation=truncation, max_length=length)
@@ -176,7 +177,7 @@ def test_a_cut_off_answer_is_the_reference_as_far_as_it_is_trained(tmp_path, tok
 @pytest.mark.skipif(VERL[:2] != (0, 6), reason="no other version reads a message's own loss mask")
 @pytest.mark.parametrize(("masks", "reference", "differences"), [
     ((0, 0, 0, 1), "B", ()),
-    ((0, 1, 0, 0), "B", (trained.NOT_TRAINED,)),
+    ((0, 1, 0, 0), "B", (ways.NOT_TRAINED,)),
     ((1, 0, 1, 1), "B", ()),
 ])  # fmt: skip
 def test_a_messages_own_loss_mask(tmp_path, tokenizer, masks, reference, differences):
@@ -223,6 +224,23 @@ def test_another_data_set_has_raw_references_too(tokenizer):
     assert (prompt.reference, prompt.reference_raw, prompt.reference_text) == ("b", "b<|im_end|>", None)
 
 
+def test_the_end_of_a_long_prompt_alone_is_compared():
+    class Counting(list):
+        copied = 0
+
+        def __getitem__(self, place):
+            found = super().__getitem__(place)
+            Counting.copied += len(found) if isinstance(place, slice) else 1
+            return found
+
+    question, opened, answer = list(range(5000)), [7001, 7002], [8000] * 5000
+    ids = [*question, *opened, *answer]
+    for prompt, expected in (([*question, *opened], 2), (question, 0), ([*question, 9], 0), (ids[1:], 0), ([], 0)):
+        Counting.copied = 0
+        assert trained._overlap(Counting(prompt), ids, len(question), len(ids)) == expected
+        assert Counting.copied < 5000
+
+
 def test_one_warning_names_the_rows(caplog):
     def prompt(row: int, *differences: str, file: str | None = None) -> Prompt:
         return Prompt(row, [1], "", None, differences=differences, file=file)
@@ -230,8 +248,8 @@ def test_one_warning_names_the_rows(caplog):
     with caplog.at_level(logging.WARNING, "verl_valgen"):
         warn_of_differences([prompt(0), prompt(1)])
         assert caplog.text == ""
-        lost = [prompt(row, trained.REASONING_IS_LOST) for row in range(12)]
-        warn_of_differences([*lost, prompt(3, trained.USER_TURN_IS_LOST, trained.REASONING_IS_LOST)])
+        lost = [prompt(row, ways.REASONING_IS_LOST) for row in range(12)]
+        warn_of_differences([*lost, prompt(3, ways.USER_TURN_IS_LOST, ways.REASONING_IS_LOST)])
     (record,) = caplog.records
     assert record.getMessage() == (
         "validation data and training differ: the reasoning in the data is not trained (rows 0, 1, 2, 3, 4, 5, 6, 7, "
@@ -240,7 +258,5 @@ def test_one_warning_names_the_rows(caplog):
     )
     caplog.clear()
     with caplog.at_level(logging.WARNING, "verl_valgen"):
-        warn_of_differences(
-            [prompt(row, trained.NOT_TRAINED, file=file) for row, file in ((0, "a"), (1, "a"), (0, "b"))]
-        )
-    assert f"{trained.NOT_TRAINED} (rows 0, 1 of a and row 0 of b)" in caplog.text
+        warn_of_differences([prompt(row, ways.NOT_TRAINED, file=file) for row, file in ((0, "a"), (1, "a"), (0, "b"))])
+    assert f"{ways.NOT_TRAINED} (rows 0, 1 of a and row 0 of b)" in caplog.text
