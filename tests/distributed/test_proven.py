@@ -19,6 +19,7 @@ from distributed.test_gather import wrap
 from distributed.test_rounds import Rows, SmallHost, warnings_of_rounds
 from distributed.testing import run_distributed
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from transformers import AutoModelForCausalLM
 
 from verl_valgen.backends.hf import HFBackend
@@ -144,6 +145,7 @@ def of_wrong_answers(directory: Path) -> dict[str, Any]:
         ("first", [], {"verify": "first"}),
         ("off", ["weights"], {"verify": False}),
         ("reader", ["reader"], {}),
+        ("reader of wrong answers", ["reader", "tokens of one"], {"gather": "copy"}),
     ):
         answerer = ProvenAnswerer(host, GenerationSettings(enabled=True, max_new_tokens=8, **chosen))
         ways: list[str] = []
@@ -216,6 +218,64 @@ def test_the_check_can_be_had_once_or_not_at_all(outcomes):
 def test_where_the_reading_fails_the_answers_stand_unchecked(outcomes):
     assert outcomes[0]["reader"]["verified"] == [None, None]
     assert outcomes[0]["reader"]["warnings"] == outcomes[1]["reader"]["warnings"] == []
+
+
+def test_an_objection_stands_where_another_rank_could_not_read(outcomes):
+    assert outcomes[0]["reader of wrong answers"]["verified"] == [False, False]
+
+
+def with_guidance_of_one(directory: Path) -> Any:
+    """Its logits processor runs the model for every token: no two ranks would do the same."""
+    host = small_host(directory)
+    answerer = ProvenAnswerer(host, GenerationSettings(enabled=True, max_new_tokens=6, gather="copy"))
+    params = answerer.settings.parameters
+    asked = [replace(one, params=params | ({"guidance_scale": 1.5} if one.key[0] == 4 else {})) for one in REQUESTS]
+    only = answerer(asked[4:] if host.is_logging_rank else None)
+    all_of_them = answerer(asked if host.is_logging_rank else None)
+    assert agree(True, CPU)
+    return [answers and answers.verified for answers in (only, all_of_them)]
+
+
+def test_answers_under_guidance_are_not_read(directory, tmp_path):
+    assert run_distributed(with_guidance_of_one, 2, tmp_path, directory)[0] == [None, True]
+
+
+def with_ways_that_fail_to_run(directory: Path) -> Any:
+    """At first no safer way can be taken; in the next round it can."""
+    host = small_host(directory)
+    answerer = ProvenAnswerer(host, GenerationSettings(enabled=True, max_new_tokens=8))
+    verified, texts = [], []
+    made_again = answerer._made_again
+    for run in (fail, made_again):
+        answerer._made_again = run  # type: ignore[method-assign]
+        with planted("tokens"):
+            answers = ask(answerer)
+        verified.append(answers and answers.verified)
+        texts.append(answers and [bool(completion.output_ids) for completion in answers.completions])
+    return verified, texts
+
+
+def test_a_way_that_could_not_be_taken_is_tried_again(directory, tmp_path):
+    verified, texts = run_distributed(with_ways_that_fail_to_run, 2, tmp_path, directory)[0]
+    assert verified == [False, True]
+    assert texts == [[True] * 5] * 2, "the answers that failed are kept for the record"
+
+
+def fsdp1_memory_after_reading(directory: Path) -> list[int]:
+    host = small_host(directory, "fsdp")
+    sizes = [whole_bytes(host.model)]
+    host.read([5, 6, 7, 8], 2)
+    return [*sizes, whole_bytes(host.model)]
+
+
+def whole_bytes(model: FSDP) -> int:
+    handles = [unit._handle for unit in FSDP.fsdp_modules(model) if unit._handle is not None]
+    paddeds = [getattr(handle.flat_param, "_full_param_padded", None) for handle in handles]
+    return sum(padded.untyped_storage().size() for padded in paddeds if padded is not None)
+
+
+def test_nothing_stays_whole_after_a_reading_under_fsdp1(directory, tmp_path):
+    assert run_distributed(fsdp1_memory_after_reading, 2, tmp_path, directory) == [[0, 0]] * 2
 
 
 # Where they are shown

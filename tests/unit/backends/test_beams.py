@@ -59,8 +59,9 @@ def test_sums_are_those_that_transformers_reports(model, parameters):
         assert min(lengths) < 12, "some end early, or this shows little"
 
 
-def test_the_readers_sum_tells_other_logits_apart(model):
-    params = {"do_sample": False, "num_beams": 3, "max_new_tokens": 12, "repetition_penalty": 1.2}
+@pytest.mark.parametrize("also", [{}, {"renormalize_logits": True, "suppress_tokens": [3, 4, 5]}])
+def test_the_readers_sum_tells_other_logits_apart(model, also):
+    params = {"do_sample": False, "num_beams": 3, "max_new_tokens": 12, "repetition_penalty": 1.2} | also
     requests = [Request(ids, (row, 0), params) for row, ids in enumerate(PROMPTS)]
     with torch.no_grad():
         backend = HFBackend(model, None, 0)

@@ -223,3 +223,16 @@ def test_the_objection_has_the_numbers():
     assert found is not None
     assert found.startswith(expected)
     assert objection(values.flip(0), ROUNDED) == found
+
+
+@pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min, -1e4])
+def test_tokens_that_a_model_rules_out_do_not_widen_the_spread(low):
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 3
+    request = Request([1, 2], (0, 0), {"do_sample": False, "max_new_tokens": 6})
+    right = logits.argmax(-1).tolist()
+    wrong = logits.argsort(-1)[:, 20].tolist()
+    ruled_out = torch.cat([logits, torch.full((6, 5), low)], dim=-1)
+    for output_ids in (right, wrong):
+        expected = shortfalls(logits, request, output_ids, 0, LogitsProcessorList())
+        found = shortfalls(ruled_out, request, output_ids, 0, LogitsProcessorList())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
