@@ -132,10 +132,10 @@ def _check_best_metric(settings: GenerationSettings) -> None:
 
 
 def notes_on_ignored_settings(settings: GenerationSettings) -> Iterator[str]:
-    """Explains where `n` or `best_of` has no effect, because nothing is sampled.
-
-    Each answer of greedy decoding and of beam search would be the same.
-    """
+    """Explains which settings have no effect: `n` or `best_of` where nothing is sampled, and each answer would be the
+    same; an end of reasoning where reasoning stays."""
+    if settings.reasoning_end and settings.reasoning == "keep":
+        yield "generation.reasoning_end has no effect with generation.reasoning=keep"
     strategies = settings.strategies or {"": {}}
     greedy = [name for name, params in strategies.items() if not settings.overridden(params, name).do_sample]
     if greedy:

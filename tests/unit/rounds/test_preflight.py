@@ -123,7 +123,9 @@ def test_a_file_that_was_read_is_not_read_again(tmp_path, monkeypatch):
             ],
         ),
         ({"do_sample": False, "n": 4, "strategies": {"hot": {"do_sample": True}}}, []),
+        ({"reasoning_end": "</t>", "reasoning": "strip"}, []),
+        ({"reasoning_end": "</t>"}, ["generation.reasoning_end has no effect with generation.reasoning=keep"]),
     ],
 )
-def test_several_answers_without_sampling_are_told_to_be_one(values, expected):
+def test_settings_without_effect_are_told(values, expected):
     assert list(notes_on_ignored_settings(GenerationSettings(enabled=True, **values))) == expected
