@@ -150,6 +150,7 @@ def _run_rank(run: Run, rank: int) -> NoReturn:
         dist.init_process_group(
             "gloo", init_method=f"file://{run.files}/rendezvous", rank=rank, world_size=run.world_size
         )
+        dist.barrier()  # a rank that ends at once would close connections that others still open
         torch.save(run.function(*run.args), run.files / f"{rank}.pt")
         dist.destroy_process_group()
         status = 0
