@@ -6,6 +6,7 @@ and one process as a user starts it.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -96,3 +97,17 @@ def test_on_two_ranks_it_is_said_once(tmp_path, assets):
     result = run(tmp_path, assets.overrides(), environment=environment, num_ranks=2)
     assert result.returncode != 0
     assert result.stderr.count("VERL_GENERATION_TOP_P must be a number in (0, 1], got '1.5'") == 1
+
+
+@pytest.mark.slow
+def test_a_prompt_that_the_template_refuses_ends_the_run_before_the_first_step(tmp_path, assets):
+    call = {"role": "system", "content": None, "tool_calls": [{"name": "f"}]}  # the template adds a text to its content
+    refused = {"messages": [call, {"role": "user", "content": "?"}], "tools": [{"name": "f"}]}
+    (tmp_path / "own.jsonl").write_text(f'"What is 1 + 1?"\n{json.dumps(refused)}\n')
+    result = run(tmp_path, [*assets.overrides(), f"+generation.prompts={tmp_path}/own.jsonl"])
+    assert result.returncode == 2, result.output[-3000:]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("verl-valgen: ")]
+    assert len(lines) == 1
+    assert "own.jsonl, line 2: it cannot be rendered" in lines[0]
+    assert result.logged("train/loss") == []
+    assert not result.generations.exists()
