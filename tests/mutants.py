@@ -122,6 +122,20 @@ MUTANTS = [
         "            return super().fit()",
         TOUR,
     ),
+    Mutant(
+        "an objection to the answers is not heard",
+        "rounds/verification.py",
+        "return Finding(False, found[0])",
+        "return Finding(True)",
+        "tests/distributed/test_proven.py",
+    ),
+    Mutant(
+        "an answer that failed the check is shown",
+        "trackers/composite.py",
+        "round if tracker.takes_unverified else shown",
+        "round",
+        "tests/distributed/test_proven.py tests/trackers/test_composite.py",
+    ),
 ]
 
 
