@@ -132,9 +132,10 @@ def test_a_failing_generation_and_a_failing_tracker_cost_one_warning_each(server
 
 def test_a_token_that_the_model_has_not_is_told_at_the_start(server, tmp_path, assets):
     result = server.run(tmp_path, [*assets.overrides(), "+generation.bad_words_ids=[[999999]]"], environment=GREEDY)
-    assert result.returncode == 0, result.output[-5000:]
-    line = "checks.ConfigError: generation.bad_words_ids must have ids of tokens, below 100, got 999999"
+    assert result.returncode == 2, result.output[-5000:]
+    line = "verl-valgen: generation.bad_words_ids must have ids of tokens, below 100, got 999999"
     assert result.output.count(line) == 1
+    assert result.logged("train/loss") == []
     assert not result.generations.exists()
 
 
