@@ -110,8 +110,9 @@ def plant() -> None:
     from transformers import LlamaForCausalLM
 
     from verl_valgen import collectives as exchange
-    from verl_valgen.backends import sampling
+    from verl_valgen.backends import hf, lockstep, sampling
     from verl_valgen.rounds import generation as answering
+    from verl_valgen.rounds import proven
     from verl_valgen.scores.scoring import Scoring
     from verl_valgen.trackers.console import ConsoleTracker
     from verl_valgen.trackers.jsonl import JsonlTracker
@@ -173,6 +174,18 @@ def plant() -> None:
             deadline = max(deadline, time.time() + _TO_FAIL_S)
         return original(self, samples, deadline)
 
+    def unstruck(original: Any) -> Any:
+        """The trial of a model, and the reading of answers: what fails there is not told, and no fault of this list."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            step, faults.step = faults.step, -1
+            try:
+                return original(*args, **kwargs)
+            finally:
+                faults.step = step
+
+        return call
+
     def striking(stage: str, original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             faults.strike(stage)
@@ -191,6 +204,9 @@ def plant() -> None:
     for patched, name, replacement in (
         (answering, "free_bytes", striking("prepare", answering.free_bytes)),
         (PlainCopy, "receive", receive),
+        (proven, "verify", unstruck(proven.verify)),
+        (hf, "how_to_share", unstruck(hf.how_to_share)),
+        (lockstep, "how_to_share", unstruck(lockstep.how_to_share)),
         (LlamaForCausalLM, "forward", forward),
         (sampling.GumbelNoise, "__call__", choose),
         (exchange, "json", Json),

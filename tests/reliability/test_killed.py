@@ -217,7 +217,7 @@ def step_files(result: Run) -> dict[Path, bytes]:
 def assert_is_whole(result: Run, steps: list[int]) -> None:
     assert sorted(attempts_by_step(result.generations)) == steps
     best = json.loads((result.generations / "best.json").read_text())
-    assert list(best) == ["metric", "mode", "value", "step", "before"]
+    assert list(best) == ["metric", "mode", "value", "step", "before", "prompts"]
     if result.returncode == 0:
         assert list(result.generations.rglob("*.tmp")) == []
 
