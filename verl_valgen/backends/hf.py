@@ -29,6 +29,7 @@ from transformers import (
 from verl_valgen.backends.base import Backend, UnsuitableError
 from verl_valgen.backends.batching import Group, as_id_set, even_length, group_requests
 from verl_valgen.backends.beams import BeamObserver
+from verl_valgen.backends.judging import logprobs
 from verl_valgen.backends.observers import NanObserver, StopStringObserver
 from verl_valgen.backends.padding import Sharing, left_pad, next_batch
 from verl_valgen.backends.sampling import GumbelNoise, logits_warpers
@@ -54,6 +55,9 @@ def has_processors(request: Request) -> bool:
 
 class HFBackend(Backend):
     """Generates with Hugging Face's own loop and everything that it supports: beams, stop strings, any cache."""
+
+    _sharing: Sharing | None = None
+    """Which prompts may share a batch, once that was asked."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         unanswered = Completion([], "time")
@@ -84,7 +88,9 @@ class HFBackend(Backend):
 
     def sharing(self, requests: Sequence[Request]) -> Sharing:
         """Says which prompts may share a batch."""
-        return how_to_share(self, requests, even_length(self.model.config))
+        if self._sharing is None:  # a lookup even then, by the whole configuration
+            self._sharing = how_to_share(self, requests, even_length(self.model.config))
+        return self._sharing
 
     def _generate_groups(
         self, requests: Sequence[Request], groups: Sequence[Group], completions: list[Completion]
@@ -195,8 +201,7 @@ class HFBackend(Backend):
         ids = torch.tensor([request.input_ids + completion.output_ids], device=model.device)  # (1, L + T)
         num_new = len(completion.output_ids)
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        logprobs = logits[0, -num_new - 1 : -1].float().log_softmax(-1)  # (T, V)
-        return logprobs.gather(1, ids[0, -num_new:, None]).mean().item()
+        return logprobs(logits[0, -num_new - 1 : -1], completion.output_ids).mean().item()
 
     def logits_processors(self, request: Request) -> LogitsProcessorList:
         """What `generate` itself makes of a request's parameters: no warper, as nothing is sampled for transformers.

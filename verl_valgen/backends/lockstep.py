@@ -14,6 +14,7 @@ from transformers import LogitsProcessor
 
 from verl_valgen.backends.batching import Group, even_length, group_requests
 from verl_valgen.backends.hf import HFBackend
+from verl_valgen.backends.memory import fits
 from verl_valgen.backends.padding import Sharing, next_batch
 from verl_valgen.backends.sharing import how_to_share
 from verl_valgen.collectives import agree, largest
@@ -52,6 +53,7 @@ class LockstepBackend(HFBackend):
         completions: list[Completion] = [Completion([], "time")] * len(requests)
         todo = [group for groups in group_requests(requests, self.model.config) for group in groups]
         batch_size = self.batch_size
+        # Found by all ranks together: their batches are as alike.
         self._sharing = how_to_share(self, requests, even_length(self.model.config), lambda ok: agree(ok, device))
         error: Exception | None = None
         while largest(len(todo), device) > 0:
@@ -60,7 +62,7 @@ class LockstepBackend(HFBackend):
             group = todo[0] if todo else _FILLER_GROUP
             batch = next_batch(requests, group.indices, batch_size, self._sharing) if todo else []
             # Twice: while a cache grows, the old and the new one are both there.
-            if not agree(self._fits(2 * self.sequence_bytes * max(1, len(batch))), device):
+            if not agree(fits(2 * self.sequence_bytes * max(1, len(batch)), device), device):
                 if batch_size == 1:
                     error = error or MemoryError("not even one sequence fits beside the sharded model")
                     break
@@ -92,7 +94,7 @@ class LockstepBackend(HFBackend):
         error: Exception | None = None
         todo = [i for i, completion in enumerate(completions) if requests[i].wants_logprob and completion.output_ids]
         num_steps = int(largest(len(todo), device))
-        if num_steps and not agree(self._fits(self.logprobs_bytes), device):
+        if num_steps and not agree(fits(self.logprobs_bytes, device), device):
             return MemoryError("the likelihood of an answer does not fit beside the sharded model")
         for _ in range(num_steps):
             if not agree(time.time() <= self.limits.deadline, device):
@@ -107,18 +109,6 @@ class LockstepBackend(HFBackend):
             except Exception as e:  # it came after the forward pass, and the others count on this rank for the next
                 error, todo = error or e, []
         return error
-
-    def _fits(self, num_bytes: int) -> bool:
-        """Tells whether the allocator has so many bytes; always true on devices other than CUDA."""
-        device = self.model.device
-        try:
-            torch.empty(num_bytes if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-        except torch.OutOfMemoryError:
-            return False
-        return True
-
-    def sharing(self, requests: Sequence[Request]) -> Sharing:
-        return self._sharing  # which the ranks have found together
 
     def generate_batch(self, requests: Sequence[Request], group: Group) -> list[Completion]:
         # Where the context is full, one token is generated all the same, to take part in the passes of the others.

@@ -39,6 +39,8 @@ class FSDPSFTHost(Host):
         return None
 
     def mean_logprob(self, input_ids: Sequence[int], output_ids: Sequence[int]) -> float | None:
+        from verl_valgen.weights.sharded import evaluating
+
         ids = torch.tensor([[*input_ids, output_ids[-1]]])  # (1, L)
         positions = torch.arange(ids.shape[1])[None]
         shift = 1 if Version(metadata.version("verl")) < Version("0.6") else 0  # its masks stand one to the left
@@ -49,12 +51,8 @@ class FSDPSFTHost(Host):
             "position_ids": positions,
             "loss_mask": ((positions >= end - len(output_ids)) & (positions < end)).long(),
         }
-        was_training = [(module, module.training) for module in self.model.modules()]
-        try:
+        with evaluating(self.model):
             loss = self.trainer.validation_step(batch).item()  # the mean over ranks that have all read the same
-        finally:
-            for module, training in was_training:
-                module.training = training
         # Where tokens are balanced, verl counts them over all ranks, and scales by the data-parallel ones alone.
         return -loss * (self.config.ulysses_sequence_parallel_size if self.config.data.balance_dp_token else 1)
 

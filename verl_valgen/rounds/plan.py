@@ -156,15 +156,6 @@ def reading_bytes(config: Any, num_tokens: int, num_read: int, dtype: torch.dtyp
     return sequence_bytes(config, num_tokens, 0, dtype) + logits + _JUDGING_BYTES
 
 
-def fits(num_bytes: int, device: torch.device) -> bool:
-    """Whether the allocator has so many bytes; always true on devices other than CUDA."""
-    try:
-        torch.empty(num_bytes if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-    except torch.OutOfMemoryError:
-        return False
-    return True
-
-
 def largest_sequence_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> int:
     """`sequence_bytes` of the request that takes the most, with all of its beams; 0 without requests."""
     return max(

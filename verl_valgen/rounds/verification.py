@@ -24,10 +24,11 @@ from verl_valgen.backends.batching import table_boundaries
 from verl_valgen.backends.beams import beam_objection
 from verl_valgen.backends.hf import HFBackend, has_processors
 from verl_valgen.backends.judging import logprobs, objection, shortfalls, tolerance
+from verl_valgen.backends.memory import fits
 from verl_valgen.collectives import agree, attempt, broadcast, gather_values, rank, world_size
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Completion, Request
-from verl_valgen.rounds.plan import fits, reading_bytes
+from verl_valgen.rounds.plan import reading_bytes
 from verl_valgen.text import describe
 
 logger = logging.getLogger(__name__)

@@ -49,7 +49,7 @@ def generating_through(wrapped: nn.Module, generation_config: Any, device: torch
     through = through_class.__new__(through_class)
     vars(through).update(vars(inner))
     through.generation_config = generation_config
-    with _evaluating(wrapped), _uncast_adapter_inputs(unwrapped):
+    with evaluating(wrapped), _uncast_adapter_inputs(unwrapped):
         yield through
 
 
@@ -75,7 +75,7 @@ def read(
     keeps = "logits_to_keep" in inspect.signature(original_class(inner).forward).parameters
     ids = torch.tensor([list(input_ids)], device=device)  # (1, L)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    with _evaluating(wrapped), autocast:
+    with evaluating(wrapped), autocast:
         output = wrapped(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -87,7 +87,7 @@ def read(
 
 
 @contextmanager
-def _evaluating(wrapped: nn.Module) -> Iterator[None]:
+def evaluating(wrapped: nn.Module) -> Iterator[None]:
     """While open, the model is in eval mode. At the end it is as it was, and its parameters are sharded."""
     was_training = [(module, module.training) for module in wrapped.modules()]
     wrapped.eval()
