@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed.test_gather import wrap
+from distributed.test_generation import REQUESTS as ALL_REQUESTS
 from distributed.test_rounds import Rows, SmallHost, warnings_of_rounds
 from distributed.testing import run_distributed
 from peft import LoraConfig, get_peft_model
@@ -32,7 +33,7 @@ from verl_valgen.settings.load import GenerationSettings
 from verl_valgen.weights.plain_copy import PlainCopy
 
 CPU = torch.device("cpu")
-REQUESTS = [Request([5 + (row * 7 + i) % 80 for i in range(3 + 5 * row)], (row, 0), {}) for row in range(5)]
+REQUESTS = ALL_REQUESTS[:5]
 
 
 @pytest.fixture(scope="module")
