@@ -46,6 +46,7 @@ from verl_valgen.rounds.restore import preserved_blas_workspaces
 from verl_valgen.rounds.verification import Finding, Reading, verify
 from verl_valgen.settings.load import GenerationSettings
 from verl_valgen.trackers import open_trackers
+from verl_valgen.trackers.base import TrackedRun
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": {
@@ -331,7 +332,7 @@ def log_seconds(host: BenchmarkHost) -> float:
         return 0.0
     finished = Round(1, samples, RoundNumbers(len(samples), 1.0, 1.0))
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
-        trackers = open_trackers(["console"], directory=Path(folder), max_log_chars=500, max_tracker_chars=4000)
+        trackers = open_trackers(["console"], TrackedRun(Path(folder), GenerationSettings(enabled=True)))
         stdout, sys.stdout = sys.stdout, nowhere
         try:
             return statistics.median(timed(lambda: trackers.log(finished), host.device) for _ in range(3))

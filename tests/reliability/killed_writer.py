@@ -14,7 +14,9 @@ from killing import die_in_folder
 from verl_valgen.records import GroupNumbers, Round, RoundNumbers, Sample
 from verl_valgen.rounds.recorder import BestFile
 from verl_valgen.scores.best import Best
+from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.trackers import composite, open_trackers
+from verl_valgen.trackers.base import TrackedRun
 from verl_valgen.trackers.jsonl import set_aside
 
 NUM_SAMPLES = 3
@@ -54,10 +56,7 @@ def main(directory: Path, attempt: int, start_step: int, end_step: int, moment: 
     best = Best(directory, METRIC, "max", start_step)
     trackers = open_trackers(
         [],
-        directory=directory,
-        max_log_chars=100,
-        max_tracker_chars=100,
-        run={"attempt": attempt},
+        TrackedRun(directory, GenerationSettings(enabled=True), description={"attempt": attempt}),
         others={"best.json": BestFile(best)},
     )
     for step in range(start_step + 1, end_step + 1):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from readback import read_jsonl
-from trackers.destinations import Destination, Mlflow, Swanlab, Wandb, make_round, make_sample
+from trackers.destinations import Destination, Mlflow, Swanlab, Wandb, make_round, make_run, make_sample, make_settings
 
 from verl_valgen.records import BestValue, GroupNumbers, Round, RoundNumbers, Sample
 from verl_valgen.scores.aggregates import source_key
@@ -82,7 +82,7 @@ def shown(tracker: ConsoleTracker, samples: list[Sample], numbers: RoundNumbers)
 def test_the_console_shows_harmless_lines_of_bounded_length(samples, scores, by_strategy, max_chars):
     groups = {name: GroupNumbers(scores=own) for name, own in by_strategy.items()}
     numbers = RoundNumbers(len(samples), 0.0, 1e9, GroupNumbers(scores=scores), groups, best=BestValue(0.5, 10**9))
-    *lines, summary = shown(ConsoleTracker(max_chars), samples, numbers)
+    *lines, summary = shown(ConsoleTracker(make_settings(max_log_chars=max_chars)), samples, numbers)
     assert all(map(is_harmless, [*lines, summary]))
     prompts = {sample.index for sample in samples}
     assert len(lines) == 1 + 2 * len(prompts) + len(samples)  # title; prompt and rule of each; answers
@@ -244,7 +244,7 @@ def test_warnings_quote_what_a_tracker_says_in_one_harmless_line(caplog, words):
 def test_loggers_of_any_name_cost_a_harmless_line(tmp_path, caplog, names):
     caplog.clear()
     caplog.set_level("INFO")
-    opened = open_trackers(names, directory=tmp_path, max_log_chars=99, max_tracker_chars=99)
+    opened = open_trackers(names, make_run(tmp_path, max_chars=99))
     assert list(opened.trackers) == ["jsonl", "console"]
     assert len(caplog.messages) == len(set(names))
     assert_readable(caplog.messages)

@@ -11,8 +11,9 @@ import pytest
 from readback import read_jsonl, read_mlflow, read_swanlab, read_wandb
 
 from verl_valgen.records import GroupNumbers, Round, RoundNumbers, Sample
+from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import printable, storable
-from verl_valgen.trackers.base import Tracker
+from verl_valgen.trackers.base import TrackedRun, Tracker
 from verl_valgen.trackers.console import ConsoleTracker
 from verl_valgen.trackers.jsonl import JsonlTracker
 from verl_valgen.trackers.mlflow import MlflowTracker
@@ -20,6 +21,15 @@ from verl_valgen.trackers.swanlab import SwanlabTracker
 from verl_valgen.trackers.wandb import WandbTracker
 
 MAX_CHARS = 200_000
+
+
+def make_settings(**fields: Any) -> GenerationSettings:
+    return GenerationSettings(enabled=True, **fields)
+
+
+def make_run(directory: Path = Path(), *, max_chars: int = MAX_CHARS, **fields: Any) -> TrackedRun:
+    """A run with these settings, whose texts are cut nowhere unless `max_chars` says so."""
+    return TrackedRun(directory, make_settings(max_log_chars=max_chars, max_tracker_chars=max_chars, **fields))
 
 
 def make_sample(step: int = 1, index: int = 0, **fields: Any) -> Sample:
@@ -93,7 +103,7 @@ class Console(Destination):
     shown = staticmethod(printable)
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.tracker = ConsoleTracker(MAX_CHARS)
+        self.tracker = ConsoleTracker(make_settings(max_log_chars=MAX_CHARS))
         self._capsys = capsys
 
     def read(self) -> dict[int, Recorded]:
@@ -130,7 +140,7 @@ class Wandb(Destination):
 
         settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
         self.run = wandb.init(project="test", dir=directory, mode="offline", settings=settings)
-        self.tracker = WandbTracker(MAX_CHARS)
+        self.tracker = WandbTracker(make_run())
 
     def read(self) -> dict[int, Recorded]:
         self.run.finish()
@@ -146,7 +156,7 @@ class Swanlab(Destination):
 
         swanlab.init(project="test", logdir=str(directory), mode="offline")
         self._directory = directory
-        self.tracker = SwanlabTracker(MAX_CHARS)
+        self.tracker = SwanlabTracker(make_run())
 
     def read(self) -> dict[int, Recorded]:
         self.discard()
@@ -169,7 +179,7 @@ class Mlflow(Destination):
         mlflow.set_tracking_uri(uri)
         self.uri = uri
         self.run_id = mlflow.start_run(experiment_id=mlflow.set_experiment("test").experiment_id).info.run_id
-        self.tracker = MlflowTracker(MAX_CHARS)
+        self.tracker = MlflowTracker(make_run())
 
     def cell(self, value: Any) -> str:
         return "" if value is None else str(value)

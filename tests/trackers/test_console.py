@@ -6,7 +6,7 @@ import io
 import sys
 from typing import Any
 
-from destinations import make_round, make_sample
+from destinations import make_round, make_sample, make_settings
 from tqdm import tqdm
 
 from verl_valgen.records import BestValue, GroupNumbers, Round, RoundNumbers
@@ -24,7 +24,7 @@ def test_block_has_the_documented_form(capsys):
         make_sample(index=0, prompt_text="What is the capital of France?", generation="Paris.\nIndeed."),
         make_sample(index=1, prompt_text="2+2?", generation="\x1b[31m4"),
     ]
-    ConsoleTracker(500).log(make_round(samples, 1000))
+    ConsoleTracker(make_settings()).log(make_round(samples, 1000))
     assert without_summary(capsys) == (
         "=== Validation Samples (Step 1000) ===\n"
         "Prompt 1: What is the capital of France?\n"
@@ -37,10 +37,11 @@ def test_block_has_the_documented_form(capsys):
 
 
 def test_text_is_cut(capsys):
-    ConsoleTracker(10).log(make_round([make_sample(prompt_text="p" * 11, generation="g\n" * 50)], 1))
+    tracker = ConsoleTracker(make_settings(max_log_chars=16))
+    tracker.log(make_round([make_sample(prompt_text="p" * 17, generation="g\n" * 50)], 1))
     lines = capsys.readouterr().out.split("\n")
-    assert lines[1] == "Prompt 1: ppppppp..."
-    assert lines[2] == "Generation 1: g\\ng\\ng..."
+    assert lines[1] == "Prompt 1: ppppppppppppp..."
+    assert lines[2] == "Generation 1: g\\ng\\ng\\ng\\ng..."
 
 
 def test_block_stands_between_progress_bar_lines(monkeypatch):
@@ -49,7 +50,7 @@ def test_block_stands_between_progress_bar_lines(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     with tqdm(total=2, desc="training", mininterval=0) as bar:
         bar.update()
-        ConsoleTracker(500).log(make_round([make_sample(index=0), make_sample(index=1)], 7))
+        ConsoleTracker(make_settings()).log(make_round([make_sample(index=0), make_sample(index=1)], 7))
         bar.update()
     before, _, rest = terminal.getvalue().partition("=== Validation Samples (Step 7) ===\n")
     block, _, after = rest.rpartition("-" * 50 + "\n")
@@ -61,7 +62,7 @@ def test_block_stands_between_progress_bar_lines(monkeypatch):
 def test_letters_that_the_terminal_lacks_are_escaped(monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
-    ConsoleTracker(500).log(make_round([make_sample(generation="日本 ok")], 1))
+    ConsoleTracker(make_settings()).log(make_round([make_sample(generation="日本 ok")], 1))
     terminal.seek(0)
     assert "Generation 1: \\u65e5\\u672c ok\n" in terminal.read()
 
@@ -72,7 +73,7 @@ def test_completions_of_a_prompt_stand_together_and_are_told_apart(capsys):
         make_sample(index=0, strategy="hot", completion=0, generation="b", prompt_text="p"),
         make_sample(index=0, strategy="hot", completion=1, generation="c", prompt_text="p"),
     ]
-    ConsoleTracker(500).log(make_round(samples, 1))
+    ConsoleTracker(make_settings()).log(make_round(samples, 1))
     assert without_summary(capsys).splitlines()[1:-1] == [
         "Prompt 1: p", "Generation 1 (greedy): a", "Generation 1 (hot, 1): b", "Generation 1 (hot, 2): c",
     ]  # fmt: skip
@@ -82,7 +83,7 @@ ALWAYS = {"num_new_tokens": 83.2, "cut_off": 0.2}
 
 
 def summary(capsys, overall: GroupNumbers, **others: Any) -> str:
-    ConsoleTracker(10).log(Round(8, [], RoundNumbers(5, 1.234, 2345.6, overall, **others)))
+    ConsoleTracker(make_settings(max_log_chars=16)).log(Round(8, [], RoundNumbers(5, 1.234, 2345.6, overall, **others)))
     title, line = capsys.readouterr().out.splitlines(keepends=True)
     assert title == "=== Validation Samples (Step 8) ===\n"
     return line

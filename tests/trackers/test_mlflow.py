@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from destinations import make_round, make_sample
+from destinations import make_round, make_run, make_sample
 from readback import read_mlflow
 
 from verl_valgen.trackers import composite as composite_module
@@ -46,7 +46,7 @@ def test_latest_round_is_offered_as_a_table(mlflow_run):
 
 def test_in_a_run_that_is_continued_no_step_stands_twice(mlflow_run):
     """verl continues the run that `MLFLOW_RUN_ID` names, also from a step before its last."""
-    for tracker, steps in ((mlflow_run.tracker, (1, 2, 3)), (MlflowTracker(100), (2, 3, 4))):
+    for tracker, steps in ((mlflow_run.tracker, (1, 2, 3)), (MlflowTracker(make_run(max_chars=100)), (2, 3, 4))):
         for step in steps:
             tracker.log(make_round([make_sample(step)], step, scores={"right": float(step)}))
     run = _read(mlflow_run)
@@ -95,7 +95,7 @@ def test_close_leaves_the_run_open(mlflow_run):
 
     mlflow_run.tracker.log(make_round([make_sample()], 1))
     mlflow_run.tracker.close()
-    assert MlflowTracker.is_live()
+    assert MlflowTracker.is_live(make_run())
     assert MlflowClient().get_run(mlflow_run.run_id).info.status == "RUNNING"
 
 
@@ -103,9 +103,9 @@ def test_run_of_another_thread_is_not_ours(mlflow_run):
     seen = []
 
     def look():
-        seen.append(MlflowTracker.is_live())
+        seen.append(MlflowTracker.is_live(make_run()))
         with pytest.raises(RuntimeError, match="no live run"):
-            MlflowTracker(100)
+            MlflowTracker(make_run(max_chars=100))
         seen.append("refused")
 
     thread = threading.Thread(target=look)
@@ -128,7 +128,7 @@ def test_server_that_never_answers_holds_nobody_up(mlflow_run, monkeypatch, capl
     monkeypatch.setattr(composite_module, "_MAX_CLOSE_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:  # connects, and then stays silent
         mlflow.set_tracking_uri(f"http://127.0.0.1:{server.getsockname()[1]}")
-        trackers = CompositeTracker({"mlflow": MlflowTracker(100)})
+        trackers = CompositeTracker({"mlflow": MlflowTracker(make_run(max_chars=100))})
         start = time.monotonic()
         _log_rounds(trackers, composite_module._MAX_PENDING_CALLS - 1)  # with `close`, none too many
         trackers.close()
@@ -144,7 +144,7 @@ def test_error_comes_back_with_a_later_call(mlflow_run, monkeypatch, caplog):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     mlflow.set_tracking_uri(f"http://127.0.0.1:{port}")  # nobody listens there any more
-    trackers = CompositeTracker({"mlflow": MlflowTracker(100)})
+    trackers = CompositeTracker({"mlflow": MlflowTracker(make_run(max_chars=100))})
     trackers.log(make_round([make_sample()], 1))
     trackers.close()
     (message,) = caplog.messages
@@ -156,18 +156,22 @@ def test_process_ends_while_a_call_hangs(mlflow_uri):
     """With MLflow's own timeouts and retries, which add up to minutes."""
     program = f"""
         import socket, sys, time
+        from pathlib import Path
         import mlflow
         sys.path.insert(0, {str(mlflow_module.__file__.rsplit("/", 3)[0])!r})
         from verl_valgen.records import Round, RoundNumbers, Sample
+        from verl_valgen.settings.settings import GenerationSettings
+        from verl_valgen.trackers.base import TrackedRun
         from verl_valgen.trackers.composite import CompositeTracker
         from verl_valgen.trackers.mlflow import MlflowTracker
 
+        run = TrackedRun(Path(), GenerationSettings(enabled=True))
         mlflow.set_tracking_uri({mlflow_uri!r})
         mlflow.set_experiment("test")
         mlflow.start_run()
         server = socket.create_server(("127.0.0.1", 0))
         mlflow.set_tracking_uri(f"http://127.0.0.1:{{server.getsockname()[1]}}")
-        trackers = CompositeTracker({{"mlflow": MlflowTracker(100)}})
+        trackers = CompositeTracker({{"mlflow": MlflowTracker(run)}})
         sample = Sample(1, 0, 0, "default", 0, "p", "p", "g", None, "eos", 1, 1, 0)
         trackers.log(Round(1, [sample], RoundNumbers(1, 1.0, 1.0)))
         server.accept()

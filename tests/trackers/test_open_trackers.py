@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from destinations import make_round, make_sample
+from destinations import make_round, make_run, make_sample
 from readback import read_jsonl
 
 import verl_valgen
@@ -23,7 +23,7 @@ def open_here(tmp_path, caplog):
     caplog.set_level(logging.INFO, "verl_valgen")
 
     def open_and_listen(loggers):
-        composite = open_trackers(loggers, directory=tmp_path / "generations", max_log_chars=50, max_tracker_chars=50)
+        composite = open_trackers(loggers, make_run(tmp_path / "generations", max_chars=50))
         return composite, [
             (record.levelname, record.getMessage())
             for record in caplog.records
@@ -72,7 +72,7 @@ def test_logger_without_an_adapter_gets_a_line(open_here):
 def test_tracker_that_cannot_be_opened_costs_a_warning(open_here, monkeypatch):
     class Broken:
         @classmethod
-        def is_live(cls):
+        def is_live(cls, run):
             return True
 
         def __init__(self, max_chars):
@@ -92,17 +92,19 @@ def test_missing_package_names_the_extra(name, monkeypatch):
     module, class_name = TRACKERS[name].split(":")
     tracker_class = getattr(import_module(module), class_name)
     assert issubclass(tracker_class, Tracker)
-    assert tracker_class.is_live() is False
+    assert tracker_class.is_live(make_run()) is False
     with pytest.raises(ImportError, match=rf"pip install verl-valgen\[{name}\]"):
-        tracker_class(100)
+        tracker_class(make_run())
 
 
 def test_nothing_heavy_is_imported(tmp_path):
     """Neither by the package of trackers nor by asking whether a run is live."""
     program = """
-import json, sys
+import json, pathlib, sys
+from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.trackers import TRACKERS, open_trackers
-open_trackers([*TRACKERS, "tensorboard"], directory=sys.argv[1], max_log_chars=1, max_tracker_chars=1)
+from verl_valgen.trackers.base import TrackedRun
+open_trackers([*TRACKERS, "unknown"], TrackedRun(pathlib.Path(sys.argv[1]), GenerationSettings(enabled=True)))
 heavy = "torch wandb swanlab mlflow transformers verl pandas numpy tqdm".split()
 print(json.dumps([name for name in heavy if name in sys.modules]))
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from destinations import make_round, make_sample
+from destinations import make_round, make_run, make_sample
 
 from verl_valgen.trackers.swanlab import SwanlabTracker
 
@@ -23,8 +23,8 @@ def test_template_mark_in_a_text_does_not_break_the_table(swanlab_run):
 
 def test_close_leaves_the_run_open(swanlab_run):
     swanlab_run.tracker.close()
-    assert SwanlabTracker.is_live()
+    assert SwanlabTracker.is_live(make_run())
     swanlab_run.discard()
-    assert not SwanlabTracker.is_live()
+    assert not SwanlabTracker.is_live(make_run())
     with pytest.raises(RuntimeError, match="no live run"):
-        SwanlabTracker(100)
+        SwanlabTracker(make_run(max_chars=100))

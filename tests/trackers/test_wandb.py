@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from destinations import make_round, make_sample
+from destinations import make_round, make_run, make_sample
 
 from verl_valgen.trackers.wandb import WandbTracker
 
@@ -37,8 +37,8 @@ def test_late_round_joins_the_open_row_and_leaves_it_open(wandb_run):
 
 def test_close_leaves_the_run_open(wandb_run):
     wandb_run.tracker.close()
-    assert WandbTracker.is_live()
+    assert WandbTracker.is_live(make_run())
     wandb_run.run.finish()
-    assert not WandbTracker.is_live()
+    assert not WandbTracker.is_live(make_run())
     with pytest.raises(RuntimeError, match="no live run"):
-        WandbTracker(100)
+        WandbTracker(make_run(max_chars=100))

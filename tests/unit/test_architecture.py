@@ -20,10 +20,11 @@ PACKAGE = Path(verl_valgen.__file__).parent
 LEVELS = (
     {"settings"},
     {"records", "text", "collectives", "patching", "whole_files"},
+    {"viewing"},
     {"prompts", "weights", "backends", "scores", "trackers"},
     {"hosts"},
     {"rounds"},
-    {"activation", "mixin"},
+    {"activation", "mixin", "__main__"},
 )
 """Rooms from low to high. A room imports lower ones, and none of its own level but those in `ALLOWED`."""
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from types import ModuleType
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from verl_valgen.hosts import forecast
 from verl_valgen.hosts.loaders import hooked, num_batches_left
+from verl_valgen.hosts.loggers import loggers_remembered
 from verl_valgen.hosts.schedule import Schedule
 from verl_valgen.text import describe
 
@@ -136,9 +137,12 @@ class Host(ABC):
     val_dataset: Dataset
     is_logging_rank: bool
     """Whether this rank owns verl's trackers."""
+    verl_loggers: Mapping[str, Any]
+    """verl's own logger objects by the names of `trainer.logger`, once `fit()` has made them; empty on other ranks."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self.verl_loggers = {}
 
     @abstractmethod
     def schedule(self) -> Schedule:
@@ -174,13 +178,16 @@ class Host(ABC):
         """Keyword arguments that verl's data sets pass to the chat template for every row."""
         return OmegaConf.select(self.config, "data.apply_chat_template_kwargs") or {}
 
-    def hooked(self, hook: Callable[[int], None], *, before_train: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def hooked(self, hook: Callable[[int], None], *, before_train: bool) -> Iterator[None]:
         """While open, `fit()` calls `hook(step)` at the end of every validation, on all ranks in step.
 
         Args:
             before_train: Whether `fit()` also calls it before the first training batch.
         """
-        return hooked(self.trainer, hook, before_train=before_train)
+        self.verl_loggers = {}
+        with loggers_remembered(self.verl_loggers), hooked(self.trainer, hook, before_train=before_train):
+            yield
 
     # The program: what a trainer needs before it exists.
 

@@ -63,6 +63,7 @@ def prepare(
         reader=wording.reader,
         directory=directory,
         loggers=host.config.trainer.logger,
+        verl_loggers=host.verl_loggers,
         start_step=schedule.start_step,
         prompts=asked,
         run=_describe(host, settings, schedule.start_step, asked, warnings),

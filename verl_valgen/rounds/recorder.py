@@ -21,7 +21,7 @@ from verl_valgen.scores.scoring import Scoring
 from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import OnceLogger, printable
 from verl_valgen.trackers import open_trackers
-from verl_valgen.trackers.base import Tracker
+from verl_valgen.trackers.base import TrackedRun, Tracker
 from verl_valgen.trackers.composite import CompositeTracker
 
 GOES_ON = "training goes on"
@@ -35,6 +35,7 @@ class Recorder:
         reader: Makes texts of answers and references.
         directory: The folder of the samples.
         loggers: `trainer.logger`.
+        verl_loggers: verl's own logger objects, which it makes before the first round.
         start_step: The step that the run starts from.
         prompts: Tells the prompts of the run from others; see `fingerprint`.
         run: Describes the run, for the folder.
@@ -48,12 +49,14 @@ class Recorder:
         reader: AnswerReader,
         directory: Path,
         loggers: str | Sequence[str],
+        verl_loggers: Mapping[str, Any],
         start_step: int,
         run: Mapping[str, Any] | None,
         prompts: str | None = None,
     ) -> None:
         self.queries, self.settings, self.reader = list(queries), settings, reader
         self.directory, self.loggers, self.run = directory, loggers, run
+        self.verl_loggers = verl_loggers
         self.scoring = Scoring(settings.metrics)
         self.scoring.start()
         self.best = (
@@ -144,10 +147,7 @@ class Recorder:
         if self.trackers is None:  # verl opens its runs inside `fit()`
             self.trackers = open_trackers(
                 self.loggers,
-                directory=self.directory,
-                max_log_chars=self.settings.max_log_chars,
-                max_tracker_chars=self.settings.max_tracker_chars,
-                run=self.run,
+                TrackedRun(self.directory, self.settings, self.verl_loggers, self.run),
                 others={} if self.best is None else {BEST_FILE_NAME: BestFile(self.best)},
             )
         return self.trackers

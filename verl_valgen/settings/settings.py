@@ -212,6 +212,30 @@ class GenerationSettings:
         checks.number("a number of seconds >= 0 (0: no limit)", lambda x: x >= 0),
         "seconds after which a round ends; unfinished answers get the finish reason `time`; 0: no limit",
     )
+    aggregates: str = setting(
+        "main",
+        checks.one_of("main", "all"),
+        "which numbers of a round are logged. `main`: those that most people watch; `all`: further ones for each "
+        "strategy and source",
+    )
+    console: str = setting(
+        "full",
+        checks.one_of("full", "samples", "brief", "none"),
+        "what the console shows of a round. `full`: prompts, answers, references, scores and a summary; `samples`: "
+        "prompts and answers, and a summary; `brief`: the summary alone; `none`: nothing",
+    )
+    console_prompts: int = setting(
+        20, checks.at_least(1), "most prompts that the console shows of a round, each with one answer of each strategy"
+    )
+    page: bool = setting(
+        True, checks.boolean(), "write `generations/index.html`, a page for the browser that grows with every round"
+    )
+    page_to_trackers: bool = setting(
+        False, checks.boolean(), "hand the page as one file to WandB and MLflow at the end of the run"
+    )
+    mlflow_tags: int = setting(
+        5, checks.at_least(0, "0: none"), "prompts whose latest answers are shown as tags of the MLflow run"
+    )
     max_log_chars: int = setting(500, checks.at_least(16), "longer texts are cut on the console, and then end in `...`")
     max_tracker_chars: int = setting(
         4000, checks.at_least(16), "longer texts are cut in trackers; the JSONL files always have the whole text"

@@ -1,19 +1,18 @@
 """Trackers: where finished rounds go.
 
 This module owns the list of destinations and which of them a run uses. A new one is a module with a `Tracker` that
-takes `max_chars` and has `is_live()`, and a line in `TRACKERS`. Importing it loads no tracker's package.
+takes a `TrackedRun` and has `is_live(run)`, and a line in `TRACKERS`. Importing it loads no tracker's package.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
 from typing import Any
 
 from verl_valgen.text import describe, printable
-from verl_valgen.trackers.base import Tracker
+from verl_valgen.trackers.base import TrackedRun, Tracker
 from verl_valgen.trackers.composite import CompositeTracker
 from verl_valgen.trackers.console import ConsoleTracker
 from verl_valgen.trackers.jsonl import JsonlTracker
@@ -35,26 +34,19 @@ _LOCAL = ("console", "file")
 
 
 def open_trackers(
-    loggers: str | Sequence[str],
-    *,
-    directory: str | os.PathLike[str],
-    max_log_chars: int,
-    max_tracker_chars: int,
-    run: Mapping[str, Any] | None = None,
-    others: Mapping[str, Tracker] | None = None,
+    loggers: str | Sequence[str], run: TrackedRun, others: Mapping[str, Tracker] | None = None
 ) -> CompositeTracker:
-    """JSONL files in `directory`, the console, and each tracker among `loggers` (`trainer.logger`) that has a live run.
+    """JSONL files, the console, and each tracker among `loggers` (`trainer.logger`) that has a live run.
 
     To be called on the trainer's thread once verl has opened its runs. Raises nothing for a tracker that cannot be
     opened: that is a warning.
 
     Args:
-        run: Describes the run, for the folder; see `JsonlTracker`.
         others: Further destinations, by name.
     """
     trackers: dict[str, Tracker] = {
-        "jsonl": JsonlTracker(directory, run),
-        "console": ConsoleTracker(max_log_chars),
+        "jsonl": JsonlTracker(run.directory, run.description),
+        "console": ConsoleTracker(run.settings),
         **(others or {}),
     }
     names = [loggers] if isinstance(loggers, str) else loggers
@@ -62,7 +54,7 @@ def open_trackers(
         if name in _LOCAL:
             continue
         try:
-            tracker = _open_tracker(name, max_tracker_chars)
+            tracker = _open_tracker(name, run)
         except Exception as error:
             logger.warning("%s: no samples there, they are in the JSONL files: %s", name, describe(error))
             continue
@@ -71,14 +63,14 @@ def open_trackers(
     return CompositeTracker(trackers)
 
 
-def _open_tracker(name: str, max_chars: int) -> Tracker | None:
+def _open_tracker(name: str, run: TrackedRun) -> Tracker | None:
     """The tracker of verl's logger `name`, or None, with a line that says why."""
     if name not in TRACKERS:
         shown = printable(name, 80)
         logger.info("no samples in %s: there is no adapter for it; they are in the JSONL files", shown)
         return None
     tracker_class: Any = resolve_name(TRACKERS[name])
-    if not tracker_class.is_live():
+    if not tracker_class.is_live(run):
         logger.info("no samples in %s: it has no live run; they are in the JSONL files", name)
         return None
-    return tracker_class(max_chars)
+    return tracker_class(run)

@@ -8,8 +8,28 @@ on a thread of its own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from verl_valgen.records import Round
+
+if TYPE_CHECKING:
+    from verl_valgen.settings.settings import GenerationSettings
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker may know of the run that it records."""
+
+    directory: Path
+    """The folder of the samples."""
+    settings: GenerationSettings
+    verl_loggers: Mapping[str, Any] = field(default_factory=dict)
+    """verl's own logger objects of this run, by the names of `trainer.logger`."""
+    description: Mapping[str, Any] | None = None
+    """Date, name and configuration, for people; None: nothing is to be said."""
 
 
 class Tracker(ABC):

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from verl_valgen.records import DEFAULT_STRATEGY, Round, RoundNumbers, Sample
 from verl_valgen.text import printable
 from verl_valgen.trackers.base import Tracker
+
+if TYPE_CHECKING:
+    from verl_valgen.settings.settings import GenerationSettings
 
 _RULE = "-" * 50
 
@@ -21,8 +25,8 @@ _MAX_SUMMARY_CHARS = 2000
 class ConsoleTracker(Tracker):
     """Prints prompt and generation of every sample, and a summary, to the current standard output."""
 
-    def __init__(self, max_chars: int) -> None:
-        self._max_chars = max_chars
+    def __init__(self, settings: GenerationSettings) -> None:
+        self._max_chars = settings.max_log_chars
 
     def log(self, round: Round) -> None:
         _write("\n".join(self._block(round)))

@@ -17,7 +17,7 @@ import time
 
 from verl_valgen.records import Round
 from verl_valgen.text import truncate
-from verl_valgen.trackers.base import Tracker
+from verl_valgen.trackers.base import TrackedRun, Tracker
 from verl_valgen.trackers.table import Cell, build_table, sample_texts, scalars
 
 _LATEST = "val_samples/latest.json"
@@ -38,25 +38,25 @@ class MlflowTracker(Tracker):
 
     is_waited_for = False
 
-    def __init__(self, max_chars: int) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         """Takes hold of this thread's live run. Raises ImportError without the package, RuntimeError without a run."""
         try:
             import mlflow
         except ImportError as error:
             raise ImportError("samples in mlflow need the package: pip install verl-valgen[mlflow]") from error
-        run = mlflow.active_run()
-        if run is None:
+        active_run = mlflow.active_run()
+        if active_run is None:
             raise RuntimeError("mlflow has no live run in this thread")
-        self._run_id = run.info.run_id
+        self._run_id = active_run.info.run_id
         self._client = mlflow.MlflowClient()
         self._new_metric = mlflow.entities.Metric
         self._is_registered = False
-        self._max_chars = max_chars
+        self._max_chars = run.settings.max_tracker_chars
         self._logged_steps: set[int] | None = None
         """Steps whose numbers the run has; None until the run is asked, as it may be a continued one."""
 
     @classmethod
-    def is_live(cls) -> bool:
+    def is_live(cls, run: TrackedRun) -> bool:
         """Whether this thread opened a run; does not import the package."""
         mlflow = sys.modules.get("mlflow")
         return mlflow is not None and mlflow.active_run() is not None

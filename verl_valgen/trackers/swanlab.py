@@ -9,28 +9,28 @@ from __future__ import annotations
 import sys
 
 from verl_valgen.records import Round
-from verl_valgen.trackers.base import Tracker
+from verl_valgen.trackers.base import TrackedRun, Tracker
 from verl_valgen.trackers.table import TABLE_KEY, Cell, build_table, sample_texts, scalars
 
 
 class SwanlabTracker(Tracker):
     """Logs a `Text` per sample and one table per step."""
 
-    def __init__(self, max_chars: int) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         """Takes hold of the live run. Raises ImportError without the package, RuntimeError without a run."""
         try:
             import swanlab
         except ImportError as error:
             raise ImportError("samples in swanlab need the package: pip install verl-valgen[swanlab]") from error
-        if not self.is_live():
+        if not self.is_live(run):
             raise RuntimeError("swanlab has no live run")
         self._run = swanlab.get_run()
         self._new_text = swanlab.Text
         self._new_table = swanlab.echarts.Table
-        self._max_chars = max_chars
+        self._max_chars = run.settings.max_tracker_chars
 
     @classmethod
-    def is_live(cls) -> bool:
+    def is_live(cls, run: TrackedRun) -> bool:
         """Whether somebody opened a run in this process; does not import the package."""
         swanlab = sys.modules.get("swanlab")
         if swanlab is None:

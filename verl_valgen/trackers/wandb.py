@@ -9,14 +9,14 @@ import sys
 from typing import Any
 
 from verl_valgen.records import Round
-from verl_valgen.trackers.base import Tracker
+from verl_valgen.trackers.base import TrackedRun, Tracker
 from verl_valgen.trackers.table import TABLE_KEY, build_table, sample_texts, scalars
 
 
 class WandbTracker(Tracker):
     """Logs plain strings per sample, and one table per step under one key."""
 
-    def __init__(self, max_chars: int) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         """Takes hold of the live run. Raises ImportError without the package, RuntimeError without a run."""
         try:
             import wandb
@@ -26,10 +26,10 @@ class WandbTracker(Tracker):
             raise RuntimeError("wandb has no live run")
         self._run = wandb.run
         self._new_table: Any = wandb.Table
-        self._max_chars = max_chars
+        self._max_chars = run.settings.max_tracker_chars
 
     @classmethod
-    def is_live(cls) -> bool:
+    def is_live(cls, run: TrackedRun) -> bool:
         """Whether somebody opened a run in this process; does not import the package."""
         wandb = sys.modules.get("wandb")
         return getattr(wandb, "run", None) is not None

@@ -38,6 +38,7 @@ def prepared(tmp_path, tokenizer):
             chat_template_kwargs=chat_template_kwargs or {},
             device=torch.device("cpu"),
             config=OmegaConf.create({"trainer": {"default_local_dir": str(tmp_path), "logger": []}}),
+            verl_loggers={},
             schedule=lambda: Schedule(start_step, 4, 4, 1),
             why_no_validation_batch=lambda: None,
         )
