@@ -18,7 +18,7 @@ DEFAULT_STRATEGY = "default"
 """The strategy's name where none is configured."""
 
 RECORD_FORMAT = 1
-"""`format` in a record. It is raised where a field goes or changes its name or meaning, so that a reader of older files
+"""What the record's `format` is now. It is raised where a field goes, or changes its name or meaning, so that a reader
 can tell; a field that is new does not raise it. Records without it are from before there was one."""
 
 
@@ -160,6 +160,8 @@ class Verdict(NamedTuple):
 class Sample:
     """One completion of one prompt, as it is recorded. The order of the fields is the order in the JSONL file."""
 
+    format: int = field(default=RECORD_FORMAT, kw_only=True)
+    """See `RECORD_FORMAT`."""
     step: int
     index: int
     """0-based position of the prompt in the round."""
@@ -216,9 +218,8 @@ class Sample:
         return replace(self, generation=WITHHELD, scores={}, score_texts={}, verdicts={}, **nothing)
 
     def to_dict(self) -> dict[str, Any]:
-        """The record: its format, then the fields in their order."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_RECORDED}
-        record = {"format": RECORD_FORMAT, **own}
+        """The record, in the order of the fields."""
+        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_RECORDED}
         if not isinstance(self.ground_truth, str | None):  # a table's column has one type
             record["ground_truth"] = json.dumps(self.ground_truth, ensure_ascii=False)
         return record
