@@ -82,8 +82,8 @@ MUTANTS = [
     Mutant(
         "a tracker loses a row",
         "trackers/table.py",
-        "for name in scores] for sample in samples\n",
-        "for name in scores] for sample in samples[:-1] or samples\n",
+        "        for sample in samples\n    ]",
+        "        for sample in samples[:-1] or samples\n    ]",
         "tests/trackers tests/end_to_end/test_tour_samples.py",
     ),
     Mutant(

@@ -17,6 +17,10 @@ FinishReason = Literal["eos", "stop", "length", "time", "error"]
 DEFAULT_STRATEGY = "default"
 """The strategy's name where none is configured."""
 
+RECORD_FORMAT = 1
+"""What the record's `format` is now. It is raised where a field goes, or changes its name or meaning, so that a reader
+can tell; a field that is new does not raise it. Records without it are from before there was one."""
+
 
 @dataclass(frozen=True)
 class RowData:
@@ -156,6 +160,8 @@ class Verdict(NamedTuple):
 class Sample:
     """One completion of one prompt, as it is recorded. The order of the fields is the order in the JSONL file."""
 
+    format: int = field(default=RECORD_FORMAT, kw_only=True)
+    """See `RECORD_FORMAT`."""
     step: int
     index: int
     """0-based position of the prompt in the round."""
@@ -227,15 +233,13 @@ class GroupNumbers:
     """The numbers of one group of samples: all of a round, those of a strategy, those of a data source. All finite."""
 
     always: Mapping[str, float] = field(default_factory=dict)
-    """Numbers that need no metric; see `scores.aggregates`."""
+    """Numbers that need no metric: `scores.names.ALWAYS`."""
     scores: Mapping[str, float] = field(default_factory=dict)
-    """Mean of each score."""
+    """Mean of each score that a metric gives."""
     derived: Mapping[str, float] = field(default_factory=dict)
-    """Numbers made of several completions' scores: `<score>_best`, `<score>_pass_at_4`, ..."""
-
-    def flat(self, prefix: str = "") -> dict[str, float]:
-        numbers = {**self.always, **self.scores, **self.derived}
-        return {f"{prefix}{name}": value for name, value in numbers.items()}
+    """What n completions of a prompt give for scores that are 0 or 1: `<score>_pass_at_<n>`, `<score>_majority`."""
+    further: Mapping[str, float] = field(default_factory=dict)
+    """What is logged with `generation.aggregates=all` alone: `<score>_best`, `<score>_pass_at_1`, `distinct_2`, ..."""
 
 
 class BestValue(NamedTuple):
@@ -254,25 +258,38 @@ class RoundNumbers:
     """How long the answers took."""
     tokens_per_s: float
     overall: GroupNumbers = field(default_factory=GroupNumbers)
+    """Of all answers where no strategies are configured. Else empty: it would mix greedy answers with sampled ones."""
     by_strategy: Mapping[str, GroupNumbers] = field(default_factory=dict)
     """Empty where no strategies are configured."""
     by_source: Mapping[str, GroupNumbers] = field(default_factory=dict)
-    """By the rows' `data_source`, as part of a key that every tracker takes."""
+    """Of the first strategy's answers, by the rows' `data_source` as part of a key that every tracker takes."""
     best: BestValue | None = None
     """The best value so far of `generation.best_metric`."""
+    logs_all: bool = False
+    """Whether all numbers are logged, or those that most people watch: `generation.aggregates`."""
 
     def flat(self) -> dict[str, float]:
-        """All numbers under the trackers' keys, without `val/gen/`."""
-        numbers = {
-            "num_samples": float(self.num_samples),
-            "seconds": self.seconds,
-            "tokens_per_s": self.tokens_per_s,
-            **self.overall.flat(),
-        }
-        for name, group in self.by_strategy.items():
-            numbers |= group.flat(f"{name}/")
-        for name, group in self.by_source.items():
-            numbers |= group.flat(f"by_source/{name}/")
+        """The numbers that are logged, under the trackers' keys without `val/gen/`."""
+        return self.all() if self.logs_all else self._flat(["always", "scores", "derived"], ["scores"])
+
+    def all(self) -> dict[str, float]:
+        """All numbers, under the same keys, whether they are logged or not."""
+        kinds = [kind.name for kind in fields(GroupNumbers)]
+        return self._flat(kinds, kinds)
+
+    def _flat(self, kinds: Sequence[str], of_sources: Sequence[str]) -> dict[str, float]:
+        """
+        Args:
+            kinds: The fields of `GroupNumbers` that are wanted.
+            of_sources: Those that are wanted of data sources.
+        """
+        groups = [("", self.overall, kinds)]
+        groups += [(f"{name}/", group, kinds) for name, group in self.by_strategy.items()]
+        groups += [(f"by_source/{name}/", group, of_sources) for name, group in self.by_source.items()]
+        numbers = {"num_samples": float(self.num_samples), "seconds": self.seconds, "tokens_per_s": self.tokens_per_s}
+        for prefix, group, wanted in groups:
+            for kind in wanted:
+                numbers |= {f"{prefix}{name}": value for name, value in getattr(group, kind).items()}
         if self.best is not None:
             numbers |= {"best": self.best.value, "best_step": float(self.best.step)}
         return numbers

@@ -60,6 +60,15 @@ def start(config: Any) -> None:
             "generation.strategies.x.penalty_alpha is not supported",
         ),
         ({}, ["generation.best_metric=exact"], "generation.best_metric must be one of num_new_tokens, "),
+        (
+            {},
+            [
+                "generation.strategies={greedy: {do_sample: false}, nucleus: {top_p: 0.95}}",
+                *("generation.metrics=[exact_match]", "generation.best_metric=exact_match"),
+            ],
+            "generation.best_metric=exact_match: with generation.strategies it must name one of them: "
+            "greedy/exact_match, nucleus/exact_match",
+        ),
     ],
 )
 def test_it_is_one_line_and_status_2(monkeypatch, capsys, environment, overrides, message):

@@ -39,7 +39,7 @@ def test_text_comes_back_whole(destination: Destination):
 
     expected = [destination.shown(text) for text in HOSTILE_TEXTS]
     assert [row["generation"] for row in found.rows] == expected
-    for column in ("prompt", "reference") if destination.has_table else ("prompt_text",):
+    for column in ("prompt_text", "prompt", "reference") if destination.has_table else ("prompt_text",):
         assert [row[column] for row in found.rows] == expected
     if destination.has_texts:
         for i, text in enumerate(HOSTILE_TEXTS, start=1):
@@ -61,22 +61,25 @@ def test_fields_and_scores_stand_in_the_table(destination: Destination):
     destination.tracker.log(make_round([make_sample(1, 0, reference=None)], 1))
     second_round = [
         make_sample(2, 0, scores={"exact": 1.0, "overlap": None}, reference=None),
-        make_sample(2, 1, scores={"exact": 0.25, "bleu": 0.5}, finish_reason="length", strategy="greedy"),
+        make_sample(2, 1, row=None, scores={"exact": 0.25, "bleu": 0.5}, finish_reason="length", strategy="greedy"),
+        make_sample(2, 2, row=7, data_source="sums"),
     ]
     destination.tracker.log(make_round(second_round, 2))
     destination.tracker.log(make_round([make_sample(3, 0, scores={"exact": math.nan, "other": 2.5})], 3))
     rounds = destination.read()
     if not destination.has_table:
-        assert [len(rounds[step].rows) for step in (1, 2, 3)] == [1, 2, 1]
+        assert [len(rounds[step].rows) for step in (1, 2, 3)] == [1, 3, 1]
         return
 
     cell = destination.cell
     assert rounds[1].rows[0]["reference"] in (cell(None), "")  # the first file of a folder has room for later texts
-    first, second = rounds[2].rows
+    first, second, third = rounds[2].rows
     for column, value in [("step", 2), ("index", 0), ("strategy", "default"), ("completion", 0), ("reference", None)]:
         assert first[column] == cell(value)
     for column, value in [("index", 1), ("strategy", "greedy"), ("finish_reason", "length"), ("num_new_tokens", 4)]:
         assert second[column] == cell(value)
+    assert (second["row"], second["data_source"]) == (cell(None), cell(None))
+    assert (third["row"], third["data_source"]) == (cell(7), "sums")
     assert (first["exact"], first["overlap"], first.get("bleu")) in [(1.0, None, None), ("1.0", "", "")]
     assert (second["exact"], second.get("overlap"), second["bleu"]) in [(0.25, None, 0.5), ("0.25", "", "0.5")]
     assert (rounds[3].rows[0]["exact"], rounds[3].rows[0]["other"]) in [(None, 2.5), ("", "2.5")]

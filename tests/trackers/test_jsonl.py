@@ -10,7 +10,7 @@ import pytest
 from destinations import make_round, make_sample
 from readback import read_jsonl
 
-from verl_valgen.records import Sample
+from verl_valgen.records import RECORD_FORMAT, Sample
 from verl_valgen.trackers.jsonl import JsonlTracker, run_before, set_aside
 
 
@@ -18,7 +18,9 @@ def test_record_has_every_field_in_order(tmp_path):
     sample = make_sample(12, params={"temperature": 1.0, "dtype": "bfloat16"}, scores={"exact": 1.0})
     JsonlTracker(tmp_path / "not" / "yet" / "there").log(make_round([sample], 12))
     (line,) = (tmp_path / "not/yet/there/step_00000012.jsonl").read_text(encoding="utf-8").splitlines()
-    assert list(json.loads(line).items()) == list(sample.to_dict().items())
+    record = json.loads(line)
+    assert list(record.items()) == list(sample.to_dict().items())
+    assert list(record.items())[:3] == [("format", RECORD_FORMAT), ("step", 12), ("index", 0)]
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):

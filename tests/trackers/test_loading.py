@@ -129,11 +129,13 @@ def test_a_folder_that_an_earlier_version_began_loads_with_the_columns_of_this_o
     directory = write(tmp_path / "generations", {"reference": None})
     first = directory / "step_00000001.jsonl"
     record = json.loads(first.read_text())
-    for name in ("file", "verified", "score_texts"):
+    for name in ("format", "file", "verified", "score_texts"):
         del record[name]
     first.write_text(json.dumps(record) + "\n")
     write(directory, {"reference": "a", "score_texts": {"pred": "x"}}, step=2)
-    assert [plain(one["score_texts"]) for one in load(directory)] == [{}, {"pred": "x"}]
+    for loaded in (load(directory), read_with_pandas(directory).to_dict("records")):
+        assert [plain(one["score_texts"]) for one in loaded] == [{}, {"pred": "x"}]
+        assert [str(plain(one["format"])) for one in loaded] == ["None", "1"]
 
 
 def test_only_the_first_file_is_written_again_and_only_where_it_must_be(tmp_path):

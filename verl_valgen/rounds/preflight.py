@@ -17,7 +17,7 @@ from verl_valgen.backends import BACKENDS
 from verl_valgen.prompts.files import OwnPrompt, read_own_prompts
 from verl_valgen.scores.metrics import METRICS, check_metrics
 from verl_valgen.scores.metrics.functions import metric_name
-from verl_valgen.scores.names import ALWAYS, DERIVED, RESERVED
+from verl_valgen.scores.names import ALWAYS, DERIVED, FURTHER, RESERVED
 from verl_valgen.settings.checks import ConfigError, Mistakes, check_rows_exist, plain, quoted
 from verl_valgen.settings.hydra import as_omegaconf
 from verl_valgen.settings.load import load_settings, task_overrides
@@ -112,15 +112,21 @@ def _check_best_metric(settings: GenerationSettings) -> None:
     metrics = [metric_name(spec) for spec in settings.metrics]
     derived = DERIVED.fullmatch(name)
     is_known = (
-        name in (*ALWAYS, "mean_logprob", *metrics)
+        name in (*ALWAYS, *FURTHER, *metrics)
         or (derived is not None and derived[1] in metrics)
         or any(name.startswith(f"{metric}_") for metric in metrics if metric not in METRICS)
     )
     if not is_known:
         known = ", ".join([*metrics, *ALWAYS])
+        form = ", as <strategy>/<number>" if settings.strategies else ""
         raise ConfigError(
-            f"generation.best_metric must be one of {plain(known, 300)}, alone or as <strategy>/<metric>, "
-            f"got {quoted(settings.best_metric)}"
+            f"generation.best_metric must be one of {plain(known, 300)}{form}, got {quoted(settings.best_metric)}"
+        )
+    if not scope and settings.strategies:
+        names = ", ".join(f"{strategy}/{name}" for strategy in settings.strategies)
+        raise ConfigError(
+            f"generation.best_metric={plain(name)}: with generation.strategies it must name one of them: "
+            f"{plain(names, 300)}"
         )
     if scope and scope not in settings.strategies and not scope.startswith("by_source/"):
         names = ", ".join(settings.strategies)

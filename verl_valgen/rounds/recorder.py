@@ -110,7 +110,14 @@ class Recorder:
 
     def _numbers(self, samples: Sequence[Sample], step: int, seconds: float, num_tokens: int) -> RoundNumbers:
         try:
-            numbers = summarize_round(samples, seconds, num_tokens)
+            numbers = summarize_round(
+                samples,
+                seconds,
+                num_tokens,
+                strategies=list(self.settings.strategies),
+                n=self.settings.n,
+                logs_all=self.settings.aggregates == "all",
+            )
         except Exception as e:  # samples without numbers are better than none
             self.warnings.warn_of_error("no numbers at this validation", e, GOES_ON)
             numbers = RoundNumbers(len(samples), seconds, num_tokens / max(seconds, 1e-9))

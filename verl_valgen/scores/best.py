@@ -25,7 +25,7 @@ class Best:
 
     Args:
         directory: The folder of the samples.
-        metric: A key of `RoundNumbers.flat`.
+        metric: A key of `RoundNumbers.all`: it need not be one that is logged.
         mode: max or min.
         start_step: The step that the run starts from. What the file says of later steps belongs to an earlier run, and
             for a new run, which starts at 0, all of it does.
@@ -43,10 +43,9 @@ class Best:
 
     def update(self, numbers: RoundNumbers, step: int) -> RoundNumbers:
         """Takes a round's numbers in, and returns them with the best value so far."""
-        by_name = numbers.flat()
-        value = by_name.get(self.metric)
+        value = numbers.all().get(self.metric)
         if value is None:
-            known = printable(", ".join(by_name), 300)
+            known = printable(", ".join(numbers.flat()), 600)
             self._log.warn(f"generation.best_metric: this round has no {self.metric}; there are {known}", cause="")
         elif math.isfinite(value) and self._is_best(value):
             self.values.append(BestValue(value, step))

@@ -18,17 +18,14 @@ TABLE_KEY = "val/samples"
 
 _SCALAR_PREFIX = "val/gen/"
 
-_COLUMNS = (
-    "step",
-    "index",
-    "strategy",
-    "completion",
-    "prompt",
-    "generation",
-    "reference",
-    "finish_reason",
-    "num_new_tokens",
+_READ = ("prompt_text", "generation", "reference")
+"""The columns that lead: what people read. The scores follow them."""
+
+_ABOUT = (
+    *("strategy", "completion", "finish_reason", "num_new_tokens", "row", "data_source", "step", "index"),
+    "prompt",  # at the end, as it is long, and mostly its text once more
 )
+"""The columns behind the scores."""
 
 
 def scalars(numbers: RoundNumbers) -> dict[str, float]:
@@ -39,17 +36,15 @@ def scalars(numbers: RoundNumbers) -> dict[str, float]:
 def build_table(samples: Sequence[Sample], max_chars: int) -> tuple[list[str], list[list[Cell]]]:
     """Column names and rows, one row per sample in the order given.
 
-    The scores of all samples follow the fixed columns in the order in which they first occur. A score that is missing
-    or not finite is None.
+    The scores of all samples stand between `_READ` and `_ABOUT`, in the order in which they first occur. A score that
+    is missing or not finite is None.
     """
     scores = list(dict.fromkeys(name for sample in samples for name in sample.scores))
     rows = [
-        _fixed_cells(sample, max_chars) + [_number(sample.scores.get(name)) for name in scores] for sample in samples
+        [*_read(sample, max_chars), *(_number(sample.scores.get(name)) for name in scores), *_about(sample, max_chars)]
+        for sample in samples
     ]
-    columns = list(_COLUMNS)
-    for name in scores:
-        columns.append(_score_column(name, columns))
-    return columns, rows
+    return [*_READ, *_score_columns(scores), *_ABOUT], rows
 
 
 def sample_texts(samples: Sequence[Sample], max_chars: int) -> dict[str, str]:
@@ -66,26 +61,34 @@ def sample_texts(samples: Sequence[Sample], max_chars: int) -> dict[str, str]:
     return texts
 
 
-def _fixed_cells(sample: Sample, max_chars: int) -> list[Cell]:
+def _read(sample: Sample, max_chars: int) -> list[Cell]:
+    texts = (sample.prompt_text, sample.generation, sample.reference)
+    return [None if text is None else _text(text, max_chars) for text in texts]
+
+
+def _about(sample: Sample, max_chars: int) -> list[Cell]:
     return [
-        sample.step,
-        sample.index,
         storable(sample.strategy),
         sample.completion,
-        _text(sample.prompt, max_chars),
-        _text(sample.generation, max_chars),
-        None if sample.reference is None else _text(sample.reference, max_chars),
         sample.finish_reason,
         sample.num_new_tokens,
+        sample.row,
+        None if sample.data_source is None else _text(sample.data_source, max_chars),
+        sample.step,
+        sample.index,
+        _text(sample.prompt, max_chars),
     ]
 
 
-def _score_column(name: str, taken: Sequence[str]) -> str:
-    """Two columns of one name are an error in one tracker and lose data in another."""
-    column = storable(name)
-    while column in taken:
-        column = f"score_{column}"
-    return column
+def _score_columns(names: Sequence[str]) -> list[str]:
+    """Different names of columns: two of one name are an error in one tracker and lose data in another."""
+    columns: list[str] = []
+    for name in names:
+        column = storable(name)
+        while column in (*_READ, *_ABOUT, *columns):
+            column = f"score_{column}"
+        columns.append(column)
+    return columns
 
 
 def _text(text: str, max_chars: int) -> str:

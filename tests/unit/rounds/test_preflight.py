@@ -56,8 +56,21 @@ def test_every_backend_is_accepted(backend):
         ({"backend": "vllm"}, "generation.backend must be one of auto, hf, fast, got 'vllm'"),
         ({"metrics": ["blue"]}, "generation.metrics must be names (exact_match, "),
         ({"prompts": "/nowhere.txt"}, "generation.prompts: /nowhere.txt: there is no such file"),
-        ({"best_metric": "bleu"}, "generation.best_metric must be one of num_new_tokens, cut_off, empty, "),
+        ({"best_metric": "bleu"}, "generation.best_metric must be one of num_new_tokens, cut_off, empty, got 'bleu'"),
         ({"best_metric": "exact_match_bset", "metrics": ["exact_match"]}, "got 'exact_match_bset'"),
+        (
+            {"best_metric": "bleu", **WITH_STRATEGIES},
+            "generation.best_metric must be one of num_new_tokens, cut_off, empty, as <strategy>/<number>, got 'bleu'",
+        ),
+        (
+            {"best_metric": "exact_match_best", "metrics": ["exact_match"], **WITH_STRATEGIES},
+            "generation.best_metric=exact_match_best: with generation.strategies it must name one of them: "
+            "hot/exact_match_best, cold/exact_match_best",
+        ),
+        (
+            {"best_metric": "empty", "strategies": {"only": {}}},
+            "generation.best_metric=empty: with generation.strategies it must name one of them: only/empty",
+        ),
         ({"strategies": {"best": {}}}, "generation.strategies: a round has a number called best already"),
         ({"strategies": {"bleu": {}}, "metrics": ["bleu"]}, "a round has a number called bleu already"),
         (
@@ -77,9 +90,11 @@ def test_what_is_not_there_is_refused(block, expected):
     assert expected in message(**block)
 
 
-@pytest.mark.parametrize("name", ["empty", "mean_logprob", "hot/empty", "by_source/maths/empty"])
+@pytest.mark.parametrize("name", ["hot/mean_logprob", "hot/seq_rep_4", "cold/empty", "by_source/maths/empty"])
 def test_a_best_value_of_any_number_that_a_round_has(name):
     assert checked(best_metric=name, **WITH_STRATEGIES).settings.best_metric == name
+    whole = name.rpartition("/")[2]
+    assert checked(best_metric=whole).settings.best_metric == whole
 
 
 def test_all_mistakes_are_told_those_of_values_first():

@@ -191,7 +191,7 @@ def test_a_record_has_answer_and_reference_as_they_are_shown_and_whole(tokenizer
         pair([query], [completion]), 1, 0, "float32", AnswerReader(Decoder(tokenizer), "</think>"), None
     )
     record = sample.to_dict()
-    assert list(record)[6:14] == [
+    assert list(record)[7:15] == [
         *("prompt", "prompt_text", "generation", "generation_raw", "reference", "reference_raw", "reference_text"),
         "finish_reason",
     ]
