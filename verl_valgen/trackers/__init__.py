@@ -23,14 +23,21 @@ TRACKERS = {
     "wandb": "verl_valgen.trackers.wandb:WandbTracker",
     "swanlab": "verl_valgen.trackers.swanlab:SwanlabTracker",
     "mlflow": "verl_valgen.trackers.mlflow:MlflowTracker",
+    "tensorboard": "verl_valgen.trackers.tensorboard:TensorboardTracker",
+    "trackio": "verl_valgen.trackers.trackio:TrackioTracker",
+    "clearml": "verl_valgen.trackers.clearml:ClearmlTracker",
+    "file": "verl_valgen.trackers.verl_file:VerlFileTracker",
 }
 """verl's name for a logger -> "module:class"."""
 
 _RENAMED = {"tracking": "wandb"}
 """Old logger names that verl still takes."""
 
-_LOCAL = ("console", "file")
-"""verl's loggers that have nothing to add: samples go to the console and to files anyway."""
+_LOCAL = ("console",)
+"""verl's loggers that have nothing to add: samples go to the console anyway."""
+
+_WITHOUT_SAMPLES = {"rl_insight": "it takes numbers alone, and shows them without their step"}
+"""verl's loggers that have no place for samples -> why."""
 
 
 def open_trackers(
@@ -66,8 +73,8 @@ def open_trackers(
 def _open_tracker(name: str, run: TrackedRun) -> Tracker | None:
     """The tracker of verl's logger `name`, or None, with a line that says why."""
     if name not in TRACKERS:
-        shown = printable(name, 80)
-        logger.info("no samples in %s: there is no adapter for it; they are in the JSONL files", shown)
+        reason = _WITHOUT_SAMPLES.get(name, "there is no adapter for it")
+        logger.info("no samples in %s: %s; they are in the JSONL files", printable(name, 80), reason)
         return None
     tracker_class: Any = resolve_name(TRACKERS[name])
     if not tracker_class.is_live(run):
