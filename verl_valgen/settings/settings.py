@@ -164,7 +164,8 @@ class GenerationSettings:
     best_metric: str = setting(
         "",
         checks.optional_text(),
-        "the number whose best value is kept in `best.json`, such as `exact_match` or `nucleus/exact_match`",
+        "the number whose best value is kept in `best.json`, such as `exact_match`; with strategies that of one of "
+        "them, such as `nucleus/exact_match`",
     )
     best_mode: str = setting(
         "max", checks.one_of("max", "min"), "whether the best value of `best_metric` is its largest or its smallest"
@@ -215,8 +216,8 @@ class GenerationSettings:
     aggregates: str = setting(
         "main",
         checks.one_of("main", "all"),
-        "which numbers of a round are logged. `main`: those that most people watch; `all`: further ones for each "
-        "strategy and source",
+        "which [numbers](judging.md#the-numbers-of-a-round) of a round are logged. `main`: those that most people "
+        "watch; `all`: further ones for each strategy and source",
     )
     console: str = setting(
         "full",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -94,6 +95,17 @@ def test_a_round_without_it_is_said_once_and_nan_is_never_the_best(tmp_path, cap
     assert message.endswith("num_samples, seconds, tokens_per_s, empty")
     assert rounds(keeper, (3, float("nan"))) == [{}]
     assert not (tmp_path / "best.json").exists()
+
+
+def test_it_may_be_a_number_that_is_not_logged(tmp_path, caplog):
+    keeper = best(tmp_path, metric="nucleus/right_best")
+    group = GroupNumbers(scores={"right": 0.5}, further={"right_best": 1.0})
+    numbers = keeper.update(RoundNumbers(1, 1.0, 1.0, by_strategy={"nucleus": group}), 1).flat()
+    assert (numbers["best"], numbers["best_step"]) == (1.0, 1)
+    assert "nucleus/right_best" not in numbers
+    # Where a round lacks it, the few that are logged are named.
+    keeper.update(RoundNumbers(1, 1.0, 1.0, by_strategy={"nucleus": replace(group, further={"right_worst": 0})}), 2)
+    assert caplog.messages[0].endswith("; there are num_samples, seconds, tokens_per_s, nucleus/right")
 
 
 def test_a_new_run_takes_nothing_over(tmp_path):

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from unit.scores.test_aggregates import sample
 
-from verl_valgen.records import Sample, Verdict
+from verl_valgen.records import BestValue, Sample, Verdict
+from verl_valgen.scores.aggregates import summarize_round
 from verl_valgen.scores.scoring import Scoring
 
 SOURCE = """
@@ -24,6 +25,9 @@ import os, time
 def length(sample):
     print("\\x1b[31m never seen")
     return len(sample.generation)
+
+def few(sample):
+    return sample.num_new_tokens < 9
 
 def several(sample):
     return {"score": 1, "chars": len(sample.generation), "pred": "vote", "note": "text", "none": None}
@@ -110,6 +114,31 @@ def test_every_metric_says_something_of_every_sample(own, caplog):
     assert judged[0].to_dict().keys() >= {"scores", "score_texts", "ground_truth"}
 
 
+def test_few_numbers_are_logged_of_two_strategies_three_metrics_and_two_sources(own):
+    """Greedy, and four answers of nucleus, by two metrics that are 0 or 1 and one that is not."""
+    answered = [
+        sample(index, completion, strategy, generation="4" if completion else "no", reference="4", data_source=source)
+        for index, source in enumerate(["sums", "capitals", "sums"])
+        for strategy, completion in [("greedy", 0), *(("nucleus", completion) for completion in range(4))]
+    ]
+    with scoring(own, "exact_match", "few", "length") as made:
+        judged = made.score(answered, math.inf)
+    strategies, scores = ("greedy", "nucleus"), ("exact_match", "few", "length")
+    numbers = summarize_round(judged, 1.0, 1, strategies=strategies, n=4)
+    logged = replace(numbers, best=BestValue(0.0, 1)).flat()
+    assert logged.keys() == {
+        *("num_samples", "seconds", "tokens_per_s", "best", "best_step"),
+        *(f"{one}/{name}" for one in strategies for name in (*scores, "num_new_tokens", "cut_off", "empty")),
+        *(f"nucleus/{score}_{what}" for score in ("exact_match", "few") for what in ("pass_at_4", "majority")),
+        *(f"by_source/{source}/{score}" for source in ("sums", "capitals") for score in scores),
+    }
+    assert len(logged) == 27
+    assert (logged["greedy/exact_match"], logged["nucleus/exact_match"]) == (0.0, 0.75)
+    assert (logged["nucleus/exact_match_pass_at_4"], logged["nucleus/exact_match_majority"]) == (1.0, 1.0)
+    assert logged["by_source/sums/exact_match"] == 0.0
+    assert (logged["greedy/length"], logged["nucleus/few"]) == (2.0, 1.0)
+
+
 def test_without_metrics_there_is_no_process():
     made = Scoring([])
     made.start()
@@ -124,7 +153,7 @@ def test_one_that_raises_costs_that_value_and_one_warning(own, caplog):
     assert first.keys() == {"length"}
     assert second["raising"].scores == {"raising": 1.0}
     assert caplog.messages == [
-        "metric raising: 1 of 2 samples have no score, row 0 first: RuntimeError: no \\x1b[31m way (own.py, line 23)",
+        "metric raising: 1 of 2 samples have no score, row 0 first: RuntimeError: no \\x1b[31m way (own.py, line 26)",
         "metric text: 2 of 2 samples have no score, row 0 first: ValueError: could not convert string to float: 'good'",
     ]
 
