@@ -58,10 +58,15 @@ def make_round(
     *,
     scores: Mapping[str, float] | None = None,
     by_source: Mapping[str, Mapping[str, float]] | None = None,
+    by_strategy: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Round:
-    """A finished round with these scores among its numbers, overall and by data source."""
-    groups = {source: GroupNumbers(scores=numbers) for source, numbers in (by_source or {}).items()}
-    numbers = RoundNumbers(len(samples), 1.0, 1.0, GroupNumbers(scores=scores or {}), by_source=groups)
+    """A finished round with these scores among its numbers, overall, by data source and by strategy."""
+    of_sources, of_strategies = (
+        {name: GroupNumbers(scores=numbers) for name, numbers in (groups or {}).items()}
+        for groups in (by_source, by_strategy)
+    )
+    overall = GroupNumbers(scores=scores or {})
+    numbers = RoundNumbers(len(samples), 1.0, 1.0, overall, by_strategy=of_strategies, by_source=of_sources)
     return Round(step, samples, numbers)
 
 

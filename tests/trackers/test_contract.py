@@ -28,6 +28,9 @@ HOSTILE_TEXTS = [
     "--x_x--0_0-",
 ]
 
+ODD_NAMES = ["-", "_", "0", "007", "nan", "None", "Exact", "index", "prompt", "_step", "a" * 64, "数学"]
+"""What functions and strategies may be called; a strategy in ASCII alone."""
+
 
 def test_text_comes_back_whole(destination: Destination):
     samples = [
@@ -86,13 +89,25 @@ def test_fields_and_scores_stand_in_the_table(destination: Destination):
 
 
 def test_scalars_are_recorded_under_their_keys(destination: Destination):
-    scores, by_source = {"exact": 0.5, "num_new_tokens": 17.0}, {"openai/gsm8k": {"exact": 1.0}}
-    scalars = {"val/gen/exact": 0.5, "val/gen/by_source/openai/gsm8k/exact": 1.0, "val/gen/num_new_tokens": 17}
+    """Also under names that are odd and allowed: of functions, and of strategies."""
+    odd = {name: float(number) for number, name in enumerate(ODD_NAMES)}
+    scores, by_source = {"exact": 0.5, "num_new_tokens": 17.0, **odd}, {"openai/gsm8k": {"exact": 1.0}}
+    by_strategy = {name: {"exact": number} for name, number in odd.items() if name.isascii()}
+    scalars = {
+        "val/gen/by_source/openai/gsm8k/exact": 1.0,
+        **{f"val/gen/{name}": number for name, number in scores.items()},
+        **{f"val/gen/{strategy}/exact": numbers["exact"] for strategy, numbers in by_strategy.items()},
+    }
     for step in (1, 2):
-        destination.tracker.log(make_round([make_sample(step)], step, scores=scores, by_source=by_source))
+        of_round = make_round(
+            [make_sample(step, scores=odd)], step, scores=scores, by_source=by_source, by_strategy=by_strategy
+        )
+        destination.tracker.log(of_round)
     rounds = destination.read()
     for step in (1, 2):
-        assert len(rounds[step].rows) == 1
+        (row,) = rounds[step].rows
+        if destination.has_table:
+            assert {name: float(row.get(f"score_{name}", row.get(name))) for name in odd} == odd
         if destination.has_scalars:
             assert {key: rounds[step].values[key] for key in scalars} == scalars
 
@@ -109,12 +124,13 @@ def test_late_round_is_recorded(destination: Destination):
 def test_keys_per_sample_hold_the_first_answer_of_each_prompt(destination: Destination, order: int):
     samples = [
         make_sample(index=index, completion=completion, strategy=strategy, generation=f"{strategy} {completion}")
-        for index, (strategy, completion) in enumerate([("a", 0), ("a", 1), ("a", 0), ("b", 0)])
+        for index in (0, 1)[::order]
+        for strategy, completion in [("a", 0), ("a", 1), ("b", 0)]
     ]
-    destination.tracker.log(make_round(samples[::order], 1))
-    found = destination.read()[1]
-    assert len(found.rows) == 4
+    destination.tracker.log(make_round(samples, 1))
     if destination.has_texts:
+        found = destination.read()[1]
+        assert not destination.has_table or len(found.rows) == 6
         generations = {key: value for key, value in found.values.items() if key.endswith("_generation")}
         assert generations == {"val/sample_1_generation": "a 0", "val/sample_2_generation": "a 0"}
-        assert found.values["val/sample_2_prompt"] == "question 2"
+        assert found.values["val/sample_2_prompt"] == "question 1"

@@ -49,6 +49,19 @@ def test_keys_have_the_readable_prompt():
     assert sample_texts([sample], 100) == {"val/sample_1_prompt": "hi", "val/sample_1_generation": "yo"}
 
 
+def test_where_an_answer_failed_no_key_holds_that_of_another_strategy_or_prompt():
+    answered = [
+        (0, "b"),
+        (1, "a"),
+        (1, "b"),
+        (3, "a"),
+        (3, "b"),
+    ]  # prompt 0 has none of a, and prompt 2 has none at all
+    samples = [make_sample(index=index, strategy=name, generation=f"{name}{index}") for index, name in answered]
+    generations = {key: text for key, text in sample_texts(samples, 100).items() if key.endswith("_generation")}
+    assert generations == {"val/sample_2_generation": "a1", "val/sample_4_generation": "a3"}
+
+
 def test_texts_are_cut_and_storable():
     texts = {"prompt": "\ud800" * 20, "prompt_text": "p" * 20, "reference": "r" * 20, "data_source": "d\x00" * 20}
     sample = make_sample(generation="g\x00" * 20, **texts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from verl_valgen.records import RoundNumbers, Sample
 from verl_valgen.text import storable, truncate
@@ -50,14 +51,19 @@ def build_table(samples: Sequence[Sample], max_chars: int) -> tuple[list[str], l
 def sample_texts(samples: Sequence[Sample], max_chars: int) -> dict[str, str]:
     """`val/sample_<i>_prompt` and `val/sample_<i>_generation`, i from 1, of each prompt's first answer.
 
-    With several strategies or completions only the first of each is taken: a key holds one text per step.
+    With several strategies or completions only the first of each is taken: a key holds one text per step. Where a
+    prompt lacks that answer, its keys are left out, and those of the others stay: i is `index` + 1.
+
+    Args:
+        samples: Those of a round; those of a prompt in the order of the strategies, as far as they were answered.
     """
-    ordered = sorted(samples, key=lambda sample: sample.index)
-    firsts = [sample for sample in ordered if sample.completion == 0 and sample.strategy == ordered[0].strategy]
+    by_prompt = sorted(samples, key=lambda sample: sample.index)  # stable
+    others = {b.strategy for a, b in pairwise(by_prompt) if a.index == b.index and a.strategy != b.strategy}
     texts = {}
-    for number, sample in enumerate(firsts, start=1):
-        texts[f"val/sample_{number}_prompt"] = _text(sample.prompt_text, max_chars)
-        texts[f"val/sample_{number}_generation"] = _text(sample.generation, max_chars)
+    for sample in by_prompt:
+        if sample.completion == 0 and sample.strategy not in others:
+            texts[f"val/sample_{sample.index + 1}_prompt"] = _text(sample.prompt_text, max_chars)
+            texts[f"val/sample_{sample.index + 1}_generation"] = _text(sample.generation, max_chars)
     return texts
 
 
