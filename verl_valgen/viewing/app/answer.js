@@ -17,15 +17,15 @@
     return element("span", { class: "chip" + grade, title: oneLine(name) }, element("span", { class: "name" }, oneLine(name, 40)), " ", sign + number(value));
   }
 
-  /** Scores, why it ended, how long it is, and whether it was checked. */
-  function facts(answer) {
+  /** Scores, why it ended, how long it is, and whether it was checked; in a list, that it was is not said. */
+  function facts(answer, isList = false) {
     const isCut = answer.finish_reason === "length" || answer.finish_reason === "time";
     return element(
       "div", { class: "facts" },
       Object.entries(answer.scores).map(([name, value]) => scoreChip(name, value)),
-      element("span", { class: "chip" + (isCut ? " warn" : ""), title: "finish_reason: " + oneLine(answer.finish_reason) }, ending(answer.finish_reason)),
+      element("span", { class: "chip" + (isCut ? " warn" : " quiet"), title: "finish_reason: " + oneLine(answer.finish_reason) }, ending(answer.finish_reason)),
       element("span", { class: "chip quiet" }, `${answer.num_new_tokens} ${answer.num_new_tokens === 1 ? "token" : "tokens"}`),
-      answer.verified === true && element("span", { class: "chip quiet", title: "The round's answers passed the check against the trainer's model" }, "verified"),
+      !isList && answer.verified === true && element("span", { class: "chip quiet", title: "The round's answers passed the check against the trainer's model" }, "verified"),
       data.isWithheld(answer) && element("span", { class: "chip bad" }, "withheld"),
       Object.entries(answer.score_texts || {}).map(([name, text]) =>
         element("span", { class: "chip quiet" }, element("span", { class: "name" }, oneLine(name, 40)), " ", oneLine(text, 60))),

@@ -100,7 +100,7 @@
       if (!answer.generation) block.append(element("span", { class: "nothing" }, "(empty)"));
     }
     block.classList.add("clamp");
-    return element("div", { class: "side" }, block, answer && show.facts(answer));
+    return element("div", { class: "side" }, block, answer && show.facts(answer, true));
   }
 
   function make(at) {
@@ -110,7 +110,7 @@
       element("div", { class: "head" }, element("a", { href: state.hashOf({ view: "prompt", prompt: row.prompt.key }) }, show.promptTitle(row.prompt)),
         !differs(row) && element("span", { class: "which" }, "the same")),
       textBlock(show.shortened(row.prompt.prompt_text), { class: "prompt-text clamp" }),
-      row.prompt.reference !== null && show.labelled("Expected", textBlock(show.shortened(row.prompt.reference), { class: "reference clamp" })),
+      row.prompt.reference !== null && element("div", { class: "expected" }, element("span", { class: "label" }, "Expected "), textBlock(show.shortened(row.prompt.reference), { class: "reference clamp" })),
       element("div", { class: "pair" }, side(row, "left"), side(row, "right")),
     );
   }

@@ -61,8 +61,16 @@
     return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   }
 
+  /** From the least to the greatest value, with some room; a number that never moves gets a scale all the same. */
+  function rangeOf(_, low, high) {
+    if (low === null || low === high) return [Math.min(0, low || 0), Math.max(1, (low || 0) * 1.25)];
+    const room = (high - low) * 0.06;
+    return [low >= 0 ? Math.max(0, low - room) : low - room, high + room];
+  }
+
   function marks(series) {
-    const { run } = series[0];
+    const best = series.find(({ run, name }) => run.best && run.best_metric === name);
+    const run = best ? best.run : series[0].run;
     return (plot) => {
       const { ctx, bbox } = plot;
       const at = (step, ink, dash) => {
@@ -81,8 +89,8 @@
       };
       at(now.step, colour("--faint"), [2, 2]);
       if (!run.best) return;
-      const x = at(run.best.step, colour("--accent"), []);
-      if (x === undefined) return;
+      const x = at(run.best.step, colour("--accent"), best ? [] : [3, 3]);
+      if (x === undefined || !best) return;
       ctx.save();
       ctx.fillStyle = colour("--accent");
       ctx.font = `${13 * devicePixelRatio}px sans-serif`;
@@ -100,16 +108,19 @@
       return Number.isFinite(value) ? value : null;
     }));
     const holder = element("div", { class: "chart-body" });
-    const box = element("figure", { class: "chart", "aria-label": `${title} over steps` }, element("figcaption", {}, oneLine(title, 60)), holder);
+    const reading = element("span", { class: "reading" });
+    const isAlone = series.length === 1;
+    const caption = element("figcaption", {}, oneLine(title, 60), isAlone && series[0].label !== title && element("span", { class: "note" }, ` ${series[0].label}`), reading);
+    const box = element("figure", { class: "chart", "aria-label": `${title} over steps` }, caption, holder);
     const axis = { stroke: colour("--muted"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false }, font: "11px sans-serif" };
     const build = () => {
       const plot = new uPlot({
         width: Math.max(200, holder.clientWidth), height: HEIGHT_PX,
         padding: [16, 10, 0, 0],
-        scales: { x: { time: false } },
+        scales: { x: { time: false }, y: { range: rangeOf } },
         axes: [{ ...axis, size: 24, gap: 4 }, { ...axis, size: 46, gap: 4, values: (_, ticks) => ticks.map((tick) => number(tick)) }],
         cursor: { y: false, points: { size: 7 } },
-        legend: { live: true, markers: { width: 2 } },
+        legend: { show: !isAlone, live: true, markers: { width: 2 } },
         series: [
           { label: "step", value: (_, step) => (step === null ? "" : String(step)) },
           ...series.map(({ label, runNumber }, at) => ({
@@ -118,7 +129,10 @@
             value: (_, value) => (value === null ? "" : number(value)),
           })),
         ],
-        hooks: { draw: [marks(series)] },
+        hooks: {
+          draw: [marks(series)],
+          setCursor: [({ cursor: { idx } }) => { reading.textContent = isAlone && Number.isInteger(idx) ? `step ${steps[idx]}: ${number(values[0][idx])}` : ""; }],
+        },
       }, [steps, ...values], holder);
       plot.over.addEventListener("click", () => {
         const at = plot.cursor.idx;

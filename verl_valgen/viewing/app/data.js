@@ -45,8 +45,16 @@
     changed();
   }
 
+  /** Half a character (a lone surrogate) cannot stand in a link: what is named in links is kept as it stands there. */
+  const linkable = (text) => (typeof text === "string" ? text.replace(/\p{Cs}/gu, "\ufffd") : text);
+
   function receiveStep(payload) {
     checkFormat(payload, `the data of step ${payload && payload.step}`);
+    payload.prompts.forEach((prompt) => {
+      prompt.key = linkable(prompt.key);
+      prompt.data_source = linkable(prompt.data_source);
+    });
+    payload.answers.forEach((answer) => { answer.strategy = linkable(answer.strategy); });
     const run = runs[payload.run];
     const groups = new Map();
     payload.prompts.forEach((prompt) => groups.set(prompt.key, { prompt, answers: [] }));

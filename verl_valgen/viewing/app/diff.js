@@ -42,8 +42,12 @@
     const result = [];
     let gone = "", come = "";
     const flush = () => {
+      // A blank that both end in did not change.
+      const blank = gone && come && gone.at(-1) === come.at(-1) && /\s/.test(come.at(-1)) ? come.at(-1) : "";
+      if (blank) [gone, come] = [gone.slice(0, -1), come.slice(0, -1)];
       if (gone) result.push({ value: gone, kind: "del" });
       if (come) result.push({ value: come, kind: "ins" });
+      if (blank) result.push({ value: blank, kind: "same" });
       gone = come = "";
     };
     found.forEach((piece, at) => {

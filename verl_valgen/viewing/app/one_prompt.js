@@ -80,7 +80,7 @@
       },
       element("span", { class: "number" }, String(step), isBest && element("span", { class: "star", title: "best step" }, " ★")),
       show.answerText(found, old, { isList: true, missing: missing(step) }),
-      found && show.facts(found),
+      found && show.facts(found, true),
     );
   }
 

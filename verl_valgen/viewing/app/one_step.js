@@ -105,11 +105,12 @@
       "article", { class: "sample card step-sample" },
       element("div", { class: "head" },
         element("a", { href: state.hashOf({ view: "prompt", prompt: prompt.key, strategy: answer.strategy, completion: answer.completion }) }, show.promptTitle(prompt)),
-        which && element("span", { class: "which" }, which), element("span", { class: "grow" }), show.facts(answer)),
-      textBlock(show.shortened(prompt.prompt_text), { class: "prompt-text clamp" }),
+        which && element("span", { class: "which" }, which), element("span", { class: "grow" }), show.facts(answer, true)),
       element("div", { class: "pair" },
-        prompt.reference !== null && show.labelled("Expected", textBlock(show.shortened(prompt.reference), { class: "reference clamp" })),
-        show.labelled("Answer", clamped(show.answerText(answer, old, { isList: true })))),
+        element("div", {},
+          textBlock(show.shortened(prompt.prompt_text), { class: "prompt-text clamp" }),
+          prompt.reference !== null && element("div", { class: "expected" }, element("span", { class: "label" }, "Expected "), textBlock(show.shortened(prompt.reference), { class: "reference clamp" }))),
+        clamped(show.answerText(answer, old, { isList: true }))),
     );
   }
 
