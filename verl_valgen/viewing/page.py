@@ -25,6 +25,7 @@ SCRIPTS = (
     "diff.js",
     "virtual.js",
     "answer.js",
+    "stepper.js",
     "one_prompt.js",
     "one_step.js",
     "curves.js",

@@ -1,0 +1,86 @@
+// The words in which two texts differ, as elements: `ins` is new, `del` is gone; underlined and struck through.
+"use strict";
+
+(function () {
+  const { element, appendText } = valgen.dom;
+  const MAX_DIFF_MS = 150;
+  // Scripts without blanks between words: there a dictionary tells the words.
+  const UNSPACED = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}\p{Script=Lao}\p{Script=Khmer}\p{Script=Myanmar}]/u;
+
+  const remembered = new Map();
+  const MAX_REMEMBERED = 2000;
+
+  /** Pieces `{value, kind}` that lead from `old` to `text`; kind is "same", "ins" or "del". */
+  function pieces(old, text) {
+    const key = old.length + ":" + old + text;
+    let found = remembered.get(key);
+    if (found === undefined) {
+      found = compute(old, text);
+      if (remembered.size >= MAX_REMEMBERED) remembered.clear();
+      remembered.set(key, found);
+    }
+    return found;
+  }
+
+  function compute(old, text) {
+    if (old === text) return text ? [{ value: text, kind: "same" }] : [];
+    const options = { timeout: MAX_DIFF_MS };
+    if (UNSPACED.test(text + old) && typeof Intl.Segmenter === "function") {
+      options.intlSegmenter = new Intl.Segmenter("en", { granularity: "word" });
+    }
+    // With spaces: what differs in blanks alone differs, too.
+    const parts = Diff[options.intlSegmenter ? "diffWords" : "diffWordsWithSpace"](old, text, options);
+    const whole = [{ value: old, kind: "del" }, { value: text, kind: "ins" }].filter((piece) => piece.value);
+    if (parts === undefined) return whole; // too different to be told in time
+    const found = parts.map((part) => ({ value: part.value, kind: part.added ? "ins" : part.removed ? "del" : "same" }));
+    const isFaithful = found.filter((piece) => piece.kind !== "del").map((piece) => piece.value).join("") === text;
+    return isFaithful ? joined(found) : whole;
+  }
+
+  /** Changes that only blanks part become one: "two words" for "one thing" reads better than word by word. */
+  function joined(found) {
+    const result = [];
+    let gone = "", come = "";
+    const flush = () => {
+      // A blank that both end in did not change.
+      const blank = gone && come && gone.at(-1) === come.at(-1) && /\s/.test(come.at(-1)) ? come.at(-1) : "";
+      if (blank) [gone, come] = [gone.slice(0, -1), come.slice(0, -1)];
+      if (gone) result.push({ value: gone, kind: "del" });
+      if (come) result.push({ value: come, kind: "ins" });
+      if (blank) result.push({ value: blank, kind: "same" });
+      gone = come = "";
+    };
+    found.forEach((piece, at) => {
+      const isGap = piece.kind === "same" && /^[^\S\n]+$/.test(piece.value) && (gone || come) && at + 1 < found.length;
+      if (piece.kind === "del" || isGap) gone += piece.value;
+      if (piece.kind === "ins" || isGap) come += piece.value;
+      if (piece.kind === "same" && !isGap) {
+        flush();
+        result.push(piece);
+      }
+    });
+    flush();
+    return result;
+  }
+
+  /** Appends `text`, with what differs from `old` marked. Without `old` nothing is. `side`: "old" leaves out what is
+   * new, "new" what is gone, "both" neither. Returns the number of marks. */
+  function appendMarked(parent, old, text, side = "both") {
+    if (old === null || old === undefined) {
+      appendText(parent, text);
+      return 0;
+    }
+    let numMarks = 0;
+    for (const { value, kind } of pieces(old, text)) {
+      if ((side === "old" && kind === "ins") || (side === "new" && kind === "del")) continue;
+      if (kind === "same") appendText(parent, value);
+      else {
+        parent.append(appendText(element(kind, {}), value));
+        numMarks++;
+      }
+    }
+    return numMarks;
+  }
+
+  valgen.diff = { appendMarked, pieces };
+})();

@@ -1,0 +1,137 @@
+// Brings the data in: scripts beside the page, one at a time, or the block inside it.
+//
+// What is asked for comes first, then each run's newest step, its first, and the others from new to old. Classic
+// scripts, because neither modules nor `fetch` load from the file system.
+"use strict";
+
+(function () {
+  const { data } = valgen;
+  const MAX_SAMPLES_UNASKED = 50000; // what lies beyond is loaded when it is shown: memory has an end
+  const wanted = []; // [run, step] that are on the screen
+  let isBusy = false;
+  let isComplete = false; // everything came with the page
+
+  function inject(path, done) {
+    const script = document.createElement("script");
+    script.src = path;
+    script.onload = () => {
+      script.remove();
+      const refusal = data.takeRefusal();
+      done(refusal === null ? null : `is broken: ${valgen.dom.oneLine(refusal, 300)}`);
+    };
+    script.onerror = () => {
+      script.remove();
+      done("is missing, or cannot be read");
+    };
+    document.head.append(script);
+  }
+
+  function fileOf(run, step) {
+    return `data/${run > 0 ? `run${run}/` : ""}step_${String(step).padStart(8, "0")}.js`;
+  }
+
+  function isOpen(run, step) {
+    return !data.runs[run].loaded.has(step) && !data.runs[run].failed.has(step);
+  }
+
+  function nextStep() {
+    while (wanted.length) {
+      const [run, step] = wanted.shift();
+      if (data.runs[run] && isOpen(run, step)) return [run, step];
+    }
+    let numSamples = 0;
+    data.runs.forEach((run) => run.loaded.forEach((step) => { numSamples += step.answers.length; }));
+    if (numSamples >= MAX_SAMPLES_UNASKED) return null;
+    for (let back = 0; back < Math.max(0, ...data.runs.map((run) => run.steps.length)); back++) {
+      for (let run = 0; run < data.runs.length; run++) {
+        const { steps } = data.runs[run];
+        // Newest, first, then backwards.
+        const step = back === 1 ? steps[0] : steps[steps.length - (back === 0 ? 1 : back)];
+        if (step !== undefined && isOpen(run, step)) return [run, step];
+      }
+    }
+    return null;
+  }
+
+  function loadNext() {
+    if (isBusy || isComplete) return;
+    const next = nextStep();
+    if (next === null) return;
+    isBusy = true;
+    const [run, step] = next;
+    const path = fileOf(run, step);
+    inject(path, (problem) => {
+      isBusy = false;
+      if (problem === null && !data.runs[run].loaded.has(step)) problem = "is broken";
+      if (problem !== null) {
+        data.runs[run].failed.set(step, `${path} ${problem}`);
+        data.problems.set(path, `${path} ${problem}: step ${step} is not shown.`);
+      }
+      data.changed();
+      setTimeout(loadNext); // lets the page be drawn in between
+    });
+  }
+
+  /** Asks for a step before all others. */
+  function want(run, step) {
+    if (step === undefined || !data.runs[run] || !isOpen(run, step)) return;
+    wanted.push([run, step]);
+    loadNext();
+  }
+
+  function loadIndex(query) {
+    inject("data/steps.js" + query, (problem) => {
+      if (problem === null && !data.runs.length) problem = "is broken";
+      if (problem !== null) {
+        data.problems.set("index", `data/steps.js ${problem}. This page needs the folder data/ that lies beside it.`);
+        data.changed();
+      }
+      data.runs.forEach((run) => run.failed.clear());
+      loadNext();
+    });
+  }
+
+  async function loadInline(block) {
+    const packed = atob(block.textContent.trim());
+    block.remove();
+    const bytes = new Uint8Array(packed.length);
+    for (let at = 0; at < packed.length; at++) bytes[at] = packed.charCodeAt(at);
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const { index, steps } = await new Response(stream).json();
+    data.receiveIndex(index);
+    for (const step of steps) {
+      try {
+        data.receiveStep(step);
+      } catch (error) {
+        data.problems.set(`step ${step && step.step}`, `A step of this page cannot be read: ${error.message}`);
+      }
+    }
+    data.changed();
+  }
+
+  function start() {
+    const block = document.getElementById("valgen-data");
+    if (block === null) {
+      loadIndex("");
+      return;
+    }
+    isComplete = true;
+    loadInline(block).catch((error) => {
+      const reason = typeof DecompressionStream === "undefined" ? "this browser is too old (no DecompressionStream)" : error.message;
+      data.problems.set("index", `The samples in this page cannot be read: ${reason}`);
+      data.changed();
+    });
+  }
+
+  valgen.loading = {
+    start, want,
+    /** Looks for newer rounds; the query keeps browsers from taking the old file. */
+    reload: () => loadIndex(`?at=${Date.now()}`),
+    canReload: () => !isComplete,
+    progress() {
+      const all = data.runs.reduce((sum, run) => sum + run.steps.length, 0);
+      const loaded = data.runs.reduce((sum, run) => sum + run.loaded.size, 0);
+      return { all, loaded };
+    },
+  };
+})();
