@@ -15,7 +15,7 @@ from verl_valgen.trackers.base import TrackedRun, Tracker
 from verl_valgen.viewing import writing
 from verl_valgen.viewing.data import Payload, run_entry, step_payload
 from verl_valgen.viewing.folder import Folder
-from verl_valgen.viewing.page_files import DATA_FOLDER
+from verl_valgen.viewing.page_files import DATA_FOLDER, PAGE_FILE
 
 
 class PageTracker(Tracker):
@@ -31,7 +31,8 @@ class PageTracker(Tracker):
 
     def log(self, round: Round) -> None:
         directory = self._run.directory
-        before, self._steps = self._steps, None
+        # Where the page is gone, somebody has removed the folder.
+        before, self._steps = (self._steps if (directory / PAGE_FILE).exists() else None), None
         (directory / DATA_FOLDER).mkdir(parents=True, exist_ok=True)
         records = [sample.to_dict() for sample in round.samples]
         writing.write_step(directory, step_payload(round.step, records, round.numbers.flat()))

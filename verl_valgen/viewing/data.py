@@ -59,12 +59,12 @@ def run_entry(
     name: str, folder: str, steps: Sequence[int], metric: str | None, mode: str, best: tuple[float, int] | None
 ) -> Payload:
     """A run in the index. `best`: the best value of `metric`, and its step."""
-    value = None if metric is None or best is None else {"value": _number(best[0]), "step": best[1]}
+    value = None if not metric or best is None else {"value": _number(best[0]), "step": best[1]}
     return {
         "name": name,
         "folder": folder,
         "steps": sorted(steps),
-        "best_metric": metric,
+        "best_metric": metric or None,
         "best_mode": mode,
         "best": value,
     }
