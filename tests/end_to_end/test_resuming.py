@@ -57,7 +57,7 @@ def test_other_rows_after_a_stop_at_an_epochs_end(server, tmp_path, assets):
 
     assert "5 samples at steps 3 and 4, in" in second.output
     assert "so that training ends at step 4 and not at 6" in second.output
-    assert [path.name for path in sorted(second.generations.glob("step_*"))][-1] == "step_00000004.jsonl"
+    assert [path.name for path in sorted(second.generations.glob("step_*.jsonl"))][-1] == "step_00000004.jsonl"
     (warning,) = second.warnings
     assert warning.startswith("the prompts are others than before: what was recorded up to step 2 is of other prompts")
     best = json.loads((second.generations / "best.json").read_text())
@@ -76,7 +76,9 @@ def test_first_turns_of_some_validations_and_on_after_a_stop(server, tmp_path, a
     first = server.run(tmp_path, [*overrides, "trainer.total_training_steps=4"])
     assert first.returncode == 0, first.output[-5000:]
     assert "samples at steps 2 and 4, in" in first.output
-    assert sorted(path.name for path in first.generations.glob("step_*")) == [f"step_{s:08d}.jsonl" for s in (2, 4)]
+    assert sorted(path.name for path in first.generations.glob("step_*.jsonl")) == [
+        f"step_{s:08d}.jsonl" for s in (2, 4)
+    ]
     rows = [sample["row"] for sample in first.samples(4)]
     assert len(rows) > len(set(rows)) == 8  # every third conversation has two turns
     best = json.loads((first.generations / "best.json").read_text())

@@ -115,7 +115,7 @@ def test_the_console_shows_every_answer(tour: Tour):
 def test_a_resumed_run_makes_its_rounds_again_and_sets_later_ones_aside(tour: Tour):
     whole, resumed = tour.on, tour.on_resumed
     names = [f"step_{step:08d}.jsonl" for step in ROUNDS]
-    assert sorted(path.name for path in resumed.generations.glob("step_*")) == names
+    assert sorted(path.name for path in resumed.generations.glob("step_*.jsonl")) == names
     # What lies before the checkpoint stays; what lies beyond it belongs to another run, and the same is said again.
     assert [path.name for path in (resumed.generations / "old-1").glob("*.jsonl")] == names[-1:]
     for name in names:

@@ -64,6 +64,7 @@ def main(directory: Path, attempt: int, start_step: int, end_step: int, moment: 
         numbers = RoundNumbers(NUM_SAMPLES, 1.0, 1.0, GroupNumbers(scores={METRIC: value_of(attempt, step)}))
         trackers.log(Round(step, samples, best.update(numbers, step)))
         print(step, file=report, flush=True)
+    trackers.close()
 
 
 if __name__ == "__main__":

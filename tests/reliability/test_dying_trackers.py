@@ -140,13 +140,17 @@ def assert_unharmed(case: str, seen: Seen, reference: Seen, warnings: list[str])
 
 
 def assert_rounds(seen: Seen, steps: list[int]) -> None:
-    """The step files are those of `steps`, each whole, and the best value is that of the last."""
+    """The step files are those of `steps`, each whole, the page has them, and the best value is that of the last."""
     generations = seen.run.generations
     assert sorted(attempts_by_step(generations)) == steps
     assert {path.name for path in generations.iterdir()} - {"runs.json"} == {
         "best.json",
-        *(f"step_{step:08d}.jsonl" for step in steps),
+        "index.html",
+        "data",
+        *(f"step_{step:08d}.{kind}" for step in steps for kind in ("jsonl", "numbers.json")),
     }
+    data = {path.name for path in (generations / "data").iterdir()}
+    assert data == {"steps.js", *(f"step_{step:08d}.js" for step in steps)}
     best = json.loads((generations / "best.json").read_text())
     assert (best["value"], best["step"]) == (float(STEPS[-1]), STEPS[-1])
     assert [record["step"] for record in best["before"]] == STEPS[:-1]
@@ -291,6 +295,7 @@ def test_a_disk_costs_the_rounds_in_which_it_fails(runs, reference, disk, failur
     warnings = [
         rf"jsonl: a round was not recorded: OSError: \[Errno \d+\] {error}.*",
         rf"best.json: a round was not recorded: OSError: \[Errno \d+\] {error}.*",
+        rf"page: a round was not recorded: OSError: \[Errno \d+\] {error}.*",  # heard of in the next round
     ]
     assert_unharmed(f"disk: {error}", seen, reference, warnings)
     assert list(seen.run.checkpoints.glob("global_step_*"))

@@ -33,7 +33,7 @@ from verl_valgen.trackers.jsonl import JsonlTracker
 
 HERE = Path(__file__).parent
 NUM_FOLDERS, NUM_KILLS_EACH = (5, 10) if IS_WHOLE else (2, 6)
-MOST_MOMENTS = 80
+MOST_MOMENTS = 150
 """About five rounds of `killed_writer.py`."""
 
 
@@ -61,6 +61,24 @@ def attempts_by_step(directory: Path) -> dict[int, int]:
         ((step, attempt),) = {(record["step"], record["seed"]) for record in records}
         assert path.name == f"step_{step:08d}.jsonl"
         found[step] = attempt
+    return found
+
+
+def attempts_on_page(directory: Path) -> dict[int, int]:
+    """{step: attempt} of the page's data, each file of which is whole, for the steps that the page lists."""
+    found = {}
+    for path in directory.glob("data/*.js"):
+        function, _, argument = path.read_text(encoding="utf-8").removesuffix(");\n").partition("(")
+        payload = json.loads(argument)
+        assert function == ("valgen.index" if path.name == "steps.js" else "valgen.step")
+        if function == "valgen.step":
+            assert path.name == f"step_{payload['step']:08d}.js"
+            (found[payload["step"]],) = {answer["seed"] for answer in payload["answers"]}
+        else:
+            (listed,) = [run["steps"] for run in payload["runs"]]
+    if (directory / "index.html").exists():
+        assert (directory / "index.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
+        return {step: found[step] for step in listed if step in found}
     return found
 
 
@@ -95,7 +113,8 @@ def test_every_round_is_there_whole_and_once_however_often_the_writer_is_killed(
         in_force |= dict.fromkeys(steps, attempt)
         assert_nothing_is_lost(directory, completed, attempt + 1)
         assert in_force.items() <= attempts_by_step(directory).items()
-        assert len(list(directory.glob("*.tmp"))) <= 2  # of the round and of the best value
+        assert len(list(directory.glob("*.tmp"))) <= 3  # of the round, of the best value and of the page
+        attempts_on_page(directory)
         # A checkpoint is no newer than the last round, and may be older.
         start_step = max(0, max(in_force, default=0) - chance.randint(0, 2))
         in_force = {step: of for step, of in in_force.items() if step <= start_step}
@@ -110,6 +129,7 @@ def test_every_round_is_there_whole_and_once_however_often_the_writer_is_killed(
     assert_nothing_is_lost(directory, completed, NUM_KILLS_EACH + 1)
     in_force |= dict.fromkeys(steps, NUM_KILLS_EACH)
     assert attempts_by_step(directory) == in_force
+    assert attempts_on_page(directory) == in_force
     best = json.loads((directory / "best.json").read_text())
     best_step = max(sorted(in_force), key=lambda step: value_of(in_force[step], step))
     assert (best["step"], best["value"]) == (best_step, value_of(in_force[best_step], best_step))
@@ -275,7 +295,7 @@ def assert_a_failing_disk_costs_its_rounds_alone(directory: Path, failing: Any, 
         f"{name}: a round was not recorded: OSError:" for name in told
     ]
     write(6)
-    assert {path.name for path in directory.iterdir()} == {*before, "step_00000006.jsonl"}
+    assert {path.name for path in directory.iterdir()} == {*before, "step_00000006.jsonl", "step_00000006.numbers.json"}
     assert json.loads((directory / "best.json").read_text())["value"] == 0.6
     assert len(caplog.records) == len(told)
 

@@ -24,7 +24,8 @@ MAX_CHARS = 200_000
 
 
 def make_settings(**fields: Any) -> GenerationSettings:
-    return GenerationSettings(enabled=True, **fields)
+    """These settings, and no page unless they say so."""
+    return GenerationSettings(**{"enabled": True, "page": False} | fields)
 
 
 def make_run(directory: Path = Path(), *, max_chars: int = MAX_CHARS, **fields: Any) -> TrackedRun:

@@ -42,7 +42,7 @@ def test_repeated_step_replaces_its_file(tmp_path):
     tracker.log(make_round([make_sample(generation="first"), make_sample(index=1)], 1))
     tracker.log(make_round([make_sample(generation="second")], 1))
     assert [record["generation"] for record in read_jsonl(tmp_path)[1]] == ["second"]
-    assert os.listdir(tmp_path) == ["step_00000001.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001.jsonl", "step_00000001.numbers.json"]
 
 
 def _no_space(*args):
@@ -60,7 +60,7 @@ def test_failing_write_leaves_what_was_there(tmp_path, monkeypatch, call, has_ol
     with pytest.raises(OSError, match="No space"):
         tracker.log(make_round([make_sample(generation="new")], 1))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert len(before) == has_old_file
+    assert len(before) == 2 * has_old_file
 
 
 def test_record_that_is_not_json_leaves_what_was_there(tmp_path):
@@ -69,7 +69,7 @@ def test_record_that_is_not_json_leaves_what_was_there(tmp_path):
     with pytest.raises(TypeError, match="JSON serializable"):
         tracker.log(make_round([make_sample(generation="new"), make_sample(params={"x": object()})], 1))
     assert [record["generation"] for record in read_jsonl(tmp_path)[1]] == ["old"]
-    assert os.listdir(tmp_path) == ["step_00000001.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001.jsonl", "step_00000001.numbers.json"]
 
 
 def test_place_that_cannot_be_written_raises(tmp_path):
@@ -107,6 +107,21 @@ def test_set_aside_moves_the_steps_beyond_the_start(tmp_path):
     assert (tmp_path / "old-1" / "step_00000020.jsonl").read_text() == "step_00000020.jsonl"
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["notes.txt", "old-1", "step_00000010.jsonl", "step_30.jsonl"]
+
+
+def test_numbers_lie_beside_the_samples(tmp_path):
+    JsonlTracker(tmp_path).log(make_round([make_sample(80)], 80, scores={"a": 0.5, "b": math.inf}))
+    numbers = {"num_samples": 1.0, "seconds": 1.0, "tokens_per_s": 1.0, "a": 0.5, "b": None}
+    content = {"format": 1, "step": 80, "numbers": numbers}
+    assert json.loads((tmp_path / "step_00000080.numbers.json").read_text()) == content
+
+
+def test_numbers_are_set_aside_with_their_steps(tmp_path):
+    names = ("step_00000010.jsonl", "step_00000010.numbers.json", "step_00000020.jsonl", "step_00000020.numbers.json")
+    _touch(tmp_path, *names, "step_00000030.numbers.json.tmp")
+    assert set_aside(tmp_path, 10) == tmp_path / "old-1"
+    assert sorted(os.listdir(tmp_path / "old-1")) == list(names[2:])
+    assert sorted(os.listdir(tmp_path)) == ["old-1", *names[:2]]
 
 
 def test_set_aside_takes_the_smallest_free_folder(tmp_path):

@@ -1,3 +1,5 @@
+"""Nothing here depends on which verl and transformers are installed."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -7,7 +9,6 @@ import pytest
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Nothing that is shown depends on which verl and transformers are installed."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.any_verl)

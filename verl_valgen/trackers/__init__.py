@@ -30,6 +30,8 @@ TRACKERS = {
 }
 """verl's name for a logger -> "module:class"."""
 
+_PAGE = "verl_valgen.trackers.page:PageTracker"
+
 _RENAMED = {"tracking": "wandb"}
 """Old logger names that verl still takes."""
 
@@ -43,7 +45,7 @@ _WITHOUT_SAMPLES = {"rl_insight": "it takes numbers alone, and shows them withou
 def open_trackers(
     loggers: str | Sequence[str], run: TrackedRun, others: Mapping[str, Tracker] | None = None
 ) -> CompositeTracker:
-    """JSONL files, the console, and each tracker among `loggers` (`trainer.logger`) that has a live run.
+    """JSONL files, the console, the page, and each tracker among `loggers` (`trainer.logger`) that has a live run.
 
     To be called on the trainer's thread once verl has opened its runs. Raises nothing for a tracker that cannot be
     opened: that is a warning.
@@ -56,6 +58,8 @@ def open_trackers(
         "console": ConsoleTracker(run.settings),
         **(others or {}),
     }
+    if run.settings.page:
+        trackers["page"] = resolve_name(_PAGE)(run)
     names = [loggers] if isinstance(loggers, str) else loggers
     for name in dict.fromkeys(_RENAMED.get(name, name) for name in names):
         if name in _LOCAL:

@@ -1,7 +1,7 @@
 """Samples as JSON lines, whole: the source of truth, from which every other destination could be filled again.
 
-This module owns the folder of step files: their names, the description of the runs that wrote them, and how the files
-of an earlier run are put out of the way.
+This module owns what is written to the folder of step files, the description of the runs that wrote them, and how the
+files of an earlier run are put out of the way.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from itertools import count
@@ -19,19 +18,25 @@ from typing import Any
 from verl_valgen.records import Round
 from verl_valgen.trackers.base import Tracker
 from verl_valgen.trackers.first_file import Types, missing_types, types_in, with_types
+from verl_valgen.viewing.folder import (
+    BEST_FILE,
+    NUMBERS_FILE,
+    NUMBERS_FORMAT,
+    RUNS_FILE,
+    STEP_FILE,
+    numbers_file,
+    step_file,
+)
+from verl_valgen.viewing.page_files import PAGE_FILES, TEMPORARY_FILES, drop_data
 from verl_valgen.whole_files import TEMPORARY_SUFFIX, replace_file
 
-_STEP_FILE = re.compile(r"step_(\d{8,})\.jsonl")
-
-_RUNS_FILE = "runs.json"
-"""A list of the runs that have written to the folder, in the order of their starts."""
-
-_FILES_OF_A_RUN = (_RUNS_FILE, "best.json")
+_FILES_OF_A_RUN = (RUNS_FILE, BEST_FILE)
 """Files that describe a run as a whole, beside its step files."""
 
 
 class JsonlTracker(Tracker):
-    """Writes `<directory>/step_<N, 8 digits>.jsonl`, one record per line; a step that is repeated replaces its file.
+    """Writes `<directory>/step_<N, 8 digits>.jsonl`, one record per line, and beside it the round's numbers,
+    `step_<N>.numbers.json`; a step that is repeated replaces its files.
 
     Args:
         run: What describes the run (date, name, configuration): one more entry of `runs.json`, behind the first round.
@@ -51,20 +56,20 @@ class JsonlTracker(Tracker):
     def log(self, round: Round) -> None:
         records = [sample.to_dict() for sample in round.samples]
         self._directory.mkdir(parents=True, exist_ok=True)
-        path = self._directory / f"step_{round.step:08d}.jsonl"
+        path = step_file(self._directory, round.step)
         _replace(path, _lines(records))
         if self._run is not None:
             run, self._run = dict(self._run), None
-            runs = self._directory / _RUNS_FILE
+            runs = self._directory / RUNS_FILE
             _replace(runs, _to_json([*_earlier_runs(runs), run], indent=2) + "\n")
         self._keep_loadable(path, records)
+        numbers = {"format": NUMBERS_FORMAT, "step": round.step, "numbers": round.numbers.flat()}
+        _replace(numbers_file(self._directory, round.step), _to_json(numbers) + "\n")
 
     def _keep_loadable(self, path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         """Makes room in the folder's first step file for the types of the records that were written to `path`."""
         if self._first is None or not self._first.exists() or _step(path) <= _step(self._first):
-            self._first = min(
-                (file for file in self._directory.iterdir() if _STEP_FILE.fullmatch(file.name)), key=_step
-            )
+            self._first = min((file for file in self._directory.iterdir() if STEP_FILE.fullmatch(file.name)), key=_step)
             self._types = types_in(records if self._first == path else _read(self._first))
         if missing := missing_types(self._types, types_in(records)):
             first = _read(self._first)
@@ -77,7 +82,7 @@ class JsonlTracker(Tracker):
 
 def run_before(directory: str | os.PathLike[str], start_step: int) -> Mapping[str, Any] | None:
     """What `runs.json` says of the run that left the samples up to `start_step`; None where it says nothing."""
-    for run in reversed(_earlier_runs(Path(directory) / _RUNS_FILE)):
+    for run in reversed(_earlier_runs(Path(directory) / RUNS_FILE)):
         started = run.get("start_step") if isinstance(run, dict) else None
         if isinstance(started, int) and started < start_step:
             return run
@@ -85,11 +90,12 @@ def run_before(directory: str | os.PathLike[str], start_step: int) -> Mapping[st
 
 
 def set_aside(directory: str | os.PathLike[str], start_step: int, *, best_too: bool = False) -> Path | None:
-    """Moves the step files beyond `start_step`, which an earlier run left, to `<directory>/old-<k>/`.
+    """Moves the step files beyond `start_step`, which an earlier run left, and their numbers to `<directory>/old-<k>/`.
 
-    For a new run, which starts at 0, these are all, and what describes the earlier run (`runs.json`, `best.json`) goes
-    with them; for a resumed run, which continues these two, copies do. k is the smallest number from 1 that is free.
-    Temporary files that a crash left are removed. Returns the new folder, or None if nothing had to be moved.
+    For a new run, which starts at 0, these are all, and what describes the earlier run (`runs.json`, `best.json`) and
+    its page go with them; for a resumed run, which continues these, copies of the two do, and the page loses what is
+    beyond. k is the smallest number from 1 that is free. Temporary files that a crash left are removed. Returns the new
+    folder, or None if nothing had to be moved.
 
     Args:
         best_too: Whether a resumed run begins `best.json` anew: then it is copied in any case, and stays until the run
@@ -98,14 +104,16 @@ def set_aside(directory: str | os.PathLike[str], start_step: int, *, best_too: b
     directory = Path(directory)
     if not directory.is_dir():
         return None
-    for path in directory.glob(f"*.json*{TEMPORARY_SUFFIX}"):
-        path.unlink(missing_ok=True)
-    matches = [(path, _STEP_FILE.fullmatch(path.name)) for path in sorted(directory.iterdir())]
-    stale = [path for path, match in matches if match and (int(match[1]) > start_step or start_step == 0)]
+    for pattern in (f"*.json*{TEMPORARY_SUFFIX}", *TEMPORARY_FILES):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
+    stale = [path for path in sorted(directory.iterdir()) if _is_beyond(path, start_step)]
     about_runs = [path for name in _FILES_OF_A_RUN if (path := directory / name).exists()]
     if start_step == 0:
-        stale += about_runs
-    is_replaced = best_too and directory / "best.json" in about_runs
+        stale += [*about_runs, *(path for name in PAGE_FILES if (path := directory / name).exists())]
+    else:
+        drop_data(directory, lambda step: step > start_step)
+    is_replaced = best_too and directory / BEST_FILE in about_runs
     if not (stale or is_replaced):
         return None
     folder = next(path for k in count(1) if not (path := directory / f"old-{k}").exists())
@@ -118,8 +126,14 @@ def set_aside(directory: str | os.PathLike[str], start_step: int, *, best_too: b
     return folder
 
 
+def _is_beyond(path: Path, start_step: int) -> bool:
+    """Whether a file is of a step that a run from `start_step` on makes anew."""
+    match = STEP_FILE.fullmatch(path.name) or NUMBERS_FILE.fullmatch(path.name)
+    return match is not None and (start_step == 0 or int(match[1]) > start_step)
+
+
 def _step(path: Path) -> int:
-    match = _STEP_FILE.fullmatch(path.name)
+    match = STEP_FILE.fullmatch(path.name)
     assert match is not None, "it is a step file"
     return int(match[1])
 
