@@ -53,7 +53,7 @@ def open_trackers(
     """
     trackers: dict[str, Tracker] = {
         "jsonl": JsonlTracker(run.directory, run.description),
-        "console": ConsoleTracker(run.settings),
+        "console": ConsoleTracker(run),
         **(others or {}),
     }
     names = [loggers] if isinstance(loggers, str) else loggers
