@@ -158,12 +158,15 @@ def single_process_environment() -> Iterator[None]:
 def set_up_logging() -> None:
     """Rank 0 logs at the level that verl's SFT trainers read as well, INFO unless set; the other ranks warn only.
 
-    A handler is added only where the program has none: under Hydra it has.
+    A handler is added only where the program has none: under Hydra it has. Lines go between those of progress bars.
     """
+    from verl_valgen.trackers.terminal import log_beside_bars
+
     level = os.environ.get("VERL_SFT_LOGGING_LEVEL", "INFO")
     logger.setLevel(level if is_rank_zero() else logging.WARNING)
     if not logger.hasHandlers():
         logging.basicConfig(format="[%(asctime)s][%(name)s][%(levelname)s] - %(message)s")
+    log_beside_bars(logger)
 
 
 def is_rank_zero() -> bool:

@@ -52,6 +52,10 @@ class Prompt:
     """Stands for the row in sampling, where there is none or it is not unique; in [0, 2**32)."""
     file: str | None = None
     """The file that `row` is of, where the data has several."""
+    own_place: str | None = None
+    """Where a prompt that is no row of the validation data comes from, in words: `prompts.jsonl line 3`."""
+    not_shown: str = field(default="", compare=False)
+    """What the model is given beside `text`, in words: `2 turns, 3 tools`."""
     reference_raw: str | None = None
     """All tokens that are trained as text, special ones too, where that is another text than the reference; else
     None."""
@@ -78,11 +82,11 @@ class Query:
     """Number of candidates from which each completion is chosen."""
 
 
-def origin(row: int | None, index: int, file: str | None = None) -> str:
-    """Where a prompt comes from, for warnings: its row, or without one its number in the round, from 1."""
-    if row is None:
-        return f"prompt {index + 1}"
-    return f"row {row}" if file is None else f"row {row} of {file}"
+def origin(prompt: Prompt) -> str | None:
+    """Where a prompt comes from, in words: its row, or the line of a file; None where that is not known."""
+    if prompt.row is None:
+        return prompt.own_place
+    return f"row {prompt.row}" if prompt.file is None else f"row {prompt.row} of {prompt.file}"
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,8 @@ class Sample:
     """Row of the validation data's file; None where the prompt does not come from it."""
     file: str | None = field(default=None, kw_only=True)
     """The file that `row` is of, where the data has several."""
+    origin: str | None = field(default=None, kw_only=True)
+    """Where the prompt comes from and what `prompt_text` does not show, in words: `row 6, 2 turns, 3 tools`."""
     strategy: str
     completion: int
     """0-based number among the completions of the same prompt."""

@@ -286,7 +286,7 @@ def test_a_prompt_whose_parameters_fail_costs_itself_and_only_once(directory, ga
     assert [prompt for prompt, _ in whole] == ["one", "one", "two", "two", "three", "three"]
     assert failing == [(prompt, generation) for prompt, generation in whole if prompt != "two"]
     (warning,) = first["warnings"]
-    assert warning.startswith("no answer to prompt 2: ")
+    assert warning.startswith("no answer to own.jsonl line 2: ")
     assert "IndexError" in warning
     assert second["warnings"] == []
     assert first["met"]

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import unicodedata
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from readback import read_jsonl
-from trackers.destinations import Destination, Mlflow, Swanlab, Wandb, make_round, make_run, make_sample, make_settings
+from trackers.destinations import Destination, Mlflow, Swanlab, Wandb, make_round, make_run, make_sample
 
 from verl_valgen.records import BestValue, GroupNumbers, Round, RoundNumbers, Sample
 from verl_valgen.scores.aggregates import source_key
@@ -50,6 +51,8 @@ SAMPLES = st.lists(
         scores=SCORES,
         reference=st.none() | TEXTS,
         data_source=st.none() | TEXTS,
+        origin=st.none() | TEXTS,
+        finish_reason=st.sampled_from(["eos", "stop", "length", "time"]),
         params=st.dictionaries(TEXTS, TEXTS | st.floats(), max_size=2),
         strategy=TEXTS.map(lambda text: text[:64]),  # longer ones are refused where they are configured
         prompt=TEXTS,
@@ -68,6 +71,12 @@ def is_harmless(line: str) -> bool:
 
 # The console
 
+LINES = re.compile(
+    r"=== Validation Samples \(Step 7\) ===|-{50}|Step 7: |\| ?|\.\.\. \d+ more in |"
+    r"(?:Prompt|Expected|Source) \d: |(?:Generation|Scores) \d(?: \(.*\))?: |.+: best 0\.5 at step 1e\+09$"
+)
+"""The beginnings of all lines."""
+
 
 def shown(tracker: ConsoleTracker, samples: list[Sample], numbers: RoundNumbers) -> list[str]:
     with contextlib.redirect_stdout(io.StringIO()) as stdout:
@@ -78,17 +87,47 @@ def shown(tracker: ConsoleTracker, samples: list[Sample], numbers: RoundNumbers)
 
 
 @PROFILE
-@given(samples=SAMPLES, scores=SCALARS, by_strategy=st.dictionaries(TEXTS, SCALARS, max_size=2), max_chars=LENGTHS)
-def test_the_console_shows_harmless_lines_of_bounded_length(samples, scores, by_strategy, max_chars):
+@given(
+    samples=SAMPLES,
+    scores=SCALARS,
+    by_strategy=st.dictionaries(TEXTS, SCALARS, max_size=2),
+    best_metric=TEXTS.filter(str),
+    max_chars=LENGTHS,
+    console=st.sampled_from(["full", "samples", "brief"]),
+    max_prompts=st.integers(1, 3),
+)
+def test_the_console_shows_harmless_lines_of_bounded_length_that_cannot_be_forged(
+    samples, scores, by_strategy, best_metric, max_chars, console, max_prompts
+):
     groups = {name: GroupNumbers(scores=own) for name, own in by_strategy.items()}
     numbers = RoundNumbers(len(samples), 0.0, 1e9, GroupNumbers(scores=scores), groups, best=BestValue(0.5, 10**9))
-    *lines, summary = shown(ConsoleTracker(make_settings(max_log_chars=max_chars)), samples, numbers)
-    assert all(map(is_harmless, [*lines, summary]))
-    prompts = {sample.index for sample in samples}
-    assert len(lines) == 1 + 2 * len(prompts) + len(samples)  # title; prompt and rule of each; answers
-    assert len(summary) <= 2000
-    # Each character of a strategy's name may have become ten, in "\\U000e0041".
-    assert all(len(line) <= max_chars + 640 * line.startswith("Generation") + 50 for line in lines)
+    run = make_run(max_chars=max_chars, console=console, console_prompts=max_prompts, best_metric=best_metric)
+    lines = shown(ConsoleTracker(run), samples, numbers)
+    assert all(map(is_harmless, lines))
+    assert all(map(LINES.match, lines))
+    by_prompt: dict[int, list[Sample]] = {}
+    for sample in samples:
+        by_prompt.setdefault(sample.index, []).append(sample)
+    chosen = [] if console == "brief" else list(by_prompt.values())[:max_prompts]
+    answers = [len({sample.strategy for sample in of_prompt}) for of_prompt in chosen]
+    is_full = console == "full"
+
+    def count(beginning: str) -> int:
+        return sum(line.startswith(beginning) for line in lines)
+
+    assert count("=== ") == (console != "brief")
+    assert count("Prompt ") == count("-" * 50) == len(chosen)
+    assert count("Generation ") == sum(answers)
+    assert count("Expected ") == is_full * sum(of_prompt[0].reference is not None for of_prompt in chosen)
+    assert count("Source ") == is_full * sum(of_prompt[0].origin is not None for of_prompt in chosen)
+    assert count("Scores ") <= is_full * sum(answers)
+    assert count("... ") == (console != "brief" and sum(answers) < len(samples))
+    assert count("Step ") == 1
+    # Each character of a strategy's name may have become ten, in "\\U000e0041"; without a terminal a table is as wide
+    # as `terminal.WIDTH_OF_FILES`.
+    for line in lines:
+        num_more = {"Generation": 700, "Scores": 2700}.get(line.partition(" ")[0], 0)
+        assert len(line) <= max(120, max_chars + 60) + num_more
 
 
 # JSON lines

@@ -109,15 +109,15 @@ class Console(Destination):
     shown = staticmethod(printable)
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.tracker = ConsoleTracker(make_settings(max_log_chars=MAX_CHARS))
+        self.tracker = ConsoleTracker(make_run(console="samples"))
         self._capsys = capsys
 
     def read(self) -> dict[int, Recorded]:
         rounds: dict[int, Recorded] = {}
         for block in self._capsys.readouterr().out.split("=== Validation Samples (Step ")[1:]:
             header, *lines = block.rstrip("\n").split("\n")
-            lines = [line for line in lines if not line.startswith("Step ")]  # the round in numbers
-            pairs = zip(lines[0::3], lines[1::3], strict=True) if lines else ()
+            lines = lines[: next(i for i, line in enumerate(lines) if line.startswith("Step "))]  # the round in numbers
+            pairs = zip(lines[0::3], lines[1::3], strict=True)
             rounds[int(header.split(")")[0])] = Recorded(
                 [{"prompt_text": p.partition(": ")[2], "generation": g.partition(": ")[2]} for p, g in pairs]
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,15 @@ def prompt_for_turn(
     text = readable(questions[-1]) if questions else template.decoder.readable(input_ids)
     if reference is None and turn < len(messages):
         reference = template.reference(messages, turn)
-    return Prompt(row, input_ids, text, reference, source=template.checksum(before))
+    not_shown = _in_words(turns=len(questions), tools=template.kwargs.get("tools"))
+    return Prompt(row, input_ids, text, reference, not_shown=not_shown, source=template.checksum(before))
+
+
+def _in_words(turns: int, tools: Any) -> str:
+    """How many turns of the user and how many tools a model is given, where more than the text of one turn."""
+    num_tools = len(tools) if isinstance(tools, Sized) and not isinstance(tools, str) else 0
+    parts = [f"{turns} turns"] * (turns > 1) + [f"{num_tools} tool{'s' * (num_tools > 1)}"] * (num_tools > 0)
+    return ", ".join(parts)
 
 
 def answered_turns(messages: Sequence[Message], turn: str) -> list[int]:

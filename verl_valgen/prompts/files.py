@@ -39,6 +39,8 @@ class OwnPrompt:
     data: RowData
     position: str = ""
     """Key, file and line, for errors."""
+    place: str | None = None
+    """File and line, for people: `prompts.jsonl line 3`."""
 
 
 def read_own_prompts(path: str, params_key: str) -> list[OwnPrompt]:
@@ -86,7 +88,8 @@ def tokenized(
     for stream, own in enumerate(prompts, start=_FIRST_STREAM):
         template = template_class(tokenizer, {**template_kwargs, **own.template_kwargs}, end_ids=end_ids)
         try:
-            result += [replace(prompt, data=own.data, stream=stream) for prompt in _prompts_of(own, template, turn)]
+            asked = _prompts_of(own, template, turn)
+            result += [replace(prompt, data=own.data, stream=stream, own_place=own.place) for prompt in asked]
         except Exception as e:  # a template raises what it likes
             if mistakes is None:
                 raise
@@ -122,9 +125,11 @@ def _read(file: Path, source: str, params_key: str) -> list[OwnPrompt]:
         if len(prompts) == _MAX_PROMPTS:
             raise ConfigError(f"{source} must have at most {_MAX_PROMPTS} prompts")
         try:
-            prompts.append(replace(_own_prompt(parse(row), params_key), position=f"{source}, {position}"))
+            own = _own_prompt(parse(row), params_key)
         except ValueError as e:
             raise ConfigError(f"{source}, {position}: {shown(str(e), 200)}") from None
+        place = f"{file.name} {position.partition(' (')[0]}"
+        prompts.append(replace(own, position=f"{source}, {position}", place=place))
     return prompts
 
 

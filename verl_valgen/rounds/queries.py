@@ -104,7 +104,7 @@ def _with_row_parameters(
         reason = f"{source}: {e}"
     logger.warning(
         "%s: %s; it is answered with the global parameters",
-        printable(origin(prompt.row, index, prompt.file), 300),
+        printable(origin(prompt) or f"prompt {index + 1}", 300),
         printable(reason, 400),
     )
     return None
@@ -138,6 +138,7 @@ def _sample(answer: Answer, step: int, seed: int, dtype: str, reader: AnswerRead
         step=step,
         index=query.index,
         row=prompt.row,
+        origin=", ".join(filter(None, [origin(prompt), prompt.not_shown])) or None,
         strategy=query.strategy,
         completion=answer.number,
         prompt=reader.prompt(prompt),

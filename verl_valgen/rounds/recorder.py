@@ -132,9 +132,7 @@ class Recorder:
             if answer.completion.error:
                 failed_queries.setdefault(answer.completion.error, []).append(answer.query)
         for error, queries in failed_queries.items():
-            where = ", ".join(
-                dict.fromkeys(origin(query.prompt.row, query.index, query.prompt.file) for query in queries)
-            )
+            where = ", ".join(dict.fromkeys(origin(query.prompt) or f"prompt {query.index + 1}" for query in queries))
             self.warnings.warn(f"no answer to {printable(where, 200)}: {error}; {GOES_ON}", error)
         failed = {(query.index, query.strategy) for queries in failed_queries.values() for query in queries}
         self.queries = [

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from verl_valgen.records import Sample, Verdict, origin
+from verl_valgen.records import Sample, Verdict
 from verl_valgen.scores.metrics.functions import metric_name, parts
 from verl_valgen.scores.process import MetricProcess
 from verl_valgen.text import OnceLogger, describe, printable
@@ -110,8 +110,8 @@ class Scoring:
     ) -> None:
         i, error = failed[0]
         first = samples[i]
-        where = printable(origin(first.row, first.index, first.file), 300)
-        message = f"metric {metric}: {len(failed)} of {len(samples)} samples have no score, {where} first: {error}"
+        where = printable(first.origin or f"prompt {first.index + 1}", 300)
+        message = f"metric {metric}: {len(failed)} of {len(samples)} samples have no score (first: {where}): {error}"
         self._log.warn(message, cause=(metric, kind))
 
     def _lose_all(self, process: MetricProcess) -> None:

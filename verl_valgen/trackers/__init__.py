@@ -55,7 +55,7 @@ def open_trackers(
     """
     trackers: dict[str, Tracker] = {
         "jsonl": JsonlTracker(run.directory, run.description),
-        "console": ConsoleTracker(run.settings),
+        "console": ConsoleTracker(run),
         **(others or {}),
     }
     if run.settings.page:

@@ -1,57 +1,91 @@
 """Samples on the terminal, between the lines of verl's progress bar.
 
-One block per round, and a line that sums it up. Text is cut and made printable: a model's output must not move the
-cursor or recolour the screen.
+A block per round, and what sums it up (`summary.py`). Text is cut and made printable: a model's output must not move
+the cursor, recolour the screen, or begin a line that looks like one of ours.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
-from verl_valgen.records import DEFAULT_STRATEGY, Round, RoundNumbers, Sample
+from verl_valgen.records import DEFAULT_STRATEGY, Round, Sample
 from verl_valgen.text import printable
-from verl_valgen.trackers.base import Tracker
-
-if TYPE_CHECKING:
-    from verl_valgen.settings.settings import GenerationSettings
+from verl_valgen.trackers.base import TrackedRun, Tracker
+from verl_valgen.trackers.summary import number, summary
+from verl_valgen.trackers.terminal import width, write_lines
 
 _RULE = "-" * 50
 
-_MAX_SUMMARY_CHARS = 2000
+_MAX_LINE_CHARS = 2000
+"""A line of scores is cut after so many characters."""
+
+_ENDS = {"length": "cut off", "stop": "ended by a stop string", "time": "out of time"}
+"""Why an answer ended, by its finish reason; what ended by itself has nothing to say."""
 
 
 class ConsoleTracker(Tracker):
-    """Prints prompt and generation of every sample, and a summary, to the current standard output."""
+    """Prints rounds to the current standard output, as much of them as `generation.console` says."""
 
-    def __init__(self, settings: GenerationSettings) -> None:
-        self._max_chars = settings.max_log_chars
+    def __init__(self, run: TrackedRun) -> None:
+        self._settings, self._directory = run.settings, run.directory
 
     def log(self, round: Round) -> None:
-        _write("\n".join(self._block(round)))
-        _write(printable(_summary(round.numbers, round.step), _MAX_SUMMARY_CHARS))
+        console = self._settings.console
+        if console == "none":
+            return
+        lines = [] if console == "brief" else list(self._block(round, is_full=console == "full"))
+        lines += summary(round.numbers, round.step, width(sys.stdout), self._settings.best_metric)
+        write_lines("\n".join(lines))
 
-    def _block(self, round: Round) -> list[str]:
-        lines = [f"=== Validation Samples (Step {round.step}) ==="]
+    def _block(self, round: Round, *, is_full: bool) -> Iterator[str]:
+        yield f"=== Validation Samples (Step {round.step}) ==="
         by_prompt: dict[int, list[Sample]] = {}
         for sample in round.samples:
             by_prompt.setdefault(sample.index, []).append(sample)
-        for index, samples in by_prompt.items():
-            lines.append(f"Prompt {index + 1}: {printable(samples[0].prompt_text, self._max_chars)}")
+        num_shown = 0
+        for samples in islice(by_prompt.values(), self._settings.console_prompts):
+            firsts: dict[str, Sample] = {}
             for sample in samples:
-                generation = printable(sample.generation, self._max_chars)
-                lines.append(f"Generation {index + 1}{_label(sample, samples)}: {generation}")
-            lines.append(_RULE)
-        return lines
+                firsts.setdefault(sample.strategy, sample)
+            num_shown += len(firsts)
+            yield from self._of_prompt([*firsts.values()], samples, is_full=is_full)
+            yield _RULE
+        if num_left_out := len(round.samples) - num_shown:
+            yield f"... {num_left_out} more in {printable(str(self._directory / f'step_{round.step:08d}.jsonl'))}"
+
+    def _of_prompt(self, shown: Sequence[Sample], samples: Sequence[Sample], *, is_full: bool) -> Iterator[str]:
+        """The lines of one prompt.
+
+        Args:
+            shown: Of its answers those that are shown.
+            samples: All of its answers.
+        """
+        first, max_chars = samples[0], self._settings.max_log_chars
+        i = first.index + 1
+        labels = [_label(sample, samples) for sample in shown]
+        yield f"Prompt {i}: {printable(first.prompt_text, max_chars)}"
+        for sample, label in zip(shown, labels, strict=True):
+            yield f"Generation {i}{label}: {printable(sample.generation, max_chars)}"
+        if not is_full:
+            return
+        if first.reference is not None:
+            yield f"Expected {i}: {printable(first.reference, max_chars)}"
+        for sample, label in zip(shown, labels, strict=True):
+            if judged := _judged(sample):
+                yield f"Scores {i}{label}: {printable(judged, _MAX_LINE_CHARS)}"
+        if first.origin is not None:
+            yield f"Source {i}: {printable(first.origin, max_chars)}"
 
 
-def _write(text: str) -> None:
-    """Writes in one call, around which the progress bar is taken away and drawn again."""
-    from tqdm import tqdm  # verl's own dependency, and its class: only that one knows verl's progress bar
-
-    tqdm.write(_encodable(text))
-    sys.stdout.flush()
+def _judged(sample: Sample) -> str:
+    """The scores of an answer, whether it is empty, and why it ended, if there is something to say."""
+    if sample.verified is False:
+        return ""  # the answer is not the model's own
+    scores = [f"{name} {number(score)}" for name, score in sample.scores.items() if score is not None]
+    is_empty = "empty" if not sample.generation.strip() else ""
+    return "; ".join(filter(None, [", ".join(scores), is_empty, _ENDS.get(sample.finish_reason, "")]))
 
 
 def _label(sample: Sample, siblings: Sequence[Sample]) -> str:
@@ -60,35 +94,3 @@ def _label(sample: Sample, siblings: Sequence[Sample]) -> str:
     has_numbers = any(other.completion for other in siblings if other.strategy == sample.strategy)
     parts = [sample.strategy] * has_strategies + [str(sample.completion + 1)] * has_numbers
     return f" ({printable(', '.join(parts))})" if parts else ""
-
-
-def _summary(numbers: RoundNumbers, step: int) -> str:
-    """One line about a round: of metrics the mean, by strategy where strategies are named.
-
-    What comes first matters most: the line is cut where strategies and metrics are many.
-    """
-    parts = [
-        f"{_number(numbers.num_samples)} samples in {_number(numbers.seconds)} s, "
-        f"{_number(numbers.tokens_per_s)} tokens/s"
-    ]
-    if numbers.best is not None:
-        parts.append(f"best {_number(numbers.best.value)} at step {_number(numbers.best.step)}")
-    by_strategy = {name: group.scores for name, group in numbers.by_strategy.items() if group.scores}
-    overall = numbers.overall
-    parts.append(_listed(overall.always if by_strategy else {**overall.always, **overall.scores}))
-    parts += [f"{name}: {_listed(scores)}" for name, scores in by_strategy.items()]
-    return f"Step {step}: {'; '.join(filter(None, parts))}"
-
-
-def _listed(values: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {_number(value)}" for name, value in values.items())
-
-
-def _number(value: float) -> str:
-    return f"{value:.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
-
-
-def _encodable(text: str) -> str:
-    # Under an ASCII or Latin-1 locale one foreign letter would cost the whole block.
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, errors="backslashreplace").decode(encoding)

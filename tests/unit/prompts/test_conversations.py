@@ -207,3 +207,23 @@ def test_the_turns_that_are_left_of_a_cut_conversation(tmp_path, tokenizer):
         "B",
     ]
     assert prompts_from_dataset(dataset, [0], tokenizer, turn="last") == DatasetPrompts([], [0], [])
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "expected"),
+    [
+        (talk("a?", "A"), None, ""),
+        (talk("a?", "A", system="brief"), [], ""),
+        (talk("a?", "A", "b?", "B", "c?", "C"), None, "3 turns"),
+        (talk("a?", "A"), [TOOL], "1 tool"),
+        (talk("a?", "A", "b?", "B", "thanks"), [TOOL, TOOL], "2 turns, 2 tools"),  # what is given ends before `B`
+    ],
+)
+def test_what_the_last_question_does_not_show_is_told(tokenizer, messages, tools, expected):
+    dataset = multi_turn_in_memory(tokenizer, messages)
+    dataset.tools = [tools]
+    from_data = only_prompt(dataset, tokenizer)
+    answered = messages if messages[-1]["role"] == "assistant" else messages[:-1]
+    own = OwnPrompt(answered, None, {"tools": tools}, RowData())
+    (from_file,) = tokenized([own], tokenizer, {}, "last")
+    assert (from_data.not_shown, from_file.not_shown) == (expected, expected)

@@ -18,6 +18,7 @@ from verl_valgen.prompts import files as own_prompts
 from verl_valgen.prompts.datasets import prompts_from_dataset
 from verl_valgen.prompts.files import read_own_prompts, tokenized
 from verl_valgen.prompts.tokens import Decoder
+from verl_valgen.records import origin
 from verl_valgen.settings.checks import ConfigError, Mistakes
 
 ASKED = [{"role": "user", "content": "2+2?"}]
@@ -50,6 +51,7 @@ def test_jsonl_texts_conversations_and_columns(tmp_path, tokenizer):
     assert (prompts[2].data.data_source, prompts[2].data.params) == ("sums", {"top_k": 3})
     assert (prompts[3].data.ground_truth, prompts[3].data.extra_info) == ("4", {"a": 1})
     assert [prompt.stream for prompt in prompts] == [(1 << 31) + i for i in range(5)]
+    assert [origin(prompt) for prompt in prompts] == [f"own.jsonl line {i}" for i in range(1, 6)]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,7 @@ def test_text_files_have_a_prompt_in_each_line(tmp_path, tokenizer):
     (tmp_path / "own.txt").write_text("one\n\n two \x0c three\n")
     prompts = tokenized(read_own_prompts(str(tmp_path / "own.txt"), ""), tokenizer, {}, "last")
     assert [prompt.text for prompt in prompts] == ["one", " two \x0c three"]
+    assert [origin(prompt) for prompt in prompts] == ["own.txt line 1", "own.txt line 3"]
 
 
 def test_parquet_has_rows_with_columns(tmp_path, tokenizer):
@@ -84,6 +87,7 @@ def test_parquet_has_rows_with_columns(tmp_path, tokenizer):
     assert [prompt.input_ids for prompt in prompts] == [rendered(tokenizer, ASKED)] * 2
     assert [prompt.reference for prompt in prompts] == ["4", "4"]
     assert prompts[0].data.params == {"top_k": 3, "top_p": None}
+    assert [origin(prompt) for prompt in prompts] == ["own.parquet row 0", "own.parquet row 1"]
 
 
 def test_integers_stay_integers_beside_an_empty_cell(tmp_path, tokenizer):

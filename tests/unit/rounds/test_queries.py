@@ -191,7 +191,8 @@ def test_a_record_has_answer_and_reference_as_they_are_shown_and_whole(tokenizer
         pair([query], [completion]), 1, 0, "float32", AnswerReader(Decoder(tokenizer), "</think>"), None
     )
     record = sample.to_dict()
-    assert list(record)[7:15] == [
+    first = list(record).index("prompt")
+    assert list(record)[first : first + 8] == [
         *("prompt", "prompt_text", "generation", "generation_raw", "reference", "reference_raw", "reference_text"),
         "finish_reason",
     ]
@@ -201,3 +202,24 @@ def test_a_record_has_answer_and_reference_as_they_are_shown_and_whole(tokenizer
     assert record["reference_text"] == "hm</think>four"
     assert "whole_generation" not in record
     assert sample.whole_generation == "so</think> 5\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        (Prompt(6, [1], "a", None), "row 6"),
+        (
+            Prompt(6, [1], "a", None, file="b.parquet", not_shown="2 turns, 3 tools"),
+            "row 6 of b.parquet, 2 turns, 3 tools",
+        ),
+        (Prompt(None, [1], "a", None, own_place="own.jsonl line 3", not_shown="1 tool"), "own.jsonl line 3, 1 tool"),
+        (Prompt(None, [1], "a", None), None),
+    ],
+)
+def test_a_record_says_where_its_prompt_comes_from(tokenizer, prompt, expected):
+    answers = pair(make_queries([prompt], settings()), [Completion([1], "eos")])
+    (sample,) = make_samples(answers, 1, 0, "float32", AnswerReader(Decoder(tokenizer)), None)
+    record = sample.to_dict()
+    assert record["origin"] == expected
+    names = list(record)
+    assert names[names.index("file") + 1] == "origin"

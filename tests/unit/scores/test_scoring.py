@@ -85,7 +85,7 @@ def scoring(own: Path, *names: str) -> Iterator[Scoring]:
 
 
 SAMPLES = [
-    sample(0, generation="Paris", reference="paris", extra_info={1: Path("x")}),
+    sample(0, origin="row 0", generation="Paris", reference="paris", extra_info={1: Path("x")}),
     sample(1, generation="\ud800\x1b[2J", reference="Rome"),
 ]
 
@@ -153,8 +153,9 @@ def test_one_that_raises_costs_that_value_and_one_warning(own, caplog):
     assert first.keys() == {"length"}
     assert second["raising"].scores == {"raising": 1.0}
     assert caplog.messages == [
-        "metric raising: 1 of 2 samples have no score, row 0 first: RuntimeError: no \\x1b[31m way (own.py, line 26)",
-        "metric text: 2 of 2 samples have no score, row 0 first: ValueError: could not convert string to float: 'good'",
+        "metric raising: 1 of 2 samples have no score (first: row 0): RuntimeError: no \\x1b[31m way (own.py, line 26)",
+        "metric text: 2 of 2 samples have no score (first: row 0): ValueError: could not convert string to float: "
+        "'good'",
     ]
 
 
@@ -213,7 +214,7 @@ def test_one_that_cannot_be_loaded_costs_its_own_scores(own, caplog):
         first, _ = judge(made, SAMPLES, math.inf)
     made.close()
     assert first.keys() == {"length"}
-    assert caplog.messages == ["metric f: 2 of 2 samples have no score, row 0 first: OSError: on import"]
+    assert caplog.messages == ["metric f: 2 of 2 samples have no score (first: row 0): OSError: on import"]
 
 
 def test_the_process_sees_no_gpu_and_what_the_program_can_import(own, monkeypatch, tmp_path):
