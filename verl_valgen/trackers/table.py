@@ -47,15 +47,19 @@ def build_table(samples: Sequence[Sample], max_chars: int) -> tuple[list[str], l
     return [*_READ, *_score_columns(scores), *_ABOUT], rows
 
 
+def first_answers(samples: Sequence[Sample]) -> list[Sample]:
+    """The first strategy's first completion of each prompt, in the prompts' order."""
+    ordered = sorted(samples, key=lambda sample: sample.index)
+    return [sample for sample in ordered if sample.completion == 0 and sample.strategy == ordered[0].strategy]
+
+
 def sample_texts(samples: Sequence[Sample], max_chars: int) -> dict[str, str]:
     """`val/sample_<i>_prompt` and `val/sample_<i>_generation`, i from 1, of each prompt's first answer.
 
     With several strategies or completions only the first of each is taken: a key holds one text per step.
     """
-    ordered = sorted(samples, key=lambda sample: sample.index)
-    firsts = [sample for sample in ordered if sample.completion == 0 and sample.strategy == ordered[0].strategy]
     texts = {}
-    for number, sample in enumerate(firsts, start=1):
+    for number, sample in enumerate(first_answers(samples), start=1):
         texts[f"val/sample_{number}_prompt"] = _text(sample.prompt_text, max_chars)
         texts[f"val/sample_{number}_generation"] = _text(sample.generation, max_chars)
     return texts
