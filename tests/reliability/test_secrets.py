@@ -136,7 +136,9 @@ def test_no_key_is_in_what_a_run_says_and_writes(watched):
     # That the trackers and the metric failed, and why, is said all the same.
     assert "http://***@127.0.0.1" in watched.run.output
     assert "swanlab: a round was not recorded: PermissionError: 401: refused ***" in watched.run.output
-    assert "4 of 4 samples have no score (first: own.jsonl line 1): RuntimeError: no answer for ***" in watched.run.output
+    assert (
+        "4 of 4 samples have no score (first: own.jsonl line 1): RuntimeError: no answer for ***" in watched.run.output
+    )
 
 
 @pytest.mark.slow

@@ -13,15 +13,21 @@ from verl_valgen.patching import patched
 def loggers_remembered(loggers: MutableMapping[str, Any]) -> Iterator[None]:
     """While it is open, `loggers` takes what verl's `Tracking` makes: a logger for each name of `trainer.logger`.
 
-    Not the `Tracking` itself, which ends all runs when the last reference to it goes.
+    verl ends its runs when the last reference to the `Tracking` goes, which is at the end of `fit()`. Here is one more,
+    until this is closed: rounds may still be on their way to the runs.
     """
     from verl.utils.tracking import Tracking
 
     original = Tracking.__init__
+    alive = []
 
     def remembering(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        alive.append(self)
         loggers.update(self.logger)
 
     with patched(Tracking, "__init__", remembering):
-        yield
+        try:
+            yield
+        finally:
+            alive.clear()

@@ -73,10 +73,10 @@ class ValidationRounds:
             self.stack.enter_context(self.host.hooked(self.run, before_train=self.settings.before_train))
 
     def __exit__(self, *exc_info: object) -> None:
-        self.stack.close()
-        if self.recorder is not None:
-            self.recorder.close()
-            self.recorder = None  # another `fit()` has runs of its own
+        with self.stack:  # verl's runs are open until it is closed
+            if self.recorder is not None:
+                self.recorder.close()
+                self.recorder = None  # another `fit()` has runs of its own
 
     @contextmanager
     def told_if_missing(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -16,6 +17,7 @@ from verl_valgen.trackers.base import TrackedRun, Tracker
 from verl_valgen.trackers.composite import CompositeTracker
 from verl_valgen.trackers.console import ConsoleTracker
 from verl_valgen.trackers.jsonl import JsonlTracker
+from verl_valgen.trackers.page_copies import PageCopies
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +28,15 @@ TRACKERS = {
     "tensorboard": "verl_valgen.trackers.tensorboard:TensorboardTracker",
     "trackio": "verl_valgen.trackers.trackio:TrackioTracker",
     "clearml": "verl_valgen.trackers.clearml:ClearmlTracker",
+    "vemlp_wandb": "verl_valgen.trackers.vemlp_wandb:VemlpWandbTracker",
     "file": "verl_valgen.trackers.verl_file:VerlFileTracker",
 }
 """verl's name for a logger -> "module:class"."""
 
+# By name, like the trackers: what makes pages is imported where one is made.
 _PAGE = "verl_valgen.trackers.page:PageTracker"
+_FOLDER = "verl_valgen.viewing.folder:Folder"
+_ONE_FILE = "verl_valgen.viewing.writing:one_file"
 
 _RENAMED = {"tracking": "wandb"}
 """Old logger names that verl still takes."""
@@ -71,7 +77,13 @@ def open_trackers(
             continue
         if tracker is not None:
             trackers[name] = tracker
-    return CompositeTracker(trackers)
+    page = PageCopies(run.directory, _page_in_one_file) if run.settings.page_to_trackers else None
+    return CompositeTracker(trackers, page)
+
+
+def _page_in_one_file(directory: Path) -> str:
+    folder = resolve_name(_FOLDER)(directory)
+    return resolve_name(_ONE_FILE)(folder).decode()
 
 
 def _open_tracker(name: str, run: TrackedRun) -> Tracker | None:

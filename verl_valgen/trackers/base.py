@@ -44,9 +44,16 @@ class Tracker(ABC):
     takes_unverified = False
     """Whether the tracker gets answers that failed the check too; the others get a note in their place."""
 
+    takes_page = False
+    """Whether the tracker has a place for the page of the whole run; see `add_page`."""
+
     @abstractmethod
     def log(self, round: Round) -> None:
         """Records the samples and numbers of one round. Called once per round; the step may lie behind verl's."""
+
+    def add_page(self, page: str) -> None:
+        """Records the page of the whole run, one HTML file. Called once, before `close`, where `takes_page`."""
+        raise NotImplementedError
 
     def close(self) -> None:  # noqa: B027  (most destinations have nothing to close)
         """Finishes what is pending. Leaves a run open that verl opened."""

@@ -14,14 +14,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from verl_valgen.records import Round
 from verl_valgen.text import OnceLogger, describe
 from verl_valgen.trackers.background import BackgroundQueue
 from verl_valgen.trackers.base import Tracker
+
+if TYPE_CHECKING:
+    from verl_valgen.trackers.page_copies import PageCopies
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +41,16 @@ _MAX_CLOSE_S = 5.0
 
 
 class CompositeTracker(Tracker):
-    """Hands every round on to each tracker. Raises nothing but what ends the program, such as Ctrl-C."""
+    """Hands every round on to each tracker. Raises nothing but what ends the program, such as Ctrl-C.
 
-    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
+    Args:
+        page: Hands the page of the whole run out, at the end; None: no tracker gets it.
+    """
+
+    def __init__(self, trackers: Mapping[str, Tracker], page: PageCopies | None = None) -> None:
         self.trackers = dict(trackers)
         """The trackers still in use, by name."""
+        self._page = page
         self._queues = {name: BackgroundQueue(name, _MAX_PENDING_CALLS) for name in trackers}
         self._num_failures: Counter[str] = Counter()
         self._log = OnceLogger(logger)
@@ -68,14 +77,19 @@ class CompositeTracker(Tracker):
                     self._give_up(name)
 
     def close(self) -> None:
-        """Waits for the calls that are under way, at most `_MAX_CLOSE_S` in all."""
+        """Waits for the calls that are under way, at most `_MAX_CLOSE_S` in all, beside what the page may take."""
+        if self._page is not None:
+            self._page.hand_out(self.trackers, self._submit)
         deadline = time.monotonic() + _MAX_CLOSE_S
         for name, tracker in self.trackers.items():
-            with self._errors_as_warnings(name):
-                self._queues[name].submit(tracker.close)
+            self._submit(name, tracker.close)
         for name in self.trackers:
             with self._errors_as_warnings(name):
                 self._queues[name].drain(max(0.0, deadline - time.monotonic()))
+
+    def _submit(self, name: str, job: Callable[[], object]) -> None:
+        with self._errors_as_warnings(name):
+            self._queues[name].submit(job)
 
     @contextmanager
     def _errors_as_warnings(self, name: str) -> Iterator[None]:

@@ -18,12 +18,13 @@ import time
 from verl_valgen.records import Round
 from verl_valgen.text import truncate
 from verl_valgen.trackers.base import TrackedRun, Tracker
-from verl_valgen.trackers.table import Cell, build_table, sample_texts, scalars
+from verl_valgen.trackers.table import Cell, build_table, first_answers, sample_texts, scalars
 
 _LATEST = "val_samples/latest.json"
 
-_LOGGED_ARTIFACTS_TAG = "mlflow.loggedArtifacts"
-"""JSON list of the tables that the run's page offers."""
+_PAGE = "val_samples/page.html"
+
+_SAMPLE_TAG = re.compile(r"val/sample_\d+_(prompt|generation)")
 
 _ALWAYS_LOGGED = "val/gen/num_samples"
 """A key of every round."""
@@ -34,9 +35,15 @@ _MAX_METRIC_NAME_CHARS = 250
 
 
 class MlflowTracker(Tracker):
-    """Writes a csv artifact per step; the latest round also as a table, its texts as tags; scalars as metrics."""
+    """Writes a csv artifact per step, which its pages show as a table; scalars as metrics; the latest round also as
+    JSON, and some of its texts as tags.
+
+    No table is registered in the tag `mlflow.loggedArtifacts`, as `log_table` does: by it runs are found whose tables
+    are to be compared, as those of evaluations are.
+    """
 
     is_waited_for = False
+    takes_page = True
 
     def __init__(self, run: TrackedRun) -> None:
         """Takes hold of this thread's live run. Raises ImportError without the package, RuntimeError without a run."""
@@ -50,8 +57,11 @@ class MlflowTracker(Tracker):
         self._run_id = active_run.info.run_id
         self._client = mlflow.MlflowClient()
         self._new_metric = mlflow.entities.Metric
-        self._is_registered = False
         self._max_chars = run.settings.max_tracker_chars
+        self._num_tagged = run.settings.mlflow_tags
+        self._tags: set[str] | None = None
+        """The run's tags with samples; None until the run is asked, as it may be a continued one."""
+        self._latest_step = -1
         self._logged_steps: set[int] | None = None
         """Steps whose numbers the run has; None until the run is asked, as it may be a continued one."""
 
@@ -69,16 +79,30 @@ class MlflowTracker(Tracker):
 
     def _log_samples(self, round: Round) -> None:
         columns, rows = build_table(round.samples, self._max_chars)
-        texts = sample_texts(round.samples, min(self._max_chars, _MAX_TAG_CHARS))
-        latest = json.dumps({"columns": columns, "data": rows}, ensure_ascii=False, allow_nan=False)
         self._client.log_text(self._run_id, _to_csv(columns, rows), f"val_samples/step_{round.step:08d}.csv")
+        if round.step < self._latest_step:  # it comes late
+            return
+        self._latest_step = round.step
+        latest = json.dumps({"columns": columns, "data": rows}, ensure_ascii=False, allow_nan=False)
         self._client.log_text(self._run_id, latest, _LATEST)
+        self._tag(round)
+
+    def _tag(self, round: Round) -> None:
+        """Shows the first prompts' texts as tags of the run, and takes away those that are of an earlier round."""
+        samples = first_answers(round.samples)[: self._num_tagged]
+        texts = sample_texts(samples, min(self._max_chars, _MAX_TAG_CHARS))
+        if self._tags is None:
+            self._tags = {tag for tag in self._client.get_run(self._run_id).data.tags if _SAMPLE_TAG.fullmatch(tag)}
         # One by one: a batch is refused beyond 100 tags or a megabyte.
+        for key in self._tags.difference(texts):
+            self._client.delete_tag(self._run_id, key)
+            self._tags.discard(key)
         for key, text in texts.items():
             self._client.set_tag(self._run_id, key, text)
-        if not self._is_registered:
-            self._register_latest()
-            self._is_registered = True
+            self._tags.add(key)
+
+    def add_page(self, page: str) -> None:
+        self._client.log_text(self._run_id, page, _PAGE)
 
     def _log_numbers(self, round: Round) -> None:
         """Leaves a step alone that the run has already: MLflow would keep both values, and takes none back."""
@@ -95,24 +119,6 @@ class MlflowTracker(Tracker):
         ]
         self._client.log_batch(self._run_id, metrics=metrics)
         self._logged_steps.add(step)
-
-    def _register_latest(self) -> None:
-        """Adds `latest.json` to the tables that the run's page offers."""
-        tag = self._client.get_run(self._run_id).data.tags.get(_LOGGED_ARTIFACTS_TAG, "[]")
-        merged = _with_latest(tag)
-        if merged != tag:
-            self._client.set_tag(self._run_id, _LOGGED_ARTIFACTS_TAG, merged)
-
-
-def _with_latest(tag: str) -> str:
-    """The value `tag` of `mlflow.loggedArtifacts` with `latest.json` in it; `tag` itself where it cannot be added."""
-    try:
-        tables = json.loads(tag)
-    except ValueError:
-        return tag  # MLflow cut it: somebody logged more tables than it can hold
-    entry = {"path": _LATEST, "type": "table"}
-    merged = tag if entry in tables else json.dumps([*tables, entry])
-    return merged if len(merged) <= _MAX_TAG_CHARS else tag
 
 
 def _to_csv(columns: list[str], rows: list[list[Cell]]) -> str:

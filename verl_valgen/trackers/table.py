@@ -48,22 +48,26 @@ def build_table(samples: Sequence[Sample], max_chars: int) -> tuple[list[str], l
     return [*_READ, *_score_columns(scores), *_ABOUT], rows
 
 
-def sample_texts(samples: Sequence[Sample], max_chars: int) -> dict[str, str]:
-    """`val/sample_<i>_prompt` and `val/sample_<i>_generation`, i from 1, of each prompt's first answer.
-
-    With several strategies or completions only the first of each is taken: a key holds one text per step. Where a
-    prompt lacks that answer, its keys are left out, and those of the others stay: i is `index` + 1.
+def first_answers(samples: Sequence[Sample]) -> list[Sample]:
+    """The first strategy's first completion of each prompt, in the prompts' order; none of a prompt that lacks it.
 
     Args:
         samples: Those of a round; those of a prompt in the order of the strategies, as far as they were answered.
     """
     by_prompt = sorted(samples, key=lambda sample: sample.index)  # stable
     others = {b.strategy for a, b in pairwise(by_prompt) if a.index == b.index and a.strategy != b.strategy}
+    return [sample for sample in by_prompt if sample.completion == 0 and sample.strategy not in others]
+
+
+def sample_texts(samples: Sequence[Sample], max_chars: int) -> dict[str, str]:
+    """`val/sample_<i>_prompt` and `val/sample_<i>_generation`, i from 1, of each prompt's first answer.
+
+    A key holds one text per step. i is `index` + 1: where a prompt lacks that answer, the others keep their keys.
+    """
     texts = {}
-    for sample in by_prompt:
-        if sample.completion == 0 and sample.strategy not in others:
-            texts[f"val/sample_{sample.index + 1}_prompt"] = _text(sample.prompt_text, max_chars)
-            texts[f"val/sample_{sample.index + 1}_generation"] = _text(sample.generation, max_chars)
+    for sample in first_answers(samples):
+        texts[f"val/sample_{sample.index + 1}_prompt"] = _text(sample.prompt_text, max_chars)
+        texts[f"val/sample_{sample.index + 1}_generation"] = _text(sample.generation, max_chars)
     return texts
 
 
