@@ -80,6 +80,20 @@ MUTANTS = [
         "tests/unit/test_text.py",
     ),
     Mutant(
+        "a source's mean mixes greedy answers with sampled ones",
+        "scores/aggregates.py",
+        "for sample in by_strategy[strategies[0]] if strategies else begun:",
+        "for sample in begun:",
+        "tests/unit/scores",
+    ),
+    Mutant(
+        "pass@n is of the answers that came in time",
+        "scores/aggregates.py",
+        "for k in _powers_of_two_and(n):",
+        "for k in _powers_of_two_and(max(map(len, scores))):",
+        "tests/unit/scores",
+    ),
+    Mutant(
         "a tracker loses a row",
         "trackers/table.py",
         "        for sample in samples\n    ]",
