@@ -82,24 +82,29 @@ def test_fields_and_scores_stand_in_the_table(destination: Destination):
     assert (rounds[3].rows[0]["exact"], rounds[3].rows[0]["other"]) in [(None, 2.5), ("", "2.5")]
 
 
-def test_scalars_are_recorded_under_their_keys(destination: Destination):
+def test_scalars_are_recorded_under_their_keys(any_destination: Destination):
+    destination = any_destination
     scores, by_source = {"exact": 0.5, "num_new_tokens": 17.0}, {"openai/gsm8k": {"exact": 1.0}}
     scalars = {"val/gen/exact": 0.5, "val/gen/by_source/openai/gsm8k/exact": 1.0, "val/gen/num_new_tokens": 17}
     for step in (1, 2):
         destination.tracker.log(make_round([make_sample(step)], step, scores=scores, by_source=by_source))
     rounds = destination.read()
     for step in (1, 2):
-        assert len(rounds[step].rows) == 1
+        assert len(rounds[step].rows) == destination.has_samples
         if destination.has_scalars:
             assert {key: rounds[step].values[key] for key in scalars} == scalars
 
 
-def test_late_round_is_recorded(destination: Destination):
+def test_late_round_is_recorded(any_destination: Destination):
     """A round may end when the trainer is steps ahead; where it is filed is the destination's affair."""
+    destination = any_destination
     destination.tracker.log(make_round([make_sample(3)], 3))
     destination.tracker.log(make_round([make_sample(1, generation="late")], 1, scores={"exact": 0.5}))
     rounds = destination.read()
-    assert "late" in [row["generation"] for found in rounds.values() for row in found.rows]
+    if destination.has_samples:
+        assert "late" in [row["generation"] for found in rounds.values() for row in found.rows]
+    if destination.has_scalars:
+        assert 0.5 in [found.values.get("val/gen/exact") for found in rounds.values()]
 
 
 @pytest.mark.parametrize("order", [1, -1])
