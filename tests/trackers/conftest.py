@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def clearml_task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             project_name="test", task_name="test", reuse_last_task_id=False, auto_connect_frameworks=False,
             auto_connect_arg_parser=False, auto_connect_streams=False, auto_resource_monitoring=False,
         )  # fmt: skip
+        logging.getLogger("clearml").handlers.clear()  # it writes to what is standard output in this test alone
         yield task
         task.close()
 
