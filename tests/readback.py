@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
+import re
+import sqlite3
 import struct
 import time
 from pathlib import Path
@@ -129,6 +132,88 @@ def read_mlflow(uri: str, run_id: str) -> dict[str, Any]:
 def _read_csv(content: str) -> list[list[str]]:
     csv.field_size_limit(2**31 - 1)
     return list(csv.reader(io.StringIO(content, newline="")))
+
+
+def read_tensorboard(directory: str | Path) -> dict[int, dict[str, Any]]:
+    """{step: {tag: value}} of all event files of a folder; tables as {"columns", "data"}, texts as TensorBoard's page
+    shows them, through its own conversion."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util import tensor_util
+
+    history: dict[int, dict[str, Any]] = {}
+    for path in sorted(Path(directory).glob("events.out.tfevents.*")):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                content = tensor_util.make_ndarray(value.tensor)
+                if value.metadata.plugin_data.plugin_name != "text":
+                    shown: Any = content.item()
+                elif content.ndim == 2:
+                    columns, *data = [[_shown_by_tensorboard(cell) for cell in row] for row in content]
+                    shown = {"columns": columns, "data": data}
+                else:
+                    shown = _shown_by_tensorboard(content.item())
+                assert value.tag not in history.setdefault(event.step, {}), f"{value.tag} stands twice"
+                history[event.step][value.tag] = shown
+    return history
+
+
+def _shown_by_tensorboard(content: bytes) -> str:
+    """The text on TensorBoard's page, which must be that of at most one paragraph."""
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    page = re.fullmatch("(?:<p>(.*)</p>)?", markdown_to_safe_html(content), re.DOTALL)
+    assert page is not None
+    return _text_of_html(page[1] or "")
+
+
+def _text_of_html(markup: str) -> str:
+    text = re.sub("<br ?/?>\n?", "\n", markup)
+    assert "<" not in text, f"markup other than line breaks: {markup[:500]}"
+    return html.unescape(text)
+
+
+def read_trackio(path: str | Path) -> dict[int, dict[str, Any]]:
+    """{step: {key: value}} of a project's database; tables as lists of rows, traces as lists of their messages' texts
+    by role, with the metadata."""
+    history: dict[int, dict[str, Any]] = {}
+    database = sqlite3.connect(path)
+    for step, values in database.execute("SELECT step, metrics FROM metrics ORDER BY id"):
+        for key, value in json.loads(values).items():
+            is_table = isinstance(value, dict) and value["_type"] == "trackio.table"
+            history.setdefault(step, {})[key] = value["_value"] if is_table else value
+    if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'traces'").fetchone():
+        query = "SELECT step, key, messages, metadata FROM traces ORDER BY step, trace_index"
+        for step, key, messages, metadata in database.execute(query):
+            texts = {message["role"]: message["content"] for message in json.loads(messages)}
+            history.setdefault(step, {}).setdefault(key, []).append(texts | json.loads(metadata))
+    database.close()
+    return history
+
+
+def read_clearml(path: str | Path, num_bytes_before: int = 0) -> dict[int, dict[tuple[str, str], Any]]:
+    """{step: {(title, series): value}} of an offline task's `metrics.jsonl`, from a byte on; tables as {"columns", "data"}, their texts as Plotly
+    shows them."""
+    history: dict[int, dict[tuple[str, str], Any]] = {}
+    for line in Path(path).read_bytes()[num_bytes_before:].decode().split("\n"):
+        for event in json.loads(line) if line else ():
+            value = event.get("value")
+            if event["type"] == "plot":
+                (table,) = json.loads(event["plot_str"])["data"]
+                columns = [_text_of_html(column) for column in table["header"]["values"]]
+                rows = zip(*table["cells"]["values"], strict=True)
+                data = [[_text_of_html(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+                value = {"columns": columns, "data": data}
+            history.setdefault(event["iter"], {})[event["metric"], event["variant"]] = value
+    return history
+
+
+def read_verl_file(path: str | Path) -> dict[int, dict[str, float]]:
+    """{step: {key: number}} of the lines of verl's `file` logger, of which a step may have several."""
+    history: dict[int, dict[str, float]] = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        history.setdefault(record["step"], {}).update(record["data"])
+    return history
 
 
 def read_jsonl(directory: str | Path) -> dict[int, list[dict[str, Any]]]:

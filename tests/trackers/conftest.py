@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from destinations import Console, Destination, Jsonl, Mlflow, Swanlab, Wandb
+from destinations import (
+    Clearml,
+    Console,
+    Destination,
+    Jsonl,
+    Mlflow,
+    Swanlab,
+    Tensorboard,
+    Trackio,
+    VerlFile,
+    Wandb,
+)
 
 OpenDestination = Callable[[str], Destination]
 
@@ -22,6 +35,42 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return uri
 
 
+@pytest.fixture(scope="session")
+def trackio_storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trackio's folder, which it takes from the environment when it is imported."""
+    folder = tmp_path_factory.mktemp("trackio")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKIO_DIR", str(folder))
+        from trackio.utils import TRACKIO_DIR
+    assert folder == TRACKIO_DIR, "trackio was imported before"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clearml_task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An offline task, whose events nobody but the tests make: a task takes seconds to begin, and only one can be open.
+
+    It ends at once if no process of its own reports for it: else that takes a minute.
+    """
+    folder = tmp_path_factory.mktemp("clearml")
+    (folder / "clearml.conf").write_text("sdk.development.report_use_subprocess: false\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLEARML_CONFIG_FILE", str(folder / "clearml.conf"))
+        patch.setenv("CLEARML_CACHE_DIR", str(folder / "cache"))
+        from clearml import Task
+
+        Task.set_offline(True)
+        Task.force_store_standalone_script(True)  # else it looks for a repository, with git
+        # Without what verl's own call also does to the process: it changes argparse, torch.save and the streams.
+        task = Task.init(
+            project_name="test", task_name="test", reuse_last_task_id=False, auto_connect_frameworks=False,
+            auto_connect_arg_parser=False, auto_connect_streams=False, auto_resource_monitoring=False,
+        )  # fmt: skip
+        logging.getLogger("clearml").handlers.clear()  # it writes to what is standard output in this test alone
+        yield task
+        task.close()
+
+
 @pytest.fixture
 def open_destination(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -35,8 +84,15 @@ def open_destination(
             destination: Destination = Console(capsys)
         elif name == "mlflow":
             destination = Mlflow(request.getfixturevalue("mlflow_uri"))
+        elif name == "trackio":
+            destination = Trackio(tmp_path, request.getfixturevalue("trackio_storage"))
+        elif name == "clearml":
+            destination = Clearml(request.getfixturevalue("clearml_task"))
+        elif name == "file":
+            destination = VerlFile(tmp_path, monkeypatch)
         else:
-            destination = {"jsonl": Jsonl, "wandb": Wandb, "swanlab": Swanlab}[name](tmp_path)  # type: ignore[assignment]
+            kinds = {"jsonl": Jsonl, "wandb": Wandb, "swanlab": Swanlab, "tensorboard": Tensorboard}
+            destination = kinds[name](tmp_path)  # type: ignore[assignment]
         opened.append(destination)
         return destination
 
@@ -45,8 +101,17 @@ def open_destination(
         destination.discard()
 
 
-@pytest.fixture(params=["console", "jsonl", "wandb", "swanlab", "mlflow"])
+WITH_SAMPLES = ["console", "jsonl", "wandb", "swanlab", "mlflow", "tensorboard", "trackio", "clearml"]
+
+
+@pytest.fixture(params=WITH_SAMPLES)
 def destination(request: pytest.FixtureRequest, open_destination: OpenDestination) -> Destination:
+    return open_destination(request.param)
+
+
+@pytest.fixture(params=[*WITH_SAMPLES, "file"])
+def any_destination(request: pytest.FixtureRequest, open_destination: OpenDestination) -> Destination:
+    """Also one that takes numbers alone."""
     return open_destination(request.param)
 
 

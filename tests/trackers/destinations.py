@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from readback import read_jsonl, read_mlflow, read_swanlab, read_wandb
+from readback import (
+    read_clearml,
+    read_jsonl,
+    read_mlflow,
+    read_swanlab,
+    read_tensorboard,
+    read_trackio,
+    read_verl_file,
+    read_wandb,
+)
 
 from verl_valgen.records import GroupNumbers, Round, RoundNumbers, Sample
 from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import printable, storable
 from verl_valgen.trackers.base import TrackedRun, Tracker
+from verl_valgen.trackers.clearml import ClearmlTracker
 from verl_valgen.trackers.console import ConsoleTracker
 from verl_valgen.trackers.jsonl import JsonlTracker
 from verl_valgen.trackers.mlflow import MlflowTracker
 from verl_valgen.trackers.swanlab import SwanlabTracker
+from verl_valgen.trackers.tensorboard import TensorboardTracker
+from verl_valgen.trackers.trackio import TrackioTracker
+from verl_valgen.trackers.verl_file import VerlFileTracker
 from verl_valgen.trackers.wandb import WandbTracker
 
 MAX_CHARS = 200_000
@@ -31,6 +46,11 @@ def make_settings(**fields: Any) -> GenerationSettings:
 def make_run(directory: Path = Path(), *, max_chars: int = MAX_CHARS, **fields: Any) -> TrackedRun:
     """A run with these settings, whose texts are cut nowhere unless `max_chars` says so."""
     return TrackedRun(directory, make_settings(max_log_chars=max_chars, max_tracker_chars=max_chars, **fields))
+
+
+def with_logger(name: str, logger: Any) -> TrackedRun:
+    """A run in which verl has made this logger."""
+    return replace(make_run(), verl_loggers={name: logger})
 
 
 def make_sample(step: int = 1, index: int = 0, **fields: Any) -> Sample:
@@ -85,6 +105,7 @@ class Destination:
     """What the contract needs to know of a destination."""
 
     tracker: Tracker
+    has_samples = True
     has_table = True
     has_texts = True
     has_scalars = True
@@ -207,6 +228,111 @@ class Mlflow(Destination):
 
         mlflow.set_tracking_uri(self.uri)
         mlflow.end_run()
+
+
+class Tensorboard(Destination):
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.directory = directory / "tensorboard"
+        self.writer = SummaryWriter(str(self.directory))
+        self.run = with_logger("tensorboard", SimpleNamespace(writer=self.writer))  # as verl's adapter has it
+        self.tracker = TensorboardTracker(self.run)
+
+    @staticmethod
+    def shown(text: str) -> str:
+        """Control characters, line breaks apart, made visible."""
+        return "".join(
+            char.encode("unicode_escape").decode()
+            if char != "\n" and unicodedata.category(char) in ("Cc", "Zl", "Zp")
+            else char
+            for char in storable(text)
+        )
+
+    def cell(self, value: Any) -> str:
+        return "" if value is None else str(value)
+
+    def read(self) -> dict[int, Recorded]:
+        self.tracker.close()
+        return {step: _round(values) for step, values in read_tensorboard(self.directory).items()}
+
+    def discard(self) -> None:
+        self.writer.close()
+
+
+class Trackio(Destination):
+    has_texts = False
+
+    def __init__(self, directory: Path, storage: Path) -> None:
+        import trackio
+
+        self.path = storage / f"{directory.name}.db"
+        trackio.init(project=directory.name, name="run")
+        self.tracker = TrackioTracker(make_run())
+
+    def read(self) -> dict[int, Recorded]:
+        self.discard()
+        rounds = {}
+        for step, values in read_trackio(self.path).items():
+            rows = values.pop("val/samples", [])
+            for row in rows:
+                if "assistant" in row:
+                    row["prompt_text"], row["generation"] = row.pop("user"), row.pop("assistant")
+            rounds[step] = Recorded(rows, values)
+        return rounds
+
+    def discard(self) -> None:
+        import trackio
+        from trackio import context_vars
+
+        if context_vars.current_run.get() is not None:
+            trackio.finish()
+            context_vars.current_run.set(None)
+
+
+class Clearml(Destination):
+    has_texts = False
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+        self.path = Path(task.get_offline_mode_folder(), "metrics.jsonl")
+        self._num_bytes_before = self.path.stat().st_size if self.path.exists() else 0
+        self.run = with_logger("clearml", SimpleNamespace(_get_logger=task.get_logger))  # as verl's adapter has it
+        self.tracker = ClearmlTracker(self.run)
+
+    def read(self) -> dict[int, Recorded]:
+        self.task.flush(wait_for_uploads=True)
+        rounds: dict[int, Recorded] = {}
+        for step, values in read_clearml(self.path, self._num_bytes_before).items():
+            table = values.pop(("val", "samples"), None)
+            numbers = {}
+            for (title, series), number in values.items():
+                root, name = title.rsplit("/", 1)
+                numbers[title if series == "(all)" else f"{root}/{series}/{name}"] = number
+            rounds[step] = Recorded(_rows(table) if table else [], numbers)
+        return rounds
+
+    def discard(self) -> None:
+        self.task.flush(wait_for_uploads=True)
+
+
+class VerlFile(Destination):
+    has_samples = has_table = has_texts = False
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from verl.utils.tracking import FileLogger
+
+        self.path = directory / "verl.jsonl"
+        monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(self.path))
+        self.logger = FileLogger("project", "experiment")
+        self.tracker = VerlFileTracker(with_logger("file", self.logger))
+
+    def read(self) -> dict[int, Recorded]:
+        self.discard()
+        return {step: Recorded(values=dict(numbers)) for step, numbers in read_verl_file(self.path).items()}
+
+    def discard(self) -> None:
+        self.logger.finish()
 
 
 def _rows(table: dict[str, Any]) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ def open_here(tmp_path, caplog):
 
 
 def test_files_and_console_are_always_there(open_here, tmp_path, capsys):
-    composite, lines = open_here(["console", "file"])
+    composite, lines = open_here(["console"])
     assert list(composite.trackers) == ["jsonl", "console"]
     assert lines == []
     composite.log(make_round([make_sample(generation="g" * 60)], 3))
@@ -64,9 +64,16 @@ def test_logger_without_a_live_run_gets_a_line(open_here):
 
 
 def test_logger_without_an_adapter_gets_a_line(open_here):
-    composite, lines = open_here("tensorboard")  # verl takes a single name too
+    composite, lines = open_here("another")  # verl takes a single name too
     assert list(composite.trackers) == ["jsonl", "console"]
-    assert lines == [("INFO", "no samples in tensorboard: there is no adapter for it; they are in the JSONL files")]
+    assert lines == [("INFO", "no samples in another: there is no adapter for it; they are in the JSONL files")]
+
+
+def test_logger_that_takes_no_samples_gets_a_line_that_says_why(open_here):
+    composite, lines = open_here(["console", "rl_insight"])
+    assert list(composite.trackers) == ["jsonl", "console"]
+    reason = "it takes numbers alone, and shows them without their step"
+    assert lines == [("INFO", f"no samples in rl_insight: {reason}; they are in the JSONL files")]
 
 
 def test_tracker_that_cannot_be_opened_costs_a_warning(open_here, monkeypatch):
@@ -86,7 +93,7 @@ def test_tracker_that_cannot_be_opened_costs_a_warning(open_here, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", [name for name in TRACKERS if name != "file"])  # which needs none
 def test_missing_package_names_the_extra(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     module, class_name = TRACKERS[name].split(":")
@@ -105,7 +112,7 @@ from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.trackers import TRACKERS, open_trackers
 from verl_valgen.trackers.base import TrackedRun
 open_trackers([*TRACKERS, "unknown"], TrackedRun(pathlib.Path(sys.argv[1]), GenerationSettings(enabled=True)))
-heavy = "torch wandb swanlab mlflow transformers verl pandas numpy tqdm".split()
+heavy = "torch wandb swanlab mlflow tensorboard trackio clearml transformers verl pandas numpy tqdm".split()
 print(json.dumps([name for name in heavy if name in sys.modules]))
 """
     done = subprocess.run(
