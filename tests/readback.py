@@ -12,7 +12,8 @@ from typing import Any
 
 
 def read_wandb(run_dir: str | Path, timeout_s: float = 60.0) -> dict[int, dict[str, Any]]:
-    """{step: {key: value}} of an offline run's folder (`wandb.run.settings.sync_dir`); tables as {"columns", "data"}.
+    """{step: {key: value}} of an offline run's folder (`wandb.run.settings.sync_dir`); tables as {"columns", "data"},
+    of one that grows what the step added, and the number of additions before it that it stands for; HTML as text.
 
     Waits for the run's end to be written: `finish` returns a little earlier.
     """
@@ -67,10 +68,14 @@ def wandb_records(data: bytes) -> list[Any]:
 
 
 def _load_table(run_dir: Path, value: Any) -> Any:
-    if isinstance(value, dict) and value.get("_type") == "table-file":
-        table = json.loads((run_dir / "files" / value["path"]).read_text(encoding="utf-8"))
-        return {"columns": table["columns"], "data": table["data"]}
-    return value
+    if not (isinstance(value, dict) and "path" in value):
+        return value
+    content = (run_dir / "files" / value["path"]).read_text(encoding="utf-8")
+    if value["_type"] not in ("table-file", "incremental-table-file"):
+        return content
+    table = json.loads(content)
+    earlier = len(value.get("previous_increments_paths", ()))
+    return {"columns": table["columns"], "data": table["data"], "num_earlier_increments": earlier}
 
 
 def read_swanlab(run_dir: str | Path) -> dict[int, dict[str, Any]]:
