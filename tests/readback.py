@@ -108,17 +108,19 @@ def _load_media(run_dir: Path, filename: str) -> Any:
 
 
 def read_mlflow(uri: str, run_id: str) -> dict[str, Any]:
-    """`tables` {step: {"columns", "data"}} from the csv files (all cells str), `latest`, `tags`, and `metrics`
-    {key: {step: value}} of a run."""
+    """`tables` {step: {"columns", "data"}} from the csv files (all cells str), `latest`, `page`, `tags`, and
+    `metrics` {key: {step: value}} of a run."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
     run = client.get_run(run_id)
-    tables, latest = {}, None
+    tables, latest, page = {}, None, None
     for artifact in client.list_artifacts(run_id, "val_samples"):
         content = Path(client.download_artifacts(run_id, artifact.path)).read_bytes().decode("utf-8")
         if artifact.path.endswith("latest.json"):
             latest = json.loads(content)
+        elif artifact.path.endswith("page.html"):
+            page = content
         else:
             step = int(artifact.path.removeprefix("val_samples/step_").removesuffix(".csv"))
             columns, *data = _read_csv(content)
@@ -128,7 +130,7 @@ def read_mlflow(uri: str, run_id: str) -> dict[str, Any]:
         history = [(metric.step, metric.value) for metric in client.get_metric_history(run_id, key)]
         metrics[key] = dict(history)
         assert len(metrics[key]) == len(history), f"a step of {key} stands twice"
-    return {"tables": tables, "latest": latest, "tags": dict(run.data.tags), "metrics": metrics}
+    return {"tables": tables, "latest": latest, "page": page, "tags": dict(run.data.tags), "metrics": metrics}
 
 
 def _read_csv(content: str) -> list[list[str]]:

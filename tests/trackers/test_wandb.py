@@ -181,16 +181,17 @@ def test_the_table_over_steps_takes_a_score_that_comes_later(wandb_run):
 
 def test_the_table_over_steps_is_bounded_however_long_the_run(wandb_run, monkeypatch):
     monkeypatch.setattr(over_steps, "_MAX_INCREMENTS", 4)
-    for step in range(1, 31):
-        wandb_run.tracker.log(make_round([make_sample(step, i) for i in range(100)], step))
+    monkeypatch.setattr(over_steps, "_MAX_PROMPTS", 3)
+    for step in range(1, 15):
+        wandb_run.tracker.log(make_round([make_sample(step, i) for i in range(5)], step))
     found = _over_steps(wandb_run)
     assert max(earlier for earlier, _ in found.values()) < 4
     for _, rows in found.values():
         steps = sorted({row["step"] for row in rows})
-        assert len(rows) <= 64 * 4
+        assert len(rows) == 3 * len(steps)
         assert len(steps) in (1, 4)
         assert len(steps) == 1 or steps[0] == 1
-    assert found[30][1][-1]["step"] == 30
+    assert found[13][1][-1]["step"] == 13  # the third time
 
 
 def test_a_wandb_without_incremental_tables_is_served_all_the_same(wandb_run):
