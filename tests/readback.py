@@ -15,7 +15,8 @@ from typing import Any
 
 
 def read_wandb(run_dir: str | Path, timeout_s: float = 60.0) -> dict[int, dict[str, Any]]:
-    """{step: {key: value}} of an offline run's folder (`wandb.run.settings.sync_dir`); tables as {"columns", "data"}.
+    """{step: {key: value}} of an offline run's folder (`wandb.run.settings.sync_dir`); tables as {"columns", "data"},
+    of one that grows what the step added, and the number of additions before it that it stands for; HTML as text.
 
     Waits for the run's end to be written: `finish` returns a little earlier.
     """
@@ -70,10 +71,14 @@ def wandb_records(data: bytes) -> list[Any]:
 
 
 def _load_table(run_dir: Path, value: Any) -> Any:
-    if isinstance(value, dict) and value.get("_type") == "table-file":
-        table = json.loads((run_dir / "files" / value["path"]).read_text(encoding="utf-8"))
-        return {"columns": table["columns"], "data": table["data"]}
-    return value
+    if not (isinstance(value, dict) and "path" in value):
+        return value
+    content = (run_dir / "files" / value["path"]).read_text(encoding="utf-8")
+    if value["_type"] not in ("table-file", "incremental-table-file"):
+        return content
+    table = json.loads(content)
+    earlier = len(value.get("previous_increments_paths", ()))
+    return {"columns": table["columns"], "data": table["data"], "num_earlier_increments": earlier}
 
 
 def read_swanlab(run_dir: str | Path) -> dict[int, dict[str, Any]]:
@@ -106,17 +111,19 @@ def _load_media(run_dir: Path, filename: str) -> Any:
 
 
 def read_mlflow(uri: str, run_id: str) -> dict[str, Any]:
-    """`tables` {step: {"columns", "data"}} from the csv files (all cells str), `latest`, `tags`, and `metrics`
-    {key: {step: value}} of a run."""
+    """`tables` {step: {"columns", "data"}} from the csv files (all cells str), `latest`, `page`, `tags`, and
+    `metrics` {key: {step: value}} of a run."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
     run = client.get_run(run_id)
-    tables, latest = {}, None
+    tables, latest, page = {}, None, None
     for artifact in client.list_artifacts(run_id, "val_samples"):
         content = Path(client.download_artifacts(run_id, artifact.path)).read_bytes().decode("utf-8")
         if artifact.path.endswith("latest.json"):
             latest = json.loads(content)
+        elif artifact.path.endswith("page.html"):
+            page = content
         else:
             step = int(artifact.path.removeprefix("val_samples/step_").removesuffix(".csv"))
             columns, *data = _read_csv(content)
@@ -126,7 +133,7 @@ def read_mlflow(uri: str, run_id: str) -> dict[str, Any]:
         history = [(metric.step, metric.value) for metric in client.get_metric_history(run_id, key)]
         metrics[key] = dict(history)
         assert len(metrics[key]) == len(history), f"a step of {key} stands twice"
-    return {"tables": tables, "latest": latest, "tags": dict(run.data.tags), "metrics": metrics}
+    return {"tables": tables, "latest": latest, "page": page, "tags": dict(run.data.tags), "metrics": metrics}
 
 
 def _read_csv(content: str) -> list[list[str]]:

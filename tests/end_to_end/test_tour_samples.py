@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -146,6 +149,22 @@ def test_trackers_hold_every_sample_of_every_round(finished):
             for key in ("strategy", "prompt", "generation", "finish_reason"):
                 column = table["columns"].index(key)
                 assert [row[column] for row in table["data"]] == [sample[key] for sample in samples], (name, step, key)
+
+
+def test_the_page_of_the_whole_run_goes_to_wandb_and_mlflow(tour):
+    """Of which verl would end WandB's before the page is made."""
+    finished = tour.on
+    (wandb_run,) = finished.directory.glob("wandb/offline-run-*/")
+    history = read_wandb(wandb_run)
+    pages = {
+        "wandb": history[max(history)]["val/samples_page"],
+        "mlflow": read_mlflow(*only_mlflow_run(finished))["page"],
+    }
+    for name, page in pages.items():
+        (content,) = re.findall('<script id="valgen-data" type="text/plain">(.*?)</script>', page, re.DOTALL)
+        steps = json.loads(gzip.decompress(base64.b64decode(content)))["steps"]
+        assert [step["step"] for step in steps] == list(ROUNDS), name
+        assert [len(step["answers"]) for step in steps] == [NUM_SAMPLES] * len(ROUNDS), name
 
 
 def held_by_trackers(result: Run, steps: Sequence[int] = ROUNDS) -> dict[str, dict[int, dict[str, Any]]]:

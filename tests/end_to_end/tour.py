@@ -103,6 +103,7 @@ def generation() -> list[str]:
         *("generation.n=2", "generation.max_new_tokens=10", "generation.before_train=true"),
         *("generation.prompts=own.jsonl", "generation.prompts_mode=append", "trainer.max_val_samples=3"),
         *("generation.best_metric=nucleus/num_new_tokens", "generation.best_mode=min"),
+        "generation.page_to_trackers=true",
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import subprocess
 import sys
@@ -17,10 +16,8 @@ from readback import read_mlflow
 from verl_valgen.trackers import composite as composite_module
 from verl_valgen.trackers import mlflow as mlflow_module
 from verl_valgen.trackers.composite import CompositeTracker
-from verl_valgen.trackers.mlflow import MlflowTracker, _metric_name, _with_latest
+from verl_valgen.trackers.mlflow import MlflowTracker, _metric_name
 from verl_valgen.trackers.table import build_table
-
-LATEST = {"path": "val_samples/latest.json", "type": "table"}
 
 
 @pytest.fixture
@@ -33,15 +30,52 @@ def _read(mlflow_run):
     return read_mlflow(mlflow_run.uri, mlflow_run.run_id)
 
 
-def test_latest_round_is_offered_as_a_table(mlflow_run):
+def test_latest_round_is_an_artifact_of_its_own(mlflow_run):
     for step in (1, 2):
         samples = [make_sample(step, generation="007", reference=None, scores={"exact": 1.0, "bleu": None})]
         mlflow_run.tracker.log(make_round(samples, step))
+    mlflow_run.tracker.log(make_round([make_sample(1, generation="late")], 1))
     run = _read(mlflow_run)
     columns, rows = build_table(samples, 100)
     assert run["latest"] == {"columns": columns, "data": rows}
     assert sorted(run["tables"]) == [1, 2]
-    assert json.loads(run["tags"]["mlflow.loggedArtifacts"]) == [LATEST]
+    assert run["tags"]["val/sample_1_generation"] == "007"
+
+
+def test_run_is_not_among_those_with_tables_to_compare(mlflow_run):
+    """MLflow's pages find these by a tag, which a training run should not have."""
+    mlflow_run.tracker.log(make_round([make_sample(1)], 1))
+    assert "mlflow.loggedArtifacts" not in _read(mlflow_run)["tags"]
+
+
+@pytest.mark.parametrize("num_tagged", [0, 1, 3])
+def test_as_many_prompts_are_tags_as_asked_for(mlflow_run, num_tagged):
+    tracker = MlflowTracker(make_run(mlflow_tags=num_tagged))
+    samples = [make_sample(1, index, completion=completion) for index in range(4) for completion in (0, 1)]
+    tracker.log(make_round(samples, 1))
+    tags = {key for key in _read(mlflow_run)["tags"] if key.startswith("val/")}
+    assert tags == {f"val/sample_{i + 1}_{kind}" for i in range(num_tagged) for kind in ("prompt", "generation")}
+
+
+def test_tags_of_an_earlier_round_do_not_stay(mlflow_run):
+    """Neither those of a round that had more prompts, nor those of the run that is continued."""
+    from mlflow import MlflowClient
+
+    MlflowClient().set_tag(mlflow_run.run_id, "val/sample_5_prompt", "of an earlier process")
+    MlflowClient().set_tag(mlflow_run.run_id, "val/sample_size", "somebody else's")
+    for step, num_prompts in ((1, 3), (2, 1)):
+        mlflow_run.tracker.log(make_round([make_sample(step, index) for index in range(num_prompts)], step))
+        tags = MlflowClient().get_run(mlflow_run.run_id).data.tags
+        assert {key: text for key, text in tags.items() if key.startswith("val/")} == {
+            "val/sample_size": "somebody else's",
+            **{f"val/sample_{i + 1}_prompt": f"question {i}" for i in range(num_prompts)},
+            **{f"val/sample_{i + 1}_generation": f"answer {i} at {step}" for i in range(num_prompts)},
+        }
+
+
+def test_the_page_is_an_artifact(mlflow_run):
+    mlflow_run.tracker.add_page("<!doctype html>日本語")
+    assert _read(mlflow_run)["page"] == "<!doctype html>日本語"
 
 
 def test_in_a_run_that_is_continued_no_step_stands_twice(mlflow_run):
@@ -52,23 +86,6 @@ def test_in_a_run_that_is_continued_no_step_stands_twice(mlflow_run):
     run = _read(mlflow_run)
     assert sorted(run["tables"]) == [1, 2, 3, 4]
     assert run["metrics"]["val/gen/right"] == {step: float(step) for step in (1, 2, 3, 4)}
-
-
-def test_tables_that_others_logged_stay_registered(mlflow_run):
-    from mlflow import MlflowClient
-
-    other = {"path": "other.json", "type": "table"}
-    MlflowClient().set_tag(mlflow_run.run_id, "mlflow.loggedArtifacts", json.dumps([other]))
-    for step in (1, 2):
-        mlflow_run.tracker.log(make_round([make_sample(step)], step))
-    assert json.loads(_read(mlflow_run)["tags"]["mlflow.loggedArtifacts"]) == [other, LATEST]
-
-
-def test_registration_leaves_a_tag_alone_that_has_no_room():
-    assert _with_latest("[") == "["
-    full = json.dumps([{"path": "x" * 4990, "type": "table"}])
-    assert _with_latest(full) == full
-    assert _with_latest(json.dumps([LATEST])) == json.dumps([LATEST])
 
 
 @pytest.mark.parametrize(

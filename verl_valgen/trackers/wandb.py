@@ -56,7 +56,8 @@ class WandbTracker(Tracker):
         self._max_chars = run.settings.max_tracker_chars
         self._over_steps = TableOverSteps(wandb.Table, self._max_chars)
         self._late: deque[_Entry] = deque()
-        """Rounds that wait for a row of their own. Few: verl opens a row at every training step."""
+        """Rounds that wait for a row of their own. Few, as verl opens a row at every training step, unless somebody has
+        put WandB's counter far ahead; all are logged at the end."""
         self._row = -1
         """The last row that has a round, and that round."""
         self._in_row: _Entry | None = None
