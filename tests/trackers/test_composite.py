@@ -55,6 +55,21 @@ def test_every_call_reaches_every_tracker_in_order(warnings):
     assert warnings() == []
 
 
+def test_what_is_not_waited_for_takes_no_time_from_what_is():
+    order = []
+
+    class Noting(Recorder):
+        def log(self, round):
+            order.append(self.is_waited_for)
+
+    later, first = Noting(), Noting()
+    later.is_waited_for = False
+    composite = CompositeTracker({"page": later, "jsonl": first})
+    _log(composite, 1)
+    composite.close()
+    assert order == [True, False]
+
+
 def test_failing_tracker_warns_once_and_is_given_up_after_three(warnings):
     bad, good = Recorder(ConnectionError("down")), Recorder()
     composite = CompositeTracker({"wandb": bad, "mlflow": good})

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -56,25 +56,36 @@ class CompositeTracker(Tracker):
         self._log = OnceLogger(logger)
 
     def log(self, round: Round) -> None:
-        failed = {}
+        failed: dict[str, Exception] = {}
         shown = round.shown()
-        for name, tracker in self.trackers.items():
-            try:
-                self._queues[name].submit(partial(tracker.log, round if tracker.takes_unverified else shown))
-            except Exception as error:
-                failed[name] = error
-        deadline = time.monotonic() + _MAX_WAIT_S
+        # What is not waited for is begun last: it would take time from what is.
+        waited_for = [name for name, tracker in self.trackers.items() if tracker.is_waited_for]
+        self._begin(waited_for, round, shown, failed)
+        self._wait(waited_for, failed)
+        self._begin([name for name in self.trackers if name not in waited_for], round, shown, failed)
         for name, tracker in list(self.trackers.items()):
-            try:
-                if tracker.is_waited_for and not self._queues[name].wait(max(0.0, deadline - time.monotonic())):
-                    self._warn_of_delay(name)
-            except Exception as error:
-                failed[name] = error
             self._num_failures[name] = self._num_failures[name] + 1 if name in failed else 0
             if name in failed:
                 self._warn_of_error(name, failed[name])
                 if self._num_failures[name] >= _MAX_FAILURES and not tracker.is_kept:
                     self._give_up(name)
+
+    def _begin(self, names: Iterable[str], round: Round, shown: Round, failed: dict[str, Exception]) -> None:
+        for name in names:
+            tracker = self.trackers[name]
+            try:
+                self._queues[name].submit(partial(tracker.log, round if tracker.takes_unverified else shown))
+            except Exception as error:
+                failed[name] = error
+
+    def _wait(self, names: Iterable[str], failed: dict[str, Exception]) -> None:
+        deadline = time.monotonic() + _MAX_WAIT_S
+        for name in names:
+            try:
+                if not self._queues[name].wait(max(0.0, deadline - time.monotonic())):
+                    self._warn_of_delay(name)
+            except Exception as error:
+                failed[name] = error
 
     def close(self) -> None:
         """Waits for the calls that are under way, at most `_MAX_CLOSE_S` in all, beside what the page may take."""
