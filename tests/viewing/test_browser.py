@@ -16,7 +16,9 @@ import pytest
 from viewing import folders
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser: the page is not tested without chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="the page is not tested: none of chromium, chromium-browser, google-chrome is there"
+)
 
 STEPS = (10, 20, 30, 40)
 WAIT_MS = 5_000
