@@ -40,10 +40,9 @@ def test_every_file_of_the_app_is_in_the_page():
 def test_text_becomes_nothing_but_text(path):
     """What makes markup or code of a string is not used, nor what loads from elsewhere."""
     source = path.read_text(encoding="utf-8")
-    ways = r"innerHTML|outerHTML|insertAdjacentHTML|createContextualFragment|parseFromString|document\.write|\beval\b"
-    assert (
-        re.findall(rf"{ways}|new Function|srcdoc|setHTML|\bfetch\(|XMLHttpRequest|https?://|\bimport\b", source) == []
-    )
+    markup = r"innerHTML|outerHTML|insertAdjacentHTML|createContextualFragment|parseFromString|document\.write|setHTML"
+    code = r"srcdoc|\beval\b|new Function|\bimport\b|\bfetch\(|XMLHttpRequest|https?://"
+    assert re.findall(f"{markup}|{code}", source) == []
 
 
 def test_the_page_allows_its_own_scripts_and_no_others():
@@ -57,9 +56,8 @@ def test_the_page_allows_its_own_scripts_and_no_others():
         for content in re.findall(r"<(?:script|style)>(.*?)</(?:script|style)>", page, re.DOTALL)
     }
     assert there == allowed
-    assert (
-        re.findall(r"<[^<>]*\s(?:on\w+|style)=", re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.DOTALL)) == []
-    )
+    bare = re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.DOTALL)
+    assert re.findall(r"<[^<>]*\s(?:on\w+|style)=", bare) == []
     assert '<script id="valgen-data" type="text/plain">QUJD</script>' in page
     assert "<script id=" not in render(), "no data, no place for it"
 
