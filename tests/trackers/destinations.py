@@ -170,6 +170,7 @@ class Wandb(Destination):
         self.tracker = WandbTracker(make_run())
 
     def read(self) -> dict[int, Recorded]:
+        self.tracker.close()
         self.run.finish()
         return {step: _round(values) for step, values in read_wandb(self.run.settings.sync_dir).items()}
 
@@ -206,7 +207,7 @@ class Mlflow(Destination):
         mlflow.set_tracking_uri(uri)
         self.uri = uri
         self.run_id = mlflow.start_run(experiment_id=mlflow.set_experiment("test").experiment_id).info.run_id
-        self.tracker = MlflowTracker(make_run())
+        self.tracker = MlflowTracker(make_run(mlflow_tags=1000))
 
     def cell(self, value: Any) -> str:
         return "" if value is None else str(value)
