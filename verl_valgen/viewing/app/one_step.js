@@ -100,7 +100,7 @@
     const group = groupOf(answer);
     const { prompt } = group;
     const old = show.oldText(now.against, now.runNumber, now.step, group, answer);
-    const which = [now.run.strategies.length > 1 ? oneLine(answer.strategy, 40) : "", now.run.completions > 1 ? `completion ${answer.completion + 1}` : ""].filter(Boolean).join(" · ");
+    const which = [now.run.strategies.length > 1 ? oneLine(answer.strategy, 40) : "", data.completionsOf(now.runNumber, answer.strategy).length > 1 ? `completion ${answer.completion + 1}` : ""].filter(Boolean).join(" · ");
     return element(
       "article", { class: "sample card step-sample" },
       element("div", { class: "head" },
