@@ -20,7 +20,7 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGE = ROOT / "demo" / "checkpoints" / "generations" / "index.html"
-WIDTH, HEIGHT, SCALE = 1000, 700, 1.5  # CSS pixels, and how many of the picture make one
+WIDTH, HEIGHT, SCALE = 980, 640, 1.4  # CSS pixels, and how many of the picture make one
 IS_LOADED = "({ all, loaded }) => all > 0 && loaded === all"
 
 
