@@ -194,6 +194,27 @@ def test_what_changed_is_marked(page, folder):
     assert "ended" in rows.nth(3).inner_text()
 
 
+def test_words_are_marked_whole_in_every_script(page, folder):
+    page.open(folder)
+    cases = [
+        ("It costs 3.14 euros", "It costs 3.15 euros", ["3.14"], ["3.15"]),
+        ("Столица Москва", "Столица Мадрид", ["Москва"], ["Мадрид"]),
+        ("العاصمة القاهرة", "العاصمة الرياض", ["القاهرة"], ["الرياض"]),
+        ("我喜欢北京。", "我喜欢上海。", ["北京"], ["上海"]),
+        ("one two  three", "one two three", [" "], []),
+        ("a quick fox", "a lazy dog", ["quick fox"], ["lazy dog"]),
+        ("don't", "don\u2019t stop", ["don't"], ["don\u2019t stop"]),
+        ("", "new", [], ["new"]),
+        ("__proto__ x", "constructor x", ["__proto__"], ["constructor"]),
+    ]
+    for old, text, gone, come in cases:
+        pieces = page.page.evaluate("([old, text]) => valgen.diff.pieces(old, text)", [old, text])
+        marked = {kind: [piece["value"] for piece in pieces if piece["kind"] == kind] for kind in ("del", "ins")}
+        assert marked == {"del": gone, "ins": come}, (old, text)
+        assert "".join(piece["value"] for piece in pieces if piece["kind"] != "del") == text
+        assert "".join(piece["value"] for piece in pieces if piece["kind"] != "ins") == old
+
+
 def test_strategies_can_be_chosen(page, folder):
     page.open(folder, prompt="key 2")
     page.wait_for_text(".current-answer", "cut off")

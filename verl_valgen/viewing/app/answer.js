@@ -7,7 +7,7 @@
   const MAX_LIST_CHARS = 1200; // of one text in a list, where a look is enough
   const ENDINGS = { eos: "ended", stop: "stopped", length: "cut off", time: "out of time" };
 
-  const ending = (reason) => ENDINGS[reason] || reason;
+  const ending = (reason) => (Object.hasOwn(ENDINGS, reason) ? ENDINGS[reason] : oneLine(reason, 40));
   const shortened = (text) => (text.length > MAX_LIST_CHARS ? text.slice(0, MAX_LIST_CHARS) + "…" : text);
 
   function scoreChip(name, value) {
@@ -23,7 +23,7 @@
     return element(
       "div", { class: "facts" },
       Object.entries(answer.scores).map(([name, value]) => scoreChip(name, value)),
-      element("span", { class: "chip" + (isCut ? " warn" : " quiet"), title: "finish_reason: " + oneLine(answer.finish_reason) }, ending(answer.finish_reason)),
+      answer.finish_reason !== null && element("span", { class: "chip" + (isCut ? " warn" : " quiet"), title: "finish_reason: " + oneLine(answer.finish_reason) }, ending(answer.finish_reason)),
       element("span", { class: "chip quiet" }, `${answer.num_new_tokens} ${answer.num_new_tokens === 1 ? "token" : "tokens"}`),
       !isList && answer.verified === true && element("span", { class: "chip quiet", title: "The round's answers passed the check against the trainer's model" }, "verified"),
       data.isWithheld(answer) && element("span", { class: "chip bad" }, "withheld"),

@@ -29,9 +29,9 @@
   /** Everything that can stand on a side: `run:completion:strategy` and how it is called. */
   function choices() {
     return data.runs.flatMap((run, runNumber) => run.strategies.flatMap((strategy) =>
-      [...Array(run.completions).keys()].map((completion) => [
+      data.completionsOf(runNumber, strategy).map((completion, _, all) => [
         `${runNumber}:${completion}:${strategy}`,
-        [data.runs.length > 1 ? run.name || `run ${runNumber + 1}` : "", run.strategies.length > 1 || data.runs.length === 1 ? strategy : "", run.completions > 1 ? `completion ${completion + 1}` : ""]
+        [data.runs.length > 1 ? run.name || `run ${runNumber + 1}` : "", run.strategies.length > 1 || data.runs.length === 1 ? strategy : "", all.length > 1 ? `completion ${completion + 1}` : ""]
           .filter(Boolean).join(" · "),
       ])));
   }

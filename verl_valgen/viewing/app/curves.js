@@ -29,12 +29,23 @@
   function placeOf(name) {
     const parts = name.split("/");
     if (parts[0] === "by_source" && parts.length > 2) {
-      return { chart: `${parts[parts.length - 1]} by source`, series: parts.slice(1, -1).join("/") };
+      return { chart: `${parts[parts.length - 1]} by source`, series: parts.slice(1, -1).join("/"), kind: "source" };
     }
-    return { chart: parts[parts.length - 1], series: parts.slice(0, -1).join("/") };
+    return { chart: parts[parts.length - 1], series: parts.slice(0, -1).join("/"), kind: "strategy" };
   }
 
-  /** Chart -> its series, `{label, run, name}`, in the order in which they came. */
+  // The same strategy (or source) has the same colour in every chart. Of two runs, the second is dashed; in one, dashes
+  // tell what colours tell.
+  const looks = new Map(); // kind and name -> number of that kind
+  function lookOf(kind, name, runNumber) {
+    if (name === "") return { ink: 0, dash: runNumber };
+    const key = `${kind}/${name}`;
+    if (!looks.has(key)) looks.set(key, [...looks.keys()].filter((other) => other.startsWith(`${kind}/`)).length);
+    const at = looks.get(key);
+    return { ink: at % NUM_COLOURS, dash: (data.runs.length > 1 ? runNumber : at) % DASHES.length };
+  }
+
+  /** Chart -> its series, `{label, run, runNumber, name, ink, dash}`, in the order in which they came. */
   function chartsOf(words) {
     const found = new Map();
     data.runs.forEach((run, runNumber) => {
@@ -42,10 +53,10 @@
       for (const step of [...run.loaded.keys()].sort((a, b) => b - a)) Object.keys(run.loaded.get(step).numbers).forEach((name) => names.add(name));
       for (const name of names) {
         if (!words.every((word) => name.toLowerCase().includes(word))) continue;
-        const { chart, series } = placeOf(name);
+        const { chart, series, kind } = placeOf(name);
         const label = [data.runs.length > 1 ? run.name || `run ${runNumber + 1}` : "", series].filter(Boolean).join(" · ") || chart;
         if (!found.has(chart)) found.set(chart, []);
-        found.get(chart).push({ label: oneLine(label, 50), run, runNumber, name });
+        found.get(chart).push({ label: oneLine(label, 50), run, runNumber, name, ...lookOf(kind, series, runNumber) });
       }
     });
     // What is watched comes first; how long things took, last.
@@ -120,18 +131,21 @@
         scales: { x: { time: false }, y: { range: rangeOf } },
         axes: [{ ...axis, size: 24, gap: 4 }, { ...axis, size: 46, gap: 4, values: (_, ticks) => ticks.map((tick) => number(tick)) }],
         cursor: { y: false, points: { size: 7 } },
-        legend: { show: !isAlone, live: true, markers: { width: 2 } },
+        legend: {
+          show: !isAlone, live: true,
+          markers: { width: 2, dash: (_, at) => ((series[at - 1] || series[0]).dash ? "dashed" : "solid") },
+        },
         series: [
           { label: "step", value: (_, step) => (step === null ? "" : String(step)) },
-          ...series.map(({ label, runNumber }, at) => ({
-            label, stroke: colour(`--series-${at % NUM_COLOURS}`), width: 1.75, dash: DASHES[at % DASHES.length], spanGaps: true,
+          ...series.map(({ label, ink, dash }) => ({
+            label, stroke: colour(`--series-${ink}`), width: 1.75, dash: DASHES[dash], spanGaps: true,
             points: { show: steps.length <= 60, size: 5 },
             value: (_, value) => (value === null ? "" : number(value)),
           })),
         ],
         hooks: {
           draw: [marks(series)],
-          setCursor: [({ cursor: { idx } }) => { reading.textContent = isAlone && Number.isInteger(idx) ? `step ${steps[idx]}: ${number(values[0][idx])}` : ""; }],
+          setCursor: [({ cursor: { idx } }) => { reading.textContent = Number.isInteger(idx) ? `step ${steps[idx]}${isAlone ? `: ${number(values[0][idx])}` : ""}` : ""; }],
         },
       }, [steps, ...values], holder);
       plot.over.addEventListener("click", () => {
@@ -197,6 +211,7 @@
     if (wanted === drawn) return;
     drawn = wanted;
     clear();
+    looks.clear();
     charts = chartsOf(words).map(([title, series]) => makeChart(title, series));
     if (!charts.length) grid.append(element("p", { class: "nothing" }, words.length ? "No number has this in its name." : "No numbers yet."));
     grid.append(...charts.map(({ box }) => box));

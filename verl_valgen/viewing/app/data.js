@@ -19,7 +19,8 @@
       keys: [], // of prompts, in the order of the newest step, then those that came up elsewhere
       known: new Map(), // key -> position in `keys`
       prompts: [], // by that position: the prompt as the step that came first has it
-      strategies: [], completions: 1,
+      strategies: [],
+      completions: new Map(), // strategy -> how many completions a prompt has
     };
   }
 
@@ -62,7 +63,7 @@
       const prompt = payload.prompts[answer.prompt];
       groups.get(prompt.key).answers.push(answer);
       if (!run.strategies.includes(answer.strategy)) run.strategies.push(answer.strategy);
-      run.completions = Math.max(run.completions, answer.completion + 1);
+      run.completions.set(answer.strategy, Math.max(run.completions.get(answer.strategy) || 1, answer.completion + 1));
     });
     payload.prompts.forEach((prompt) => {
       if (run.known.has(prompt.key)) return;
@@ -114,6 +115,11 @@
     };
   }
 
+  /** The numbers of a strategy's completions, from 0. */
+  function completionsOf(runNumber, strategy) {
+    return [...Array(runs[runNumber].completions.get(strategy) || 1).keys()];
+  }
+
   valgen.index = guarded(receiveIndex);
   valgen.step = guarded(receiveStep);
   valgen.data = {
@@ -124,7 +130,7 @@
       refusal = null;
       return reason;
     },
-    runs, problems, find, answerOf, stepBefore, scoreNames, changed,
+    runs, problems, find, answerOf, stepBefore, scoreNames, completionsOf, changed,
     onChange: (listener) => listeners.push(listener),
     isWithheld: (answer) => answer.verified === false,
   };

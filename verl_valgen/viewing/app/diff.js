@@ -6,6 +6,8 @@
   const MAX_DIFF_MS = 150;
   // Scripts without blanks between words: there a dictionary tells the words.
   const UNSPACED = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}\p{Script=Lao}\p{Script=Khmer}\p{Script=Myanmar}]/u;
+  // A word, with the point in a number and the apostrophe in a word; a line break; other blanks; any other character.
+  const TOKENS = /(?:[\p{L}\p{N}\p{M}_]|(?<=\p{N})[.,:](?=\p{N})|(?<=\p{L})['’](?=\p{L}))+|\n|[^\S\n]+|[^]/gu;
 
   const remembered = new Map();
   const MAX_REMEMBERED = 2000;
@@ -22,19 +24,18 @@
     return found;
   }
 
+  function tokens(text) {
+    if (!UNSPACED.test(text) || typeof Intl.Segmenter !== "function") return text.match(TOKENS) || [];
+    return Array.from(new Intl.Segmenter("en", { granularity: "word" }).segment(text), ({ segment }) => segment);
+  }
+
   function compute(old, text) {
     if (old === text) return text ? [{ value: text, kind: "same" }] : [];
-    const options = { timeout: MAX_DIFF_MS };
-    if (UNSPACED.test(text + old) && typeof Intl.Segmenter === "function") {
-      options.intlSegmenter = new Intl.Segmenter("en", { granularity: "word" });
+    const parts = Diff.diffArrays(tokens(old), tokens(text), { timeout: MAX_DIFF_MS });
+    if (parts === undefined) { // too different to be told in time
+      return [{ value: old, kind: "del" }, { value: text, kind: "ins" }].filter((piece) => piece.value);
     }
-    // With spaces: what differs in blanks alone differs, too.
-    const parts = Diff[options.intlSegmenter ? "diffWords" : "diffWordsWithSpace"](old, text, options);
-    const whole = [{ value: old, kind: "del" }, { value: text, kind: "ins" }].filter((piece) => piece.value);
-    if (parts === undefined) return whole; // too different to be told in time
-    const found = parts.map((part) => ({ value: part.value, kind: part.added ? "ins" : part.removed ? "del" : "same" }));
-    const isFaithful = found.filter((piece) => piece.kind !== "del").map((piece) => piece.value).join("") === text;
-    return isFaithful ? joined(found) : whole;
+    return joined(parts.map(({ value, added, removed }) => ({ value: value.join(""), kind: added ? "ins" : removed ? "del" : "same" })));
   }
 
   /** Changes that only blanks part become one: "two words" for "one thing" reads better than word by word. */

@@ -45,7 +45,7 @@
     const step = run.steps.filter((one) => one <= asked).pop() ?? (Number.isNaN(asked) ? newest : run.steps[0]);
     const at = run.known.get(shown.prompt) ?? 0;
     const strategy = run.strategies.includes(shown.strategy) ? shown.strategy : run.strategies[0];
-    const completion = Number(shown.completion) < run.completions ? Number(shown.completion) : 0;
+    const completion = data.completionsOf(runNumber, strategy).includes(Number(shown.completion)) ? Number(shown.completion) : 0;
     const against = AGAINST.includes(shown.against) ? shown.against : "before";
     return { runNumber, run, step, at, key: run.keys[at], strategy, completion, against };
   }
@@ -175,7 +175,7 @@
     j: () => movePrompt(1), k: () => movePrompt(-1),
     1: () => show(0), 2: () => show(1), 3: () => show(2), 4: () => show(3),
     s: () => now && cycle("strategy", now.run.strategies, now.strategy),
-    c: () => now && cycle("completion", [...Array(now.run.completions).keys()], now.completion),
+    c: () => now && cycle("completion", data.completionsOf(now.runNumber, now.strategy), now.completion),
     d: () => now && cycle("against", AGAINST, now.against),
     "/": () => {
       if (!view().search) show(1);

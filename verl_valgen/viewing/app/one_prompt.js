@@ -13,7 +13,7 @@
   const copyButton = element("button", { type: "button", onclick: () => show.copy(copyButton, record()) }, "Copy as JSON");
   const before = element("button", { type: "button", title: "Previous prompt (k)", onclick: () => valgen.main.movePrompt(-1) }, "‹ Prompt");
   const next = element("button", { type: "button", title: "Next prompt (j)", onclick: () => valgen.main.movePrompt(1) }, "Prompt ›");
-  const promptHost = element("div", { class: "card" });
+  const promptHost = element("div", { class: "card prompt-card" });
   const stepper = valgen.Stepper(describe);
   const strategy = select("Strategy", "strategy", (value) => state.set({ strategy: value }));
   const completion = select("Completion", "completion", (value) => state.set({ completion: value }));
@@ -143,7 +143,7 @@
     stepper.update(now);
     run.set(data.runs.map((one, at) => [String(at), one.name || `run ${at + 1}`]), String(now.runNumber));
     strategy.set(now.run.strategies.map((name) => [name, name]), now.strategy);
-    completion.set([...Array(now.run.completions).keys()].map((at) => [String(at), String(at + 1)]), String(now.completion));
+    completion.set(data.completionsOf(now.runNumber, now.strategy).map((at) => [String(at), String(at + 1)]), String(now.completion));
     against.set([["before", "the step before"], ["reference", "the expected answer"], ["first", "the first step"], ["none", "nothing"]], now.against);
     drawAnswer();
     drawRest();

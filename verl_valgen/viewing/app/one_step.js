@@ -76,7 +76,7 @@
   function passes(answer, group, shown, words, low, high) {
     if (shown.every && answer.strategy !== shown.every) return false;
     if (shown.source && (group.prompt.data_source || "–") !== shown.source) return false;
-    if (shown.finish && answer.finish_reason !== shown.finish) return false;
+    if (shown.finish && (answer.finish_reason || "–") !== shown.finish) return false;
     if (low !== null || high !== null) {
       const value = answer.scores[shown.score];
       if (value === null || value === undefined || (low !== null && value < low) || (high !== null && value > high)) return false;
@@ -100,7 +100,7 @@
     const group = groupOf(answer);
     const { prompt } = group;
     const old = show.oldText(now.against, now.runNumber, now.step, group, answer);
-    const which = [now.run.strategies.length > 1 ? oneLine(answer.strategy, 40) : "", now.run.completions > 1 ? `completion ${answer.completion + 1}` : ""].filter(Boolean).join(" · ");
+    const which = [now.run.strategies.length > 1 ? oneLine(answer.strategy, 40) : "", data.completionsOf(now.runNumber, answer.strategy).length > 1 ? `completion ${answer.completion + 1}` : ""].filter(Boolean).join(" · ");
     return element(
       "article", { class: "sample card step-sample" },
       element("div", { class: "head" },
@@ -130,7 +130,7 @@
     const sources = distinct((loaded ? loaded.prompts : []).map((prompt) => prompt.data_source || "–"));
     source.set(all(sources), shown.source);
     source.node.hidden = sources.length < 2;
-    const reasons = distinct(answers.map((answer) => answer.finish_reason));
+    const reasons = distinct(answers.map((answer) => answer.finish_reason || "–"));
     finish.set([["", "all"], ...reasons.map((reason) => [reason, show.ending(reason)])], shown.finish);
     const names = data.scoreNames(now.runNumber);
     score.set(names.map((name) => [name, name]), shown.score || names[0] || "");
