@@ -101,6 +101,9 @@ def report() -> float:
     print("\nNo validation question was in the training data; each country was, in seven other wordings.")
     print(f"All samples, one JSONL file per round: {here / GENERATIONS}")
     print(f"The MLflow page: {shlex.join([str(mlflow), 'ui', '--backend-store-uri', uri])}")
+    show = [os.path.relpath(sys.executable), "-m", "verl_valgen", "show", str(here / GENERATIONS)]
+    print(f"How each answer changed, in a terminal: {shlex.join(show)}")
+    print(f"How each answer changed, on a page: {here / GENERATIONS / 'index.html'} (open it in a browser)")
     return exact_match(rounds[-1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -13,6 +14,8 @@ from end_to_end.tour import LORA, ROUNDS, STEPS, STOPPED_AT, Tour
 from end_to_end.trainer import HAS_ENGINES, TRAINER_NAME, Run
 from same_training import assert_checkpoints_differ, assert_same_training
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from verl_valgen.__main__ import main
 
 pytestmark = pytest.mark.xdist_group("tour")
 
@@ -110,6 +113,19 @@ def test_the_console_shows_every_answer(tour: Tour):
                 lines.append(f"Generation {index + 1} ({sample['strategy']}{number}): {text}")
             lines.append("-" * 50)
         assert "\n".join(lines) + "\n" in tour.on.stdout
+
+
+def test_a_run_writes_the_page_that_its_files_give(tour: Tour, tmp_path):
+    for run, name in ((tour.on, "whole"), (tour.on_resumed, "resumed")):
+        folder = tmp_path / name / "checkpoints" / "generations"
+        shutil.copytree(run.generations, folder, ignore=shutil.ignore_patterns("data", "index.html"))
+        assert main(["page", str(folder.parent)]) == 0
+        made, written = (
+            {path.name: path.read_bytes() for path in (*of.glob("data/*"), of / "index.html")}
+            for of in (folder, run.generations)
+        )
+        assert written == made
+        assert sorted(made) == ["index.html", *(f"step_{step:08d}.js" for step in ROUNDS), "steps.js"]
 
 
 def test_a_resumed_run_makes_its_rounds_again_and_sets_later_ones_aside(tour: Tour):

@@ -22,7 +22,7 @@ from verl_valgen.viewing.folder import Folder, NoSamples
 from verl_valgen.viewing.words import marked_words
 from verl_valgen.viewing.writing import step_of
 
-_ENDINGS = {"length": "cut off", "time": "out of time", "stop": "stop string"}
+_ENDINGS = {"length": "cut off", "time": "out of time", "stop": "ended by a stop string"}
 
 _NEW = "bold underline"
 _MAX_NOTES_SHARE = 3
