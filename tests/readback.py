@@ -10,6 +10,7 @@ import re
 import sqlite3
 import struct
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,16 @@ def _shown_by_tensorboard(content: bytes) -> str:
     return _text_of_html(page[1] or "")
 
 
+def visible(text: str) -> str:
+    """Control characters made visible, but for line breaks: as TensorBoard has texts."""
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if char != "\n" and unicodedata.category(char) in ("Cc", "Zl", "Zp")
+        else char
+        for char in text
+    )
+
+
 def _text_of_html(markup: str) -> str:
     text = re.sub("<br ?/?>\n?", "\n", markup)
     assert "<" not in text, f"markup other than line breaks: {markup[:500]}"
@@ -180,26 +191,34 @@ def _text_of_html(markup: str) -> str:
 
 
 def read_trackio(path: str | Path) -> dict[int, dict[str, Any]]:
-    """{step: {key: value}} of a project's database; tables as lists of rows, traces as lists of their messages' texts
-    by role, with the metadata."""
+    """{step: {key: value}} of a project's database; tables, and the traces of a key, as {"columns", "data"}."""
     history: dict[int, dict[str, Any]] = {}
+    rows: dict[tuple[int, str], list[dict[str, Any]]] = {}
     database = sqlite3.connect(path)
     for step, values in database.execute("SELECT step, metrics FROM metrics ORDER BY id"):
         for key, value in json.loads(values).items():
-            is_table = isinstance(value, dict) and value["_type"] == "trackio.table"
-            history.setdefault(step, {})[key] = value["_value"] if is_table else value
+            if isinstance(value, dict) and value["_type"] == "trackio.table":
+                rows[step, key] = value["_value"]
+            else:
+                history.setdefault(step, {})[key] = value
     if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'traces'").fetchone():
         query = "SELECT step, key, messages, metadata FROM traces ORDER BY step, trace_index"
         for step, key, messages, metadata in database.execute(query):
-            texts = {message["role"]: message["content"] for message in json.loads(messages)}
-            history.setdefault(step, {}).setdefault(key, []).append(texts | json.loads(metadata))
+            (prompt, answer) = json.loads(messages)
+            assert (prompt["role"], answer["role"]) == ("user", "assistant")
+            texts = {"prompt_text": prompt["content"], "generation": answer["content"]}
+            rows.setdefault((step, key), []).append(texts | json.loads(metadata))
     database.close()
+    for (step, key), of_key in rows.items():
+        columns = list(of_key[0])
+        table = {"columns": columns, "data": [[row[column] for column in columns] for row in of_key]}
+        history.setdefault(step, {})[key] = table
     return history
 
 
 def read_clearml(path: str | Path, num_bytes_before: int = 0) -> dict[int, dict[tuple[str, str], Any]]:
-    """{step: {(title, series): value}} of an offline task's `metrics.jsonl`, from a byte on; tables as {"columns", "data"}, their texts as Plotly
-    shows them."""
+    """{step: {(title, series): value}} of an offline task's `metrics.jsonl`, from a byte on; tables as {"columns",
+    "data"}, their texts as Plotly shows them."""
     history: dict[int, dict[tuple[str, str], Any]] = {}
     for line in Path(path).read_bytes()[num_bytes_before:].decode().split("\n"):
         for event in json.loads(line) if line else ():

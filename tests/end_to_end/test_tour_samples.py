@@ -25,7 +25,15 @@ from end_to_end.tour import (
     write_inputs,
 )
 from end_to_end.trainer import GENERATION_CONFIG, Run
-from readback import read_mlflow, read_swanlab, read_wandb
+from readback import (
+    read_mlflow,
+    read_swanlab,
+    read_tensorboard,
+    read_trackio,
+    read_verl_file,
+    read_wandb,
+    visible,
+)
 
 pytestmark = pytest.mark.xdist_group("tour")
 
@@ -143,12 +151,27 @@ def test_trackers_hold_the_same_numbers_at_every_round(finished):
 
 def test_trackers_hold_every_sample_of_every_round(finished):
     for name, history in held_by_trackers(finished).items():
-        for step in ROUNDS:
+        for step in ROUNDS if name != "file" else ():
             samples, table = finished.samples(step), history[step]["val/samples"]
             assert {"exact_match", "shorter", "mean_logprob", "reward_chars"} <= set(table["columns"]), name
             for key in ("strategy", "prompt", "generation", "finish_reason"):
                 column = table["columns"].index(key)
-                assert [row[column] for row in table["data"]] == [sample[key] for sample in samples], (name, step, key)
+                texts = [visible(sample[key]) if name == "tensorboard" else sample[key] for sample in samples]
+                assert [row[column] for row in table["data"]] == texts, (name, step, key)
+
+
+def test_lines_of_a_round_stand_between_those_of_verl(tour: Tour):
+    """In verl's own file, where verl's next line does not overwrite them, nor they the line before."""
+    with_rounds, without = [
+        [json.loads(line) for line in (run.directory / "project" / "experiment.jsonl").read_text().splitlines()]
+        for run in (tour.on, tour.off)
+    ]
+    steps = [record["step"] for record in with_rounds]
+    assert steps == sorted(steps)
+    of_rounds = [record for record in with_rounds if "val/gen/seconds" in record["data"]]
+    assert [record["step"] for record in of_rounds] == list(ROUNDS)
+    of_verl = [(record["step"], set(record["data"])) for record in with_rounds if record not in of_rounds]
+    assert of_verl == [(record["step"], set(record["data"])) for record in without]
 
 
 def test_the_page_of_the_whole_run_goes_to_wandb_and_mlflow(tour):
@@ -185,6 +208,15 @@ def held_by_trackers(result: Run, steps: Sequence[int] = ROUNDS) -> dict[str, di
         for key, by_step in logged["metrics"].items():
             for step, value in by_step.items():
                 history.setdefault(step, {})[key] = value
+    if (result.directory / "tensorboard_log").exists():
+        held["tensorboard"] = read_tensorboard(result.directory / "tensorboard_log" / "project" / "experiment")
+        for values in held["tensorboard"].values():
+            for key in sorted(key for key in values if key.startswith("val/samples/")):
+                values["val/samples"]["data"] += values[key]["data"]
+    if (result.directory / "trackio").exists():
+        held["trackio"] = read_trackio(result.directory / "trackio" / "project.db")
+    if (result.directory / "project").exists():
+        held["file"] = read_verl_file(result.directory / "project" / "experiment.jsonl")
     assert held
     return held
 

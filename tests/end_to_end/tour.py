@@ -1,6 +1,6 @@
 """One tour of what the package does, on verl's real trainer: what is configured, and the runs.
 
-The run of `finished` uses nearly everything at once: two ranks, FSDP2, LoRA, three trackers, strategies, two answers to
+The run of `finished` uses nearly everything at once: two ranks, FSDP2, LoRA, six trackers, strategies, two answers to
 each sampled prompt, metrics of which one raises, prompts of one's own, a round before training, a best value. The tour
 adds the same training without generation, and both once more from the checkpoint in the middle.
 """
@@ -51,6 +51,8 @@ NUM_PROMPTS = 5
 NUM_SAMPLES = NUM_PROMPTS * sum(2 if name in SAMPLED else 1 for name in STRATEGIES)
 STEPS, STOPPED_AT = 4, 2
 ROUNDS = (0, 2, 4)
+TRACKERS = ",wandb,swanlab,mlflow,tensorboard,trackio,file"
+TRACKER_FILES = ("wandb", "swanlog", "mlruns", "mlflow.db", "tensorboard_log", "trackio", "project")
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "bias": "none", "task_type": "CAUSAL_LM"}
 
 # Imported by verl inside the trainer's process (`model.external_lib`): reports at its end.
@@ -116,6 +118,7 @@ def train(
         [*arguments, f"trainer.logger=[console{trackers}]"],
         environment={
             "WANDB_MODE": "offline", "SWANLAB_MODE": "offline", "MLFLOW_TRACKING_URI": f"sqlite:///{directory}/mlflow.db",
+            "TRACKIO_DIR": f"{directory}/trackio",
         },
         num_ranks=num_ranks,
         before=SEED_AND_REPORT,
@@ -125,7 +128,7 @@ def train(
 def resume(server: TrainerServer, first: Run, arguments: Sequence[str], num_ranks: int) -> Run:
     """The run again, as if it had been stopped at its first checkpoint; without trackers."""
     directory = first.directory.with_name(f"{first.directory.name}-resumed")
-    inputs = shutil.ignore_patterns("checkpoints", "*.pt", "wandb", "swanlog", "mlruns", "mlflow.db", "hydra")
+    inputs = shutil.ignore_patterns("checkpoints", "*.pt", *TRACKER_FILES, "hydra")
     shutil.copytree(first.directory, directory, ignore=inputs)
     for name in (f"global_step_{STOPPED_AT}", "generations"):
         if (first.checkpoints / name).exists():
@@ -143,7 +146,7 @@ def make_tour(server: TrainerServer, directory: Path, assets: Assets) -> Tour:
     ):
         arguments = [*arguments, "model.lora_rank=4", "model.lora_alpha=16"]
         write_inputs(directory / name, assets)
-        runs[name] = train(server, directory / name, arguments, ",wandb,swanlab,mlflow", 2)
+        runs[name] = train(server, directory / name, arguments, TRACKERS, 2)
         assert runs[name].returncode == 0, runs[name].output[-5000:]
         runs[f"{name}_resumed"] = resume(server, runs[name], arguments, 2)
         assert runs[f"{name}_resumed"].returncode == 0, runs[f"{name}_resumed"].output[-5000:]

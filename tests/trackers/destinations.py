@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from readback import (
     read_trackio,
     read_verl_file,
     read_wandb,
+    visible,
 )
 
 from verl_valgen.records import GroupNumbers, Round, RoundNumbers, Sample
@@ -242,13 +242,7 @@ class Tensorboard(Destination):
 
     @staticmethod
     def shown(text: str) -> str:
-        """Control characters, line breaks apart, made visible."""
-        return "".join(
-            char.encode("unicode_escape").decode()
-            if char != "\n" and unicodedata.category(char) in ("Cc", "Zl", "Zp")
-            else char
-            for char in storable(text)
-        )
+        return visible(storable(text))
 
     def cell(self, value: Any) -> str:
         return "" if value is None else str(value)
@@ -273,14 +267,7 @@ class Trackio(Destination):
 
     def read(self) -> dict[int, Recorded]:
         self.discard()
-        rounds = {}
-        for step, values in read_trackio(self.path).items():
-            rows = values.pop("val/samples", [])
-            for row in rows:
-                if "assistant" in row:
-                    row["prompt_text"], row["generation"] = row.pop("user"), row.pop("assistant")
-            rounds[step] = Recorded(rows, values)
-        return rounds
+        return {step: _round(values) for step, values in read_trackio(self.path).items()}
 
     def discard(self) -> None:
         import trackio
