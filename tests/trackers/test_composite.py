@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
+from pathlib import Path
 
 import pytest
 from destinations import make_round, make_sample
 
 from verl_valgen.records import WITHHELD
 from verl_valgen.trackers import composite as composite_module
+from verl_valgen.trackers import page_copies
 from verl_valgen.trackers.background import BackgroundQueue
 from verl_valgen.trackers.base import Tracker
 from verl_valgen.trackers.composite import CompositeTracker
+from verl_valgen.trackers.page_copies import PageCopies
 
 
 class Recorder(Tracker):
@@ -237,3 +240,90 @@ def test_an_unverified_answer_goes_only_to_those_that_take_it():
     assert "wrong" not in str(shown)
     assert shown.scores == {}
     assert other == right
+
+
+class Taker(Recorder):
+    """Takes the page; WandB, say."""
+
+    takes_page = True
+
+    def add_page(self, page):
+        self._called(page)
+
+
+def _close_with_page(trackers, make, *steps):
+    composite = CompositeTracker(trackers, PageCopies(Path("here"), make))
+    _log(composite, *steps)
+    composite.close()
+
+
+def test_the_page_is_made_once_of_all_rounds_and_goes_to_those_that_take_it(warnings):
+    files, made = Recorder(), []
+    files.is_kept = True
+    trackers = {"wandb": Taker(), "console": Recorder(), "mlflow": Taker(), "jsonl": files}
+
+    def make(directory):
+        made.append(directory)
+        return f"page of {files.calls}"
+
+    _close_with_page(trackers, make, 1, 2)
+    rounds, close = [("log", 1), ("log", 2)], ("close", None)
+    page = (f"page of {rounds}", None)
+    assert made == [Path("here")]
+    assert trackers["wandb"].calls == trackers["mlflow"].calls == [*rounds, page, close]
+    assert trackers["console"].calls == files.calls == [*rounds, close]
+    assert warnings() == []
+
+
+def test_no_page_is_made_where_nobody_takes_it(warnings):
+    _close_with_page({"jsonl": Recorder()}, pytest.fail, 1)
+    assert warnings() == []
+
+
+def _missing(name, reason):
+    return (
+        f"{name}: the page of the run is not there: {reason}; "
+        "python -m verl_valgen page here --one-file page.html makes it"
+    )
+
+
+def test_a_page_that_cannot_be_made_costs_a_line(warnings):
+    def make(directory):
+        raise MemoryError("too long a run")
+
+    tracker = Taker()
+    _close_with_page({"wandb": tracker}, make, 1)
+    assert tracker.calls == [("log", 1), ("close", None)]
+    assert warnings() == [_missing("wandb", "MemoryError: too long a run")]
+
+
+def test_a_tracker_that_refuses_the_page_is_closed_all_the_same(warnings):
+    bad, good = Taker(ConnectionError("down"), failing=("page",)), Taker()
+    _close_with_page({"wandb": bad, "mlflow": good}, lambda directory: "page", 1)
+    assert bad.calls == good.calls == [("log", 1), ("page", None), ("close", None)]
+    assert warnings() == [_missing("wandb", "ConnectionError: down")]
+
+
+class HangingTaker(Hanging):
+    takes_page = True
+
+
+def test_a_page_that_takes_too_long_holds_up_nobody_for_good(warnings, monkeypatch):
+    monkeypatch.setattr(page_copies, "_MAX_S", 0.05)
+    released = threading.Event()
+    tracker = Taker()
+    _close_with_page({"wandb": tracker}, lambda directory: released.wait(60), 1)
+    released.set()
+    assert tracker.calls == [("log", 1), ("close", None)]
+    assert warnings() == [_missing("wandb", "it takes too long")]
+
+
+def test_a_tracker_that_hangs_keeps_the_page_from_no_other(warnings, monkeypatch):
+    monkeypatch.setattr(page_copies, "_MAX_PENDING_S", 0.05)
+    monkeypatch.setattr(composite_module, "_MAX_WAIT_S", 0.01)
+    monkeypatch.setattr(composite_module, "_MAX_CLOSE_S", 0.01)
+    hanging, other = HangingTaker(), Taker()
+    _close_with_page({"wandb": hanging, "mlflow": other}, lambda directory: "page", 1)
+    hanging.released.set()
+    assert ("page", None) in other.calls
+    assert _missing("wandb", "it takes too long") in warnings()
