@@ -26,6 +26,7 @@ from end_to_end.trainer import (
     Assets,
     Run,
     run,
+    shown_lines,
     strategy,
 )
 from packaging.version import Version
@@ -219,9 +220,8 @@ def test_the_console_shows_the_block(finished):
     _, result, _ = finished
     for step in STEPS:
         lines = [f"=== Validation Samples (Step {step}) ==="]
-        for number, sample in enumerate(result.samples(step), start=1):
-            text = sample["generation"].replace("\n", "\\n")
-            lines += [f"Prompt {number}: {sample['prompt_text']}", f"Generation {number}: {text}", "-" * 50]
+        for sample in result.samples(step):
+            lines += shown_lines([sample])
         assert "\n".join(lines) + "\n" in result.stdout
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from checkpoints import assert_greedy_samples, plain_model
 from end_to_end.test_tour_samples import held_by_trackers
-from end_to_end.tour import LORA, ROUNDS, STEPS, STOPPED_AT, Tour
-from end_to_end.trainer import HAS_ENGINES, TRAINER_NAME, Run
+from end_to_end.tour import LORA, NUM_PROMPTS, ROUNDS, SAMPLED, STEPS, STOPPED_AT, Tour
+from end_to_end.trainer import HAS_ENGINES, TRAINER_NAME, Run, shown_lines
 from same_training import assert_checkpoints_differ, assert_same_training
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -100,19 +100,19 @@ def test_the_answers_change_as_the_model_learns(tour: Tour):
     assert len(set(texts)) == len(texts)
 
 
-def test_the_console_shows_every_answer(tour: Tour):
+def test_the_console_shows_every_prompt_with_an_answer_of_each_strategy(tour: Tour):
     for step in ROUNDS:
-        lines = [f"=== Validation Samples (Step {step}) ==="]
         samples = tour.on.samples(step)
-        for index in range(5):
+        lines = [f"=== Validation Samples (Step {step}) ==="]
+        for index in range(NUM_PROMPTS):
             of_prompt = [sample for sample in samples if sample["index"] == index]
-            lines.append(f"Prompt {index + 1}: {of_prompt[0]['prompt_text']}")
-            for sample in of_prompt:
-                number = f", {sample['completion'] + 1}" if sample["params"]["do_sample"] else ""
-                text = sample["generation"].replace("\n", "\\n")
-                lines.append(f"Generation {index + 1} ({sample['strategy']}{number}): {text}")
-            lines.append("-" * 50)
+            lines += shown_lines([sample for sample in of_prompt if sample["completion"] == 0], has_strategies=True)
+        num_more = sum(sample["completion"] > 0 for sample in samples)
+        lines.append(f"... {num_more} more in checkpoints/generations/step_{step:08d}.jsonl")
+        assert num_more == NUM_PROMPTS * len(SAMPLED)
         assert "\n".join(lines) + "\n" in tour.on.stdout
+        own = [line for line in lines if line.startswith("Source ")][-2:]
+        assert own == ["Source 4: own.jsonl line 1", "Source 5: own.jsonl line 2"]
 
 
 def test_a_run_writes_the_page_that_its_files_give(tour: Tour, tmp_path):

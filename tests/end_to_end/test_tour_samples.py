@@ -234,14 +234,20 @@ def test_the_best_round_is_kept_and_told(finished):
         "metric": "nucleus/num_new_tokens", "mode": "min", "value": means[best_step], "step": best_step,
         "prompts": run["prompts"],
     }  # fmt: skip
-    (line,) = [line for line in finished.stdout.splitlines() if line.startswith(f"Step {STEPS}: ")]
-    assert f"best {means[best_step]:.3g} at step {best_step};" in line
+    lines = [line for line in finished.stdout.splitlines() if line.startswith("nucleus/num_new_tokens: ")]
+    assert len(lines) == len(ROUNDS)
+    assert lines[-1] == f"nucleus/num_new_tokens: best {means[best_step]:.3g} at step {best_step}"
 
 
-def test_a_round_ends_with_one_line(finished):
-    lines = [line for line in finished.stdout.splitlines() if line.startswith("Step ")]
-    assert [line.partition(":")[0] for line in lines] == [f"Step {step}" for step in ROUNDS]
-    for line in lines:
-        assert " samples in " in line
-        assert " tokens/s; best " in line
-        assert "; greedy: exact_match " in line
+def test_a_round_ends_with_tables_of_its_numbers(finished):
+    summaries = finished.stdout.split("\nStep ")[1:]
+    assert len(summaries) == len(ROUNDS)
+    for step, summary in zip(ROUNDS, summaries, strict=True):
+        first, *lines = summary.split("\n")
+        assert first.startswith(f"{step}: {NUM_SAMPLES} samples in ")
+        assert first.endswith(" tokens/s")
+        table = [line for line in lines if line.startswith("| ")]
+        assert max(map(len, table)) <= 120
+        assert [line.split()[1] for line in table[: len(STRATEGIES) + 1]] == ["strategy", *STRATEGIES]
+        headers = [line.split()[3::2] for line in table if line.startswith("| strategy ")]
+        assert {"exact_match", "num_new_tokens", "cut_off", "empty"} <= {name for names in headers for name in names}

@@ -187,3 +187,26 @@ def run(
     (directory / "stdout.txt").write_text(process.stdout)
     (directory / "stderr.txt").write_text(process.stderr)
     return Run(directory, process.returncode, process.stdout, process.stderr)
+
+
+def shown_lines(samples: Sequence[Mapping[str, Any]], *, has_strategies: bool = False) -> list[str]:
+    """The console's lines about one prompt, by the records of its answers, one of each strategy.
+
+    Args:
+        has_strategies: Whether answers are named after their strategies, those that are sampled with a number.
+    """
+    first, judged, ends = samples[0], [], {"length": "cut off", "stop": "ended by a stop string"}
+    i = first["index"] + 1
+    lines = [f"Prompt {i}: {first['prompt_text']}"]
+    for sample in samples:
+        number = ", 1" if sample["params"]["do_sample"] else ""
+        label = f" ({sample['strategy']}{number})" if has_strategies else ""
+        text = sample["generation"].replace("\n", "\\n")
+        lines.append(f"Generation {i}{label}: {text}")
+        scores = [f"{name} {score:.3g}" for name, score in sample["scores"].items() if score is not None]
+        remarks = ["empty"] * (not sample["generation"].strip())
+        remarks += [ends[reason] for reason in (sample["finish_reason"],) if reason in ends]
+        if said := "; ".join([", ".join(scores)] * bool(scores) + remarks):
+            judged.append(f"Scores {i}{label}: {said}")
+    expected = [] if first["reference"] is None else [f"Expected {i}: {first['reference']}"]
+    return [*lines, *expected, *judged, f"Source {i}: {first['origin']}", "-" * 50]

@@ -15,6 +15,7 @@ from verl_valgen.text import printable
 from verl_valgen.trackers.base import TrackedRun, Tracker
 from verl_valgen.trackers.summary import number, summary
 from verl_valgen.trackers.terminal import width, write_lines
+from verl_valgen.viewing.folder import step_file
 
 _RULE = "-" * 50
 
@@ -53,7 +54,7 @@ class ConsoleTracker(Tracker):
             yield from self._of_prompt([*firsts.values()], samples, is_full=is_full)
             yield _RULE
         if num_left_out := len(round.samples) - num_shown:
-            yield f"... {num_left_out} more in {printable(str(self._directory / f'step_{round.step:08d}.jsonl'))}"
+            yield f"... {num_left_out} more in {printable(str(step_file(self._directory, round.step)))}"
 
     def _of_prompt(self, shown: Sequence[Sample], samples: Sequence[Sample], *, is_full: bool) -> Iterator[str]:
         """The lines of one prompt.
