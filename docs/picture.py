@@ -9,6 +9,7 @@ Needs `rich`. The picture names no web font, so that it looks the same without a
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "console.svg"
-NUM_PROMPTS = 3
+NUM_PROMPTS = 2
 WIDTH = 100
 FONTS = "ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace"
 RULE = re.compile(r"-{20,}")
+NUMBERS = re.compile(r"\|.*\||\S+: best .*")
 
 CODE_FORMAT = """\
 <svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" role="img">
@@ -64,7 +66,7 @@ def run_demo() -> str:
 
 
 def read_rounds(log: str) -> list[list[str]]:
-    """Returns the lines of each round: its title, its first prompts, and the line that sums it up."""
+    """Returns the lines of each round: its title, its first prompts, and the lines that sum it up."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", log)]
     rounds = []
     for first, title in enumerate(lines):
@@ -73,7 +75,8 @@ def read_rounds(log: str) -> list[list[str]]:
         summary = next(i for i in range(first, len(lines)) if lines[i].startswith(f"Step {match[1]}: "))
         rules = [i for i in range(first, summary) if RULE.fullmatch(lines[i])]
         cut = rules[min(NUM_PROMPTS, len(rules)) - 1] + 1
-        rounds.append([*lines[first:cut], *(["..."] if len(rules) > NUM_PROMPTS else []), lines[summary]])
+        numbers = itertools.takewhile(NUMBERS.fullmatch, lines[summary + 1 :])
+        rounds.append([*lines[first:cut], *(["..."] if len(rules) > NUM_PROMPTS else []), lines[summary], *numbers])
     return rounds
 
 
