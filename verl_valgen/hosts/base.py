@@ -137,7 +137,7 @@ class Host(ABC):
     val_dataset: Dataset
     is_logging_rank: bool
     """Whether this rank owns verl's trackers."""
-    verl_loggers: Mapping[str, Any]
+    verl_loggers: dict[str, Any]
     """verl's own logger objects by the names of `trainer.logger`, once `fit()` has made them; empty on other ranks."""
 
     def __init__(self, trainer: Any) -> None:
@@ -185,7 +185,7 @@ class Host(ABC):
         Args:
             before_train: Whether `fit()` also calls it before the first training batch.
         """
-        self.verl_loggers = {}
+        self.verl_loggers.clear()  # the same object: whoever records the rounds has it already
         with loggers_remembered(self.verl_loggers), hooked(self.trainer, hook, before_train=before_train):
             yield
 
