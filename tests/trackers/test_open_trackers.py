@@ -93,7 +93,7 @@ def test_tracker_that_cannot_be_opened_costs_a_warning(open_here, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in TRACKERS if name not in ("file", "vemlp_wandb")])  # without extras
+@pytest.mark.parametrize("name", [name for name in TRACKERS if name not in ("file", "vemlp_wandb")])  # which have none
 def test_missing_package_names_the_extra(name, monkeypatch):
     for module in [*sys.modules]:
         if module == name or module.startswith(f"{name}."):
