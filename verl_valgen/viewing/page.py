@@ -28,8 +28,11 @@ SCRIPTS = (
     "stepper.js",
     "one_prompt.js",
     "one_step.js",
+    "chart.js",
     "curves.js",
     "compare.js",
+    "keys.js",
+    "theme.js",
     "main.js",
 )
 """In the order in which they run; the last one starts the app."""

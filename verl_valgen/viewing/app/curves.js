@@ -1,13 +1,13 @@
-// Curves of every number over steps; a click goes to the step.
+// Curves of every number over steps.
 "use strict";
 
 (function () {
   const { element, oneLine, number } = valgen.dom;
   const { data, state } = valgen;
-  const HEIGHT_PX = 170;
   const MAX_TABLE_STEPS = 200;
-  const DASHES = [[], [7, 4], [2, 3], [10, 3, 2, 3], [4, 2], [12, 5]];
   const NUM_COLOURS = 6;
+  const REDRAW_MS = 400; // while steps come in: each would draw all charts anew
+  const LAST = ["num_samples", "seconds", "tokens_per_s", "best", "best_step"];
 
   const scroller = element("section", { class: "pane", tabindex: "-1", "aria-label": "Numbers over steps" });
   const node = element("div", { class: "view" }, scroller);
@@ -22,16 +22,19 @@
   scroller.append(element("div", { class: "title-line" }, best, element("span", { class: "grow" }), filter), grid, table);
 
   let drawn = ""; // what the charts show
+  let drawnAt = 0;
+  let timer = 0;
   let charts = [];
   let now = null;
 
   /** The chart that a number belongs to, and its name there: those that differ by strategy or source share one. */
   function placeOf(name) {
     const parts = name.split("/");
+    const last = parts[parts.length - 1];
     if (parts[0] === "by_source" && parts.length > 2) {
-      return { chart: `${parts[parts.length - 1]} by source`, series: parts.slice(1, -1).join("/"), kind: "source" };
+      return { chart: `${last} by source`, kind: "source", series: parts.slice(1, -1).join("/") };
     }
-    return { chart: parts[parts.length - 1], series: parts.slice(0, -1).join("/"), kind: "strategy" };
+    return { chart: last, kind: "strategy", series: parts.slice(0, -1).join("/") };
   }
 
   // The same strategy (or source) has the same colour in every chart. Of two runs, the second is dashed; in one, dashes
@@ -41,163 +44,81 @@
     if (name === "") return { ink: 0, dash: runNumber };
     const key = `${kind}/${name}`;
     if (!looks.has(key)) looks.set(key, [...looks.keys()].filter((other) => other.startsWith(`${kind}/`)).length);
-    const at = looks.get(key);
-    return { ink: at % NUM_COLOURS, dash: (data.runs.length > 1 ? runNumber : at) % DASHES.length };
+    return { ink: looks.get(key) % NUM_COLOURS, dash: data.runs.length > 1 ? runNumber : looks.get(key) };
   }
 
-  /** Chart -> its series, `{label, run, runNumber, name, ink, dash}`, in the order in which they came. */
+  function namesOf(run) {
+    const names = new Set();
+    for (const step of [...run.loaded.keys()].sort((a, b) => b - a)) {
+      Object.keys(run.loaded.get(step).numbers).forEach((name) => names.add(name));
+    }
+    return [...names];
+  }
+
+  /** Chart -> its series; what is watched comes first, how long things took last. */
   function chartsOf(words) {
     const found = new Map();
+    looks.clear();
     data.runs.forEach((run, runNumber) => {
-      const names = new Set();
-      for (const step of [...run.loaded.keys()].sort((a, b) => b - a)) Object.keys(run.loaded.get(step).numbers).forEach((name) => names.add(name));
-      for (const name of names) {
+      for (const name of namesOf(run)) {
         if (!words.every((word) => name.toLowerCase().includes(word))) continue;
         const { chart, series, kind } = placeOf(name);
-        const label = [data.runs.length > 1 ? run.name || `run ${runNumber + 1}` : "", series].filter(Boolean).join(" · ") || chart;
+        const parts = [data.runs.length > 1 ? run.name || `run ${runNumber + 1}` : "", series].filter(Boolean);
         if (!found.has(chart)) found.set(chart, []);
-        found.get(chart).push({ label: oneLine(label, 50), run, runNumber, name, ...lookOf(kind, series, runNumber) });
+        const label = oneLine(parts.join(" · ") || chart, 50);
+        found.get(chart).push({ label, run, runNumber, name, ...lookOf(kind, series, runNumber) });
       }
     });
-    // What is watched comes first; how long things took, last.
-    const rank = (chart) => {
-      const names = found.get(chart).map((series) => series.name);
-      if (data.runs.some((run) => names.includes(run.best_metric))) return 0;
-      return ["num_samples", "seconds", "tokens_per_s", "best", "best_step"].includes(chart) ? 2 : 1;
-    };
+    const isWatched = (chart) => found.get(chart).some(({ run, name }) => run.best_metric === name);
+    const rank = (chart) => (isWatched(chart) ? 0 : LAST.includes(chart) ? 2 : 1);
     return [...found].sort(([a], [b]) => rank(a) - rank(b));
   }
 
-  function colour(name) {
-    return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  }
-
-  /** From the least to the greatest value, with some room; a number that never moves gets a scale all the same. */
-  function rangeOf(_, low, high) {
-    if (low === null || low === high) return [Math.min(0, low || 0), Math.max(1, (low || 0) * 1.25)];
-    const room = (high - low) * 0.06;
-    return [low >= 0 ? Math.max(0, low - room) : low - room, high + room];
-  }
-
-  function marks(series) {
-    const best = series.find(({ run, name }) => run.best && run.best_metric === name);
-    const run = best ? best.run : series[0].run;
-    return (plot) => {
-      const { ctx, bbox } = plot;
-      const at = (step, ink, dash) => {
-        const x = Math.round(plot.valToPos(step, "x", true));
-        if (!(x >= bbox.left && x <= bbox.left + bbox.width)) return;
-        ctx.save();
-        ctx.strokeStyle = ctx.fillStyle = ink;
-        ctx.lineWidth = devicePixelRatio;
-        ctx.setLineDash(dash.map((length) => length * devicePixelRatio));
-        ctx.beginPath();
-        ctx.moveTo(x, bbox.top);
-        ctx.lineTo(x, bbox.top + bbox.height);
-        ctx.stroke();
-        ctx.restore();
-        return x;
-      };
-      at(now.step, colour("--faint"), [2, 2]);
-      if (!run.best) return;
-      const x = at(run.best.step, colour("--accent"), best ? [] : [3, 3]);
-      if (x === undefined || !best) return;
-      ctx.save();
-      ctx.fillStyle = colour("--accent");
-      ctx.font = `${13 * devicePixelRatio}px sans-serif`;
-      ctx.textAlign = "center";
-      ctx.fillText("★", x, bbox.top - 3 * devicePixelRatio);
-      ctx.restore();
-    };
-  }
-
-  function makeChart(title, series) {
-    const steps = [...new Set(series.flatMap(({ run }) => [...run.loaded.keys()]))].sort((a, b) => a - b);
-    const values = series.map(({ run, name }) => steps.map((step) => {
-      const loaded = run.loaded.get(step);
-      const value = loaded && loaded.numbers[name];
-      return Number.isFinite(value) ? value : null;
-    }));
-    const holder = element("div", { class: "chart-body" });
-    const reading = element("span", { class: "reading" });
-    const isAlone = series.length === 1;
-    const caption = element("figcaption", {}, oneLine(title, 60), isAlone && series[0].label !== title && element("span", { class: "note" }, ` ${series[0].label}`), reading);
-    const box = element("figure", { class: "chart", "aria-label": `${title} over steps` }, caption, holder);
-    const axis = { stroke: colour("--muted"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false }, font: "11px sans-serif" };
-    const build = () => {
-      const plot = new uPlot({
-        width: Math.max(200, holder.clientWidth), height: HEIGHT_PX,
-        padding: [16, 10, 0, 0],
-        scales: { x: { time: false }, y: { range: rangeOf } },
-        axes: [{ ...axis, size: 24, gap: 4 }, { ...axis, size: 46, gap: 4, values: (_, ticks) => ticks.map((tick) => number(tick)) }],
-        cursor: { y: false, points: { size: 7 } },
-        legend: {
-          show: !isAlone, live: true,
-          markers: { width: 2, dash: (_, at) => ((series[at - 1] || series[0]).dash ? "dashed" : "solid") },
-        },
-        series: [
-          { label: "step", value: (_, step) => (step === null ? "" : String(step)) },
-          ...series.map(({ label, ink, dash }) => ({
-            label, stroke: colour(`--series-${ink}`), width: 1.75, dash: DASHES[dash], spanGaps: true,
-            points: { show: steps.length <= 60, size: 5 },
-            value: (_, value) => (value === null ? "" : number(value)),
-          })),
-        ],
-        hooks: {
-          draw: [marks(series)],
-          setCursor: [({ cursor: { idx } }) => { reading.textContent = Number.isInteger(idx) ? `step ${steps[idx]}${isAlone ? `: ${number(values[0][idx])}` : ""}` : ""; }],
-        },
-      }, [steps, ...values], holder);
-      plot.over.addEventListener("click", () => {
-        const at = plot.cursor.idx;
-        if (at === null || at === undefined) return;
-        const found = series.find(({ run }) => run.loaded.has(steps[at]));
-        state.set({ view: "step", step: steps[at], run: found.runNumber }, true);
-      });
-      return plot;
-    };
-    return { box, holder, build, plot: null };
-  }
-
-  // Charts are made as they come into view: there may be hundreds of numbers.
+  // Charts are drawn as they come into view: there may be hundreds of numbers.
   const sight = new IntersectionObserver((entries) => {
     for (const entry of entries) {
-      const chart = charts.find(({ box }) => box === entry.target);
-      if (entry.isIntersecting && chart && !chart.plot) chart.plot = chart.build();
+      if (entry.isIntersecting) charts.filter(({ box }) => box === entry.target).forEach((chart) => chart.draw());
     }
   }, { rootMargin: "200px" });
-  new ResizeObserver(() => {
-    charts.forEach(({ plot, holder }) => {
-      if (plot && holder.clientWidth > 0) plot.setSize({ width: holder.clientWidth, height: HEIGHT_PX });
-    });
-  }).observe(grid);
+  new ResizeObserver(() => charts.forEach((chart) => chart.resize())).observe(grid);
 
-  function clear() {
-    charts.forEach(({ plot }) => plot && plot.destroy());
+  function drawCharts(words) {
     sight.disconnect();
-    charts = [];
-    grid.replaceChildren();
+    charts.forEach((chart) => chart.destroy());
+    const goTo = (step, run) => state.set({ view: "step", step, run }, true);
+    charts = chartsOf(words).map(([title, series]) => valgen.Chart(title, series, () => now.step, goTo));
+    const nothing = element("p", { class: "nothing" }, words.length ? "No number has this in its name." : "No numbers yet.");
+    grid.replaceChildren(...(charts.length ? charts.map(({ box }) => box) : [nothing]));
+    charts.forEach(({ box }) => sight.observe(box));
   }
 
   function drawTable() {
     const summary = table.firstElementChild;
     table.replaceChildren(summary);
     if (!table.open || !now) return;
-    const steps = [...now.run.loaded.keys()].sort((a, b) => b - a).slice(0, MAX_TABLE_STEPS);
-    const names = [...new Set(steps.flatMap((step) => Object.keys(now.run.loaded.get(step).numbers)))];
-    table.append(element("div", { class: "table-holder", tabindex: "0" }, element("table", {},
-      element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "step"), names.map((name) => element("th", { scope: "col" }, oneLine(name, 60))))),
-      element("tbody", {}, steps.map((step) => element("tr", {},
-        element("th", { scope: "row" }, element("a", { href: state.hashOf({ view: "step", step }) }, String(step))),
-        names.map((name) => element("td", {}, number(now.run.loaded.get(step).numbers[name])))))),
-    )));
+    const { loaded } = now.run;
+    const names = namesOf(now.run);
+    const steps = [...loaded.keys()].sort((a, b) => b - a).slice(0, MAX_TABLE_STEPS);
+    const head = ["step", ...names].map((name) => element("th", { scope: "col" }, oneLine(name, 60)));
+    const rows = steps.map((step) => element(
+      "tr", {},
+      element("th", { scope: "row" }, element("a", { href: state.hashOf({ view: "step", step }) }, String(step))),
+      names.map((name) => element("td", {}, number(loaded.get(step).numbers[name]))),
+    ));
+    const whole = element("table", {}, element("thead", {}, element("tr", {}, head)), element("tbody", {}, rows));
+    table.append(element("div", { class: "table-holder", tabindex: "0" }, whole));
   }
 
   function drawBest() {
-    const lines = data.runs.filter((run) => run.best).map((run) => [
-      element("span", { class: "star" }, "★ "), `${data.runs.length > 1 ? oneLine(run.name, 40) + ": " : ""}${oneLine(run.best_metric || "", 80)}: best ${number(run.best.value)} at `,
-      element("a", { href: state.hashOf({ view: "step", step: run.best.step, run: data.runs.indexOf(run) }) }, `step ${run.best.step}`), " ",
-    ]);
+    const lines = data.runs.filter((run) => run.best).map((run) => {
+      const name = data.runs.length > 1 ? oneLine(run.name, 40) + ": " : "";
+      const link = state.hashOf({ view: "step", step: run.best.step, run: data.runs.indexOf(run) });
+      return [
+        element("span", { class: "star" }, "★ "),
+        `${name}${oneLine(run.best_metric || "", 80)}: best ${number(run.best.value)} at `,
+        element("a", { href: link }, `step ${run.best.step}`), " ",
+      ];
+    });
     best.replaceChildren(...lines.flat());
   }
 
@@ -207,15 +128,19 @@
     const text = state.get().curves;
     if (document.activeElement !== filter) filter.value = text;
     const words = text.toLowerCase().split(/\s+/).filter(Boolean);
-    const wanted = JSON.stringify([words, now.step, valgen.main.theme(), data.runs.map((run) => [...run.loaded.keys(), run.best])]);
+    const wanted = JSON.stringify([
+      words, now.runNumber, now.step, valgen.main.theme(), data.runs.map((run) => [run.loaded.size, run.steps.length, run.best]),
+    ]);
     if (wanted === drawn) return;
+    clearTimeout(timer);
+    const { all, loaded } = valgen.loading.progress();
+    if (loaded < all && performance.now() - drawnAt < REDRAW_MS) {
+      timer = setTimeout(() => update(now), REDRAW_MS);
+      return;
+    }
     drawn = wanted;
-    clear();
-    looks.clear();
-    charts = chartsOf(words).map(([title, series]) => makeChart(title, series));
-    if (!charts.length) grid.append(element("p", { class: "nothing" }, words.length ? "No number has this in its name." : "No numbers yet."));
-    grid.append(...charts.map(({ box }) => box));
-    charts.forEach(({ box }) => sight.observe(box));
+    drawnAt = performance.now();
+    drawCharts(words);
     drawTable();
   }
 
