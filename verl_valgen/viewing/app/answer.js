@@ -2,33 +2,46 @@
 "use strict";
 
 (function () {
-  const { element, appendText, textBlock, number, oneLine } = valgen.dom;
+  const { element, span, appendText, textBlock, number, oneLine, select } = valgen.dom;
   const { data, diff } = valgen;
   const MAX_LIST_CHARS = 1200; // of one text in a list, where a look is enough
   const ENDINGS = { eos: "ended", stop: "stopped", length: "cut off", time: "out of time" };
 
+  const AGAINST = { before: "the step before", reference: "the expected answer", first: "the first step" };
+
   const ending = (reason) => (Object.hasOwn(ENDINGS, reason) ? ENDINGS[reason] : oneLine(reason, 40));
   const shortened = (text) => (text.length > MAX_LIST_CHARS ? text.slice(0, MAX_LIST_CHARS) + "…" : text);
 
+  function chip(kind, title, ...children) {
+    return element("span", { class: `chip ${kind}`, title }, ...children);
+  }
+
+  /** "good", "bad" or "mid" for a score from 0 to 1; "" for others. */
+  function gradeOf(value) {
+    if (value === null || value < 0 || value > 1) return "";
+    return value >= 0.999 ? "good" : value <= 0.001 ? "bad" : "mid";
+  }
+
+  const SIGNS = { good: "✓ ", bad: "✗ " };
+  const named = (name) => span("name", oneLine(name, 40));
+
   function scoreChip(name, value) {
-    const isUnit = value !== null && value >= 0 && value <= 1;
-    const grade = !isUnit ? "" : value >= 0.999 ? " good" : value <= 0.001 ? " bad" : " mid";
-    const sign = !isUnit ? "" : value >= 0.999 ? "✓ " : value <= 0.001 ? "✗ " : "";
-    return element("span", { class: "chip" + grade, title: oneLine(name) }, element("span", { class: "name" }, oneLine(name, 40)), " ", sign + number(value));
+    const grade = gradeOf(value);
+    return chip(grade, oneLine(name), named(name), " ", (SIGNS[grade] || "") + number(value));
   }
 
   /** Scores, why it ended, how long it is, and whether it was checked; in a list, that it was is not said. */
   function facts(answer, isList = false) {
-    const isCut = answer.finish_reason === "length" || answer.finish_reason === "time";
+    const { finish_reason: reason, num_new_tokens: num, verified } = answer;
+    const isCut = reason === "length" || reason === "time";
     return element(
       "div", { class: "facts" },
       Object.entries(answer.scores).map(([name, value]) => scoreChip(name, value)),
-      answer.finish_reason !== null && element("span", { class: "chip" + (isCut ? " warn" : " quiet"), title: "finish_reason: " + oneLine(answer.finish_reason) }, ending(answer.finish_reason)),
-      element("span", { class: "chip quiet" }, `${answer.num_new_tokens} ${answer.num_new_tokens === 1 ? "token" : "tokens"}`),
-      !isList && answer.verified === true && element("span", { class: "chip quiet", title: "The round's answers passed the check against the trainer's model" }, "verified"),
-      data.isWithheld(answer) && element("span", { class: "chip bad" }, "withheld"),
-      Object.entries(answer.score_texts || {}).map(([name, text]) =>
-        element("span", { class: "chip quiet" }, element("span", { class: "name" }, oneLine(name, 40)), " ", oneLine(text, 60))),
+      reason !== null && chip(isCut ? "warn" : "quiet", "finish_reason: " + oneLine(reason), ending(reason)),
+      chip("quiet", null, `${num} ${num === 1 ? "token" : "tokens"}`),
+      !isList && verified === true && chip("quiet", "It passed the check against the trainer's model", "verified"),
+      data.isWithheld(answer) && chip("bad", null, "withheld"),
+      Object.entries(answer.score_texts).map(([name, text]) => chip("", null, named(name), " ", oneLine(text, 60))),
     );
   }
 
@@ -37,15 +50,15 @@
     const cut = options.isList ? shortened : (text) => text;
     const block = element("div", { class: "text answer", dir: "auto" });
     if (answer === undefined) {
-      block.append(element("span", { class: "nothing" }, options.missing || "no answer at this step"));
+      block.append(span("nothing", options.missing || "no answer at this step"));
       return block;
     }
     if (data.isWithheld(answer)) {
-      block.append(element("span", { class: "nothing" }, oneLine(answer.generation)));
+      block.append(span("nothing", oneLine(answer.generation)));
       return block;
     }
     diff.appendMarked(block, old === undefined || old === null ? null : cut(old), cut(answer.generation), options.side);
-    if (!answer.generation) block.append(element("span", { class: "nothing" }, "(empty)"));
+    if (!answer.generation) block.append(span("nothing", "(empty)"));
     return block;
   }
 
@@ -70,21 +83,42 @@
       .filter(Boolean).join(" · ");
   }
 
+  /** The expected answer in a list; nothing where there is none. */
+  function expected({ reference }) {
+    if (reference === null) return null;
+    return element(
+      "div", { class: "expected" },
+      span("label", "Expected "), textBlock(shortened(reference), { class: "reference clamp" }),
+    );
+  }
+
+  /** The beginning of an item in a list: a link to the prompt over all steps, and what else is said of it. */
+  function head(prompt, link, ...children) {
+    return element("div", { class: "head" }, element("a", { href: link }, promptTitle(prompt)), ...children);
+  }
+
   function labelled(label, node) {
     return element("div", { class: "labelled" }, element("div", { class: "label" }, label), node);
   }
 
   /** Everything that is seldom asked for. */
   function rest(prompt, answer) {
+    const { params, seed, num_prompt_tokens } = answer || {};
     const parts = [
       ["What the model got", prompt.prompt],
       ["The whole answer", answer && answer.generation_raw],
       ["All that is trained", prompt.reference_raw],
       ["What the data says", prompt.reference_text],
       ["Ground truth", prompt.ground_truth],
-      ["Parameters", answer && JSON.stringify({ ...answer.params, seed: answer.seed, num_prompt_tokens: answer.num_prompt_tokens })],
+      ["Parameters", answer && JSON.stringify({ ...params, seed, num_prompt_tokens })],
     ].filter(([, text]) => text !== null && text !== undefined && text !== "");
-    return parts.map(([label, text]) => labelled(label, appendText(element("pre", { class: "text raw", dir: "auto" }), text)));
+    const raw = (text) => appendText(element("pre", { class: "text raw", dir: "auto" }), text);
+    return parts.map(([label, text]) => labelled(label, raw(text)));
+  }
+
+  /** A record, near to that in the JSONL files. */
+  function record(run, step, prompt, answer) {
+    return { run: run.name, step, ...prompt, ...(answer || {}), prompt: prompt.prompt };
   }
 
   /** Copies `value` as JSON and says so on `button`. */
@@ -111,5 +145,21 @@
     }, 1200);
   }
 
-  valgen.answer = { facts, answerText, oldText, promptTitle, labelled, rest, copy, ending, shortened, scoreChip };
+  /** Which run, where there are two; and what changes are marked against. */
+  function runControl() {
+    const control = select("Run", "run", (value) => valgen.state.set({ run: value }));
+    const names = () => data.runs.map((run, at) => [String(at), run.name || `run ${at + 1}`]);
+    return { node: control.node, set: (value) => control.set(names(), String(value)) };
+  }
+
+  function againstControl() {
+    const control = select("Changes against", "against", (value) => valgen.state.set({ against: value }));
+    const options = [...Object.entries(AGAINST), ["none", "nothing"]];
+    return { node: control.node, set: (value) => control.set(options, value) };
+  }
+
+  valgen.answer = {
+    AGAINST, ending, gradeOf, SIGNS, shortened, facts, answerText, oldText, promptTitle, expected, head, labelled, rest,
+    record, copy, runControl, againstControl,
+  };
 })();

@@ -2,7 +2,7 @@
 "use strict";
 
 (function () {
-  const { element, oneLine, number } = valgen.dom;
+  const { element, span, oneLine, number } = valgen.dom;
   const HEIGHT_PX = 170;
   const DASHES = [[], [7, 4], [2, 3], [10, 3, 2, 3], [4, 2], [12, 5]];
   const FONT = "11px sans-serif";
@@ -58,7 +58,8 @@
   function optionsOf(series, steps, values, width, reading, shownStep) {
     const isAlone = series.length === 1;
     const axis = {
-      stroke: colour("--muted"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false }, font: FONT, gap: 4,
+      stroke: colour("--muted"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false },
+      font: FONT, gap: 4,
     };
     return {
       width, height: HEIGHT_PX, padding: [16, 10, 0, 0],
@@ -87,16 +88,16 @@
     };
   }
 
-  /** `series`: `{label, run, runNumber, name, ink, dash}`; `goTo(step, runNumber)` is called for a click. The chart is in
-   * the document as `box`, and drawn by `draw`, once it is to be seen. */
+  /** `series`: `{label, run, runNumber, name, ink, dash}`; `goTo(step, runNumber)` is called for a click. The chart is
+   * in the document as `box`, and drawn by `draw`, once it is to be seen. */
   function Chart(title, series, shownStep, goTo) {
     const steps = [...new Set(series.flatMap(({ run }) => [...run.loaded.keys()]))].sort((a, b) => a - b);
     const values = series.map(({ run, name }) => steps.map((step) => {
       const loaded = run.loaded.get(step);
       return loaded && Number.isFinite(loaded.numbers[name]) ? loaded.numbers[name] : null;
     }));
-    const reading = element("span", { class: "reading" });
-    const note = series.length === 1 && series[0].label !== title && element("span", { class: "note" }, series[0].label);
+    const reading = span("reading");
+    const note = series.length === 1 && series[0].label !== title && span("note", series[0].label);
     const holder = element("div", { class: "chart-body" });
     const box = element(
       "figure", { class: "chart", "aria-label": `${oneLine(title, 60)} over steps` },

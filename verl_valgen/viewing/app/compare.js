@@ -2,23 +2,26 @@
 "use strict";
 
 (function () {
-  const { element, textBlock, oneLine, select, number } = valgen.dom;
+  const { element, span, button, checkbox, textBlock, oneLine, select, number } = valgen.dom;
   const { data, answer: show, state } = valgen;
+
+  const NOTHING = "There is one run with one strategy here: nothing to compare. "
+    + "`python -m verl_valgen page DIR --compare DIR2` puts two runs side by side.";
 
   const scroller = element("section", { class: "pane", tabindex: "-1", "aria-label": "Side by side" });
   const node = element("div", { class: "view" }, scroller);
   const stepper = valgen.Stepper(null);
   const left = select("Left", "left", (value) => state.set({ left: value }));
   const right = select("Right", "right", (value) => state.set({ right: value }));
-  const differBox = element("input", { type: "checkbox", name: "differ", onchange: () => state.set({ differ: differBox.checked ? "1" : "" }) });
+  const differ = checkbox("only where they differ", "differ", (value) => state.set({ differ: value }));
   const summary = element("span", { class: "summary", role: "status" });
   const heads = element("div", { class: "pair heads" });
   const host = element("div", {});
-  const copyButton = element("button", { type: "button", onclick: () => show.copy(copyButton, rows.map(record)) }, "Copy as JSON");
+  const copyButton = button("Copy as JSON", () => show.copy(copyButton, rows.map(record)));
   scroller.append(
     stepper.node,
-    element("div", { class: "fields" }, left.node, right.node, element("label", { class: "check" }, differBox, "only where they differ")),
-    element("div", { class: "title-line" }, summary, element("span", { class: "grow" }), copyButton),
+    element("div", { class: "fields" }, left.node, right.node, differ.node),
+    element("div", { class: "title-line" }, summary, span("grow"), copyButton),
     heads, host,
   );
   const list = valgen.VirtualList({ scroller, host, estimate: 120, make });
@@ -26,14 +29,17 @@
   let sides = [];
   let drawn = "";
 
-  /** Everything that can stand on a side: `run:completion:strategy` and how it is called. */
+  /** Everything that can stand on a side: `run:completion:strategy`, and how it is called. */
   function choices() {
-    return data.runs.flatMap((run, runNumber) => run.strategies.flatMap((strategy) =>
-      data.completionsOf(runNumber, strategy).map((completion, _, all) => [
-        `${runNumber}:${completion}:${strategy}`,
-        [data.runs.length > 1 ? run.name || `run ${runNumber + 1}` : "", run.strategies.length > 1 || data.runs.length === 1 ? strategy : "", all.length > 1 ? `completion ${completion + 1}` : ""]
-          .filter(Boolean).join(" · "),
-      ])));
+    const isOneRun = data.runs.length === 1;
+    return data.runs.flatMap((run, runNumber) => run.strategies.flatMap((strategy) => {
+      const completions = data.completionsOf(runNumber, strategy);
+      return completions.map((completion) => [`${runNumber}:${completion}:${strategy}`, [
+        !isOneRun && (run.name || `run ${runNumber + 1}`),
+        (isOneRun || run.strategies.length > 1) && strategy,
+        completions.length > 1 && `completion ${completion + 1}`,
+      ].filter(Boolean).join(" · ")]);
+    }));
   }
 
   function parse(text) {
@@ -43,15 +49,14 @@
 
   /** What is chosen, or else the first strategy beside the other run's, or beside the second strategy. */
   function chosen(options, shown) {
-    const known = new Set(options.map(([value]) => value));
-    const one = known.has(shown.left) ? shown.left : options[0][0];
-    const [run, completion, ...strategy] = one.split(":");
+    const values = options.map(([value]) => value);
+    const one = parse(values.includes(shown.left) ? shown.left : values[0]);
+    const others = values.filter((value) => value !== one.text);
     const candidates = [
-      shown.right, `${run === "0" ? 1 : 0}:${completion}:${strategy.join(":")}`,
-      ...options.map(([value]) => value).filter((value) => value !== one && parse(value).strategy !== strategy.join(":")),
-      ...options.map(([value]) => value).filter((value) => value !== one),
+      shown.right, `${one.runNumber === 0 ? 1 : 0}:${one.completion}:${one.strategy}`,
+      ...others.filter((value) => parse(value).strategy !== one.strategy), ...others,
     ];
-    return [parse(one), parse(candidates.find((value) => known.has(value)) || one)];
+    return [one, parse(candidates.find((value) => values.includes(value)))];
   }
 
   /** The step itself, or the last one before it that the run has. */
@@ -82,7 +87,8 @@
   }
 
   function record(row) {
-    return { prompt: row.prompt, step: sides.map((side) => side.step), left: row.left || null, right: row.right || null };
+    const [left, right] = sides.map(({ step }) => step);
+    return { prompt: row.prompt, left_step: left, left: row.left || null, right_step: right, right: row.right || null };
   }
 
   function side(row, which) {
@@ -97,7 +103,7 @@
     else {
       block = element("div", { class: "text answer", dir: "auto" });
       valgen.diff.appendMarked(block, show.shortened(answer.generation), show.shortened(other.generation), "old");
-      if (!answer.generation) block.append(element("span", { class: "nothing" }, "(empty)"));
+      if (!answer.generation) block.append(span("nothing", "(empty)"));
     }
     block.classList.add("clamp");
     return element("div", { class: "side" }, block, answer && show.facts(answer, true));
@@ -107,10 +113,12 @@
     const row = rows[at];
     return element(
       "article", { class: "sample card compare-sample" },
-      element("div", { class: "head" }, element("a", { href: state.hashOf({ view: "prompt", prompt: row.prompt.key }) }, show.promptTitle(row.prompt)),
-        !differs(row) && element("span", { class: "which" }, "the same")),
+      show.head(
+        row.prompt, state.hashOf({ view: "prompt", prompt: row.prompt.key }),
+        !differs(row) && span("which", "the same"),
+      ),
       textBlock(show.shortened(row.prompt.prompt_text), { class: "prompt-text clamp" }),
-      row.prompt.reference !== null && element("div", { class: "expected" }, element("span", { class: "label" }, "Expected "), textBlock(show.shortened(row.prompt.reference), { class: "reference clamp" })),
+      show.expected(row.prompt),
       element("div", { class: "pair" }, side(row, "left"), side(row, "right")),
     );
   }
@@ -121,20 +129,24 @@
     if (options.length < 2) {
       rows = [];
       list.reset(0);
-      summary.textContent = "There is one run with one strategy here: nothing to compare. `python -m verl_valgen page DIR --compare DIR2` puts two runs side by side.";
+      summary.textContent = NOTHING;
       return;
     }
     const shown = state.get();
     sides = chosen(options, shown);
     left.set(options, sides[0].text);
     right.set(options, sides[1].text);
-    differBox.checked = Boolean(shown.differ);
+    differ.set(Boolean(shown.differ));
     const all = collect(now.step);
     const different = all.filter(differs);
     rows = shown.differ ? different : all;
     const names = new Set(sides.flatMap((one) => data.scoreNames(one.runNumber)));
-    summary.textContent = [`${different.length} of ${all.length} differ`, ...[...names].map((name) => `${oneLine(name, 40)} ${mean(all, "left", name)} | ${mean(all, "right", name)}`)].join(" · ");
-    heads.replaceChildren(...sides.map((one) => element("div", { class: "label" }, oneLine(options.find(([value]) => value === one.text)[1], 80), ` · step ${one.step}`)));
+    const both = (name) => `${mean(all, "left", name)} | ${mean(all, "right", name)}`;
+    const means = [...names].map((name) => `${oneLine(name, 40)} ${both(name)}`);
+    summary.textContent = [`${different.length} of ${all.length} differ`, ...means].join(" · ");
+    const called = new Map(options);
+    heads.replaceChildren(...sides.map(({ text, step }) =>
+      element("div", { class: "label" }, `${oneLine(called.get(text), 80)} · step ${step}`)));
     const which = JSON.stringify([sides.map((one) => [one.text, one.step]), shown.differ]);
     list.reset(rows.length, which === drawn);
     drawn = which;

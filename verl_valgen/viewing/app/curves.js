@@ -2,7 +2,7 @@
 "use strict";
 
 (function () {
-  const { element, oneLine, number } = valgen.dom;
+  const { element, span, oneLine, number } = valgen.dom;
   const { data, state } = valgen;
   const MAX_TABLE_STEPS = 200;
   const NUM_COLOURS = 6;
@@ -19,7 +19,7 @@
   const grid = element("div", { class: "charts" });
   const table = element("details", { class: "rest" }, element("summary", {}, "As a table"));
   table.addEventListener("toggle", () => drawTable());
-  scroller.append(element("div", { class: "title-line" }, best, element("span", { class: "grow" }), filter), grid, table);
+  scroller.append(element("div", { class: "title-line" }, best, span("grow"), filter), grid, table);
 
   let drawn = ""; // what the charts show
   let drawnAt = 0;
@@ -87,7 +87,8 @@
     charts.forEach((chart) => chart.destroy());
     const goTo = (step, run) => state.set({ view: "step", step, run }, true);
     charts = chartsOf(words).map(([title, series]) => valgen.Chart(title, series, () => now.step, goTo));
-    const nothing = element("p", { class: "nothing" }, words.length ? "No number has this in its name." : "No numbers yet.");
+    const why = words.length ? "No number has this in its name." : "No numbers yet.";
+    const nothing = element("p", { class: "nothing" }, why);
     grid.replaceChildren(...(charts.length ? charts.map(({ box }) => box) : [nothing]));
     charts.forEach(({ box }) => sight.observe(box));
   }
@@ -114,7 +115,7 @@
       const name = data.runs.length > 1 ? oneLine(run.name, 40) + ": " : "";
       const link = state.hashOf({ view: "step", step: run.best.step, run: data.runs.indexOf(run) });
       return [
-        element("span", { class: "star" }, "★ "),
+        span("star", "★ "),
         `${name}${oneLine(run.best_metric || "", 80)}: best ${number(run.best.value)} at `,
         element("a", { href: link }, `step ${run.best.step}`), " ",
       ];
@@ -128,9 +129,8 @@
     const text = state.get().curves;
     if (document.activeElement !== filter) filter.value = text;
     const words = text.toLowerCase().split(/\s+/).filter(Boolean);
-    const wanted = JSON.stringify([
-      words, now.runNumber, now.step, valgen.main.theme(), data.runs.map((run) => [run.loaded.size, run.steps.length, run.best]),
-    ]);
+    const there = data.runs.map((run) => [run.loaded.size, run.steps.length, run.best]);
+    const wanted = JSON.stringify([words, now.runNumber, now.step, valgen.main.theme(), there]);
     if (wanted === drawn) return;
     clearTimeout(timer);
     const { all, loaded } = valgen.loading.progress();

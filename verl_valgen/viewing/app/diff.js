@@ -5,7 +5,8 @@
   const { element, appendText } = valgen.dom;
   const MAX_DIFF_MS = 150;
   // Scripts without blanks between words: there a dictionary tells the words.
-  const UNSPACED = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}\p{Script=Lao}\p{Script=Khmer}\p{Script=Myanmar}]/u;
+  const SCRIPTS = ["Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar"];
+  const UNSPACED = new RegExp(`[${SCRIPTS.map((name) => `\\p{Script=${name}}`).join("")}]`, "u");
   // A word, with the point in a number and the apostrophe in a word; a line break; other blanks; any other character.
   const TOKENS = /(?:[\p{L}\p{N}\p{M}_]|(?<=\p{N})[.,:](?=\p{N})|(?<=\p{L})['’](?=\p{L}))+|\n|[^\S\n]+|[^]/gu;
 
@@ -35,7 +36,8 @@
     if (parts === undefined) { // too different to be told in time
       return [{ value: old, kind: "del" }, { value: text, kind: "ins" }].filter((piece) => piece.value);
     }
-    return joined(parts.map(({ value, added, removed }) => ({ value: value.join(""), kind: added ? "ins" : removed ? "del" : "same" })));
+    const kindOf = ({ added, removed }) => (added ? "ins" : removed ? "del" : "same");
+    return joined(parts.map((part) => ({ value: part.value.join(""), kind: kindOf(part) })));
   }
 
   /** Changes that only blanks part become one: "two words" for "one thing" reads better than word by word. */

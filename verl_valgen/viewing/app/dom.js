@@ -10,7 +10,7 @@ var valgen = window.valgen || {};
   const EMOJI_BEFORE = /[\p{Extended_Pictographic}\u{1f3fb}-\u{1f3ff}\ufe0f]$/u;
   const EMOJI_AFTER = /^\p{Extended_Pictographic}/u;
 
-  /** An element with attributes; a `null` or `false` attribute is left out, a function listens to the event `on<name>`. */
+  /** An element. Attributes and children that are `null` or `false` are left out; a function listens to `on<name>`. */
   function element(tag, attributes, ...children) {
     const node = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes || {})) {
@@ -21,6 +21,15 @@ var valgen = window.valgen || {};
     }
     node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
     return node;
+  }
+
+  const span = (className, ...children) => element("span", { class: className }, ...children);
+  const button = (label, act, title) => element("button", { type: "button", title, onclick: act }, label);
+
+  /** A labelled check box; `onChange` gets "1" or "". */
+  function checkbox(label, name, onChange) {
+    const box = element("input", { type: "checkbox", name, onchange: () => onChange(box.checked ? "1" : "") });
+    return { node: element("label", { class: "check" }, box, label), set: (isChecked) => { box.checked = isChecked; } };
   }
 
   function escapeOf(char) {
@@ -42,7 +51,7 @@ var valgen = window.valgen || {};
       const char = match[0];
       if (char === "\n" || char === "\t" || (char === "\u200d" && joinsEmoji(text, match.index))) continue;
       if (match.index > from) parent.append(text.slice(from, match.index));
-      parent.append(element("span", { class: "escape" }, escapeOf(char)));
+      parent.append(span("escape", escapeOf(char)));
       from = match.index + char.length;
     }
     if (from < text.length) parent.append(text.slice(from));
@@ -77,7 +86,8 @@ var valgen = window.valgen || {};
       set(options, value) {
         const known = JSON.stringify(options);
         if (control.dataset.options !== known) {
-          control.replaceChildren(...options.map(([key, text]) => element("option", { value: key }, oneLine(text, 60))));
+          const made = options.map(([key, text]) => element("option", { value: key }, oneLine(text, 60)));
+          control.replaceChildren(...made);
           control.dataset.options = known;
         }
         control.value = value;
@@ -86,5 +96,5 @@ var valgen = window.valgen || {};
     };
   }
 
-  valgen.dom = { element, appendText, oneLine, textBlock, number, select };
+  valgen.dom = { element, span, button, checkbox, appendText, oneLine, textBlock, number, select };
 })();

@@ -11,7 +11,7 @@
       "dialog", { "aria-label": "Keys" },
       element("h2", {}, "Keys"),
       element("dl", {}, help.flatMap(([keys, what]) => [element("dt", {}, names(keys)), element("dd", {}, what)])),
-      element("p", { class: "note" }, "Underlined is new, struck through is gone. The address of this page leads to what is shown."),
+      element("p", { class: "note" }, "Underlined is new, struck through is gone. The address leads to what is shown."),
       element("button", { type: "button", onclick: () => dialog.close() }, "Close"),
     );
 

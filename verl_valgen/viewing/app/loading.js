@@ -117,7 +117,8 @@
     }
     isComplete = true;
     loadInline(block).catch((error) => {
-      const reason = typeof DecompressionStream === "undefined" ? "this browser is too old (no DecompressionStream)" : error.message;
+      const isOld = typeof DecompressionStream === "undefined";
+      const reason = isOld ? "this browser is too old (it has no DecompressionStream)" : error.message;
       data.problems.set("index", `The samples in this page cannot be read: ${reason}`);
       data.changed();
     });

@@ -2,7 +2,7 @@
 "use strict";
 
 (function () {
-  const { element, oneLine } = valgen.dom;
+  const { element, button, oneLine } = valgen.dom;
   const { data, state, loading } = valgen;
   const VIEWS = [
     ["prompt", "Prompt", valgen.onePrompt], ["step", "Step", valgen.oneStep],
@@ -23,7 +23,7 @@
   const title = element("h1", {});
   const tabs = VIEWS.map(([, label], at) => element("a", { class: "tab", title: `${label} (${at + 1})` }, label));
   const status = element("span", { class: "status", role: "status" });
-  const reload = element("button", { type: "button", title: "Look for newer rounds (r)", onclick: lookAgain }, "Reload");
+  const reload = button("Reload", lookAgain, "Look for newer rounds (r)");
   const theme = valgen.Theme(() => ask());
   const keys = valgen.Keys({
     ArrowLeft: () => moveStep(-1), ArrowRight: () => moveStep(1),
@@ -37,7 +37,7 @@
     d: () => now && cycle("against", AGAINST, now.against),
     "/": search, r: lookAgain, t: () => theme.next(),
   }, HELP);
-  const help = element("button", { type: "button", title: "Keys (?)", "aria-label": "Keys", onclick: keys.toggle }, "?");
+  const help = button("?", keys.toggle, "Keys (?)");
   const problems = element("div", { class: "problems", role: "alert" });
   const stage = element("main", {});
   document.getElementById("app").append(
@@ -87,7 +87,8 @@
   function drawProblems(isComplete) {
     const told = [...data.problems.values()];
     const { prompt } = state.get();
-    if (now && prompt && !now.run.known.has(prompt) && isComplete) told.push("The prompt that this link names is not in this run.");
+    const isUnknown = now && prompt && !now.run.known.has(prompt);
+    if (isUnknown && isComplete) told.push("The prompt that this link names is not in this run.");
     if (told.length > MAX_PROBLEMS) {
       told.splice(MAX_PROBLEMS - 1, told.length, `… and ${told.length - MAX_PROBLEMS + 1} more problems.`);
     }

@@ -2,7 +2,7 @@
 "use strict";
 
 (function () {
-  const { element, textBlock, oneLine, select, number } = valgen.dom;
+  const { element, span, button, textBlock, oneLine, select, number } = valgen.dom;
   const { data, answer: show, state } = valgen;
 
   const scroller = element("section", { class: "pane", tabindex: "-1", "aria-label": "One prompt over all steps" });
@@ -10,21 +10,21 @@
   const node = element("div", { class: "view split" }, listScroller, scroller);
 
   const title = element("h2", {});
-  const copyButton = element("button", { type: "button", onclick: () => show.copy(copyButton, record()) }, "Copy as JSON");
-  const before = element("button", { type: "button", title: "Previous prompt (k)", onclick: () => valgen.main.movePrompt(-1) }, "‹ Prompt");
-  const next = element("button", { type: "button", title: "Next prompt (j)", onclick: () => valgen.main.movePrompt(1) }, "Prompt ›");
+  const copyButton = button("Copy as JSON", () => show.copy(copyButton, record()));
+  const before = button("‹ Prompt", () => valgen.main.movePrompt(-1), "Previous prompt (k)");
+  const next = button("Prompt ›", () => valgen.main.movePrompt(1), "Next prompt (j)");
   const promptHost = element("div", { class: "card prompt-card" });
   const stepper = valgen.Stepper(describe);
   const strategy = select("Strategy", "strategy", (value) => state.set({ strategy: value }));
   const completion = select("Completion", "completion", (value) => state.set({ completion: value }));
-  const against = select("Changes against", "against", (value) => state.set({ against: value }));
-  const run = select("Run", "run", (value) => state.set({ run: value }));
+  const against = show.againstControl();
+  const run = show.runControl();
   const answerHost = element("div", { class: "card current-answer", "aria-live": "polite" });
   const restHost = element("details", { class: "rest" });
   const historyTitle = element("h3", {}, "Every step");
   const historyHost = element("div", {});
   scroller.append(
-    element("div", { class: "title-line" }, title, element("span", { class: "grow" }), before, next, copyButton),
+    element("div", { class: "title-line" }, title, span("grow"), before, next, copyButton),
     promptHost, stepper.node,
     element("div", { class: "fields" }, run.node, strategy.node, completion.node, against.node),
     answerHost, restHost, historyTitle, historyHost,
@@ -41,16 +41,17 @@
   function makePrompt(at) {
     const prompt = now.run.prompts[at];
     const found = data.find(now.runNumber, now.step, prompt.key, now.strategy, now.completion);
-    const scores = found ? Object.values(found.scores) : [];
+    const [score] = found ? Object.values(found.scores) : [];
+    const grade = score === undefined ? "" : show.gradeOf(score);
+    const isCurrent = prompt.key === now.key;
     return element(
       "a", {
-        class: "sample prompt-row" + (prompt.key === now.key ? " current" : ""), href: state.hashOf({ prompt: prompt.key }),
-        "aria-current": prompt.key === now.key ? "true" : null,
+        class: "sample prompt-row" + (isCurrent ? " current" : ""), "aria-current": isCurrent ? "true" : null,
+        href: state.hashOf({ prompt: prompt.key }),
       },
-      element("span", { class: "number" }, String(prompt.index + 1)),
+      span("number", String(prompt.index + 1)),
       element("span", { class: "line", dir: "auto" }, oneLine(prompt.prompt_text, 80)),
-      scores.length > 0 && element("span", { class: "mark " + (scores[0] >= 0.999 ? "good" : scores[0] <= 0.001 ? "bad" : "mid") },
-        scores[0] === 1 ? "✓" : scores[0] === 0 ? "✗" : number(scores[0])),
+      score !== undefined && span(`mark ${grade}`, show.SIGNS[grade] || number(score)),
     );
   }
 
@@ -78,7 +79,7 @@
         class: "sample step-row" + (step === now.step ? " current" : ""), href: state.hashOf({ step }),
         "aria-current": step === now.step ? "step" : null,
       },
-      element("span", { class: "number" }, String(step), isBest && element("span", { class: "star", title: "best step" }, " ★")),
+      span("number", String(step), isBest && span("star", " ★")),
       show.answerText(found, old, { isList: true, missing: missing(step) }),
       found && show.facts(found, true),
     );
@@ -92,7 +93,8 @@
     const previous = answerAt(data.stepBefore(now.runNumber, step));
     const isChanged = Boolean(previous) && previous.generation !== found.generation;
     const height = score && score[1] !== null ? Math.min(1, Math.max(0, score[1])) : null;
-    return { height, isChanged, title: `step ${step}${score ? `, ${oneLine(score[0])} ${number(score[1])}` : ""}${isChanged ? ", changed" : ""}` };
+    const words = [`step ${step}`, score && `${oneLine(score[0])} ${number(score[1])}`, isChanged && "changed"];
+    return { height, isChanged, title: words.filter(Boolean).join(", ") };
   }
 
   function drawPrompt() {
@@ -111,13 +113,11 @@
     const found = answerAt(now.step);
     const group = groupAt(now.step);
     const old = show.oldText(now.against, now.runNumber, now.step, group, found);
-    const names = { before: "the step before", reference: "the expected answer", first: "the first step" };
-    let note = "";
-    if (found && old !== null && now.against !== "none") {
-      note = old === found.generation ? `the same as ${names[now.against]}` : `marked: what differs from ${names[now.against]}`;
-    }
+    const isSame = found && old === found.generation;
+    const relation = isSame ? "the same as" : "marked: what differs from";
+    const note = found && old !== null && `${relation} ${show.AGAINST[now.against]}`;
     answerHost.replaceChildren(
-      element("div", { class: "label" }, `Answer at step ${now.step}`, note && element("span", { class: "note" }, note)),
+      element("div", { class: "label" }, `Answer at step ${now.step}`, note && span("note", note)),
       show.answerText(found, old, { missing: missing(now.step) }),
       found ? show.facts(found) : "",
     );
@@ -132,8 +132,7 @@
   function record() {
     const group = groupAt(now.step);
     if (!group) return null;
-    const found = answerAt(now.step);
-    return { run: now.run.name, step: now.step, ...group.prompt, ...(found || {}), prompt: group.prompt.prompt };
+    return show.record(now.run, now.step, group.prompt, answerAt(now.step));
   }
 
   let listed = ""; // what the list on the left shows
@@ -141,10 +140,11 @@
     now = shown;
     drawPrompt();
     stepper.update(now);
-    run.set(data.runs.map((one, at) => [String(at), one.name || `run ${at + 1}`]), String(now.runNumber));
+    run.set(now.runNumber);
     strategy.set(now.run.strategies.map((name) => [name, name]), now.strategy);
-    completion.set(data.completionsOf(now.runNumber, now.strategy).map((at) => [String(at), String(at + 1)]), String(now.completion));
-    against.set([["before", "the step before"], ["reference", "the expected answer"], ["first", "the first step"], ["none", "nothing"]], now.against);
+    const completions = data.completionsOf(now.runNumber, now.strategy);
+    completion.set(completions.map((at) => [String(at), String(at + 1)]), String(now.completion));
+    against.set(now.against);
     drawAnswer();
     drawRest();
     historyTitle.hidden = now.run.steps.length < 2;

@@ -2,47 +2,51 @@
 "use strict";
 
 (function () {
-  const { element, textBlock, oneLine, select, number } = valgen.dom;
+  const { element, span, button, checkbox, textBlock, oneLine, select } = valgen.dom;
   const { data, answer: show, state } = valgen;
+
+  const PROMPT_TEXTS = ["prompt_text", "prompt", "reference", "origin"]; // that are searched
 
   const scroller = element("section", { class: "pane", tabindex: "-1", "aria-label": "All prompts of one step" });
   const node = element("div", { class: "view" }, scroller);
   const stepper = valgen.Stepper(null);
   let timer = 0;
   const search = element("input", {
-    type: "search", name: "q", placeholder: "Search prompts and answers  ( / )", "aria-label": "Search prompts and answers",
+    type: "search", name: "q", placeholder: "Search prompts and answers  ( / )", "aria-label": "Search",
     oninput: () => {
       clearTimeout(timer);
       timer = setTimeout(() => state.set({ q: search.value }), 60);
     },
   });
   const control = (label, name) => select(label, name, (value) => state.set({ [name]: value }));
-  const run = control("Run", "run");
+  const run = show.runControl();
   const strategy = control("Strategy", "every");
   const source = control("Source", "source");
   const finish = control("Ended", "finish");
   const score = control("Score", "score");
-  const against = control("Changes against", "against");
+  const against = show.againstControl();
   const bound = (name, label) => element("input", {
     type: "number", name, step: "any", "aria-label": label, placeholder: label, class: "bound",
     oninput: (event) => state.set({ [name]: event.target.value }),
   });
   const min = bound("min", "min");
   const max = bound("max", "max");
-  const changedBox = element("input", { type: "checkbox", name: "changed", onchange: () => state.set({ changed: changedBox.checked ? "1" : "" }) });
-  const bounds = element("span", { class: "field bounds" }, min, element("span", { "aria-hidden": "true" }, "–"), max);
-  const clear = element("button", { type: "button", onclick: () => {
+  const changed = checkbox("changed since the last round", "changed", (value) => state.set({ changed: value }));
+  const bounds = span("field bounds", min, element("span", { "aria-hidden": "true" }, "–"), max);
+  const clear = button("Clear", () => {
     search.value = "";
     state.set({ q: "", every: "", source: "", finish: "", score: "", min: "", max: "", changed: "" });
-  } }, "Clear");
+  });
   const summary = element("span", { class: "summary", role: "status" });
-  const copyButton = element("button", { type: "button", onclick: () => show.copy(copyButton, chosen.map(record)) }, "Copy as JSON");
+  const copyButton = button("Copy as JSON", () => show.copy(copyButton, chosen.map(record)));
   const host = element("div", {});
   scroller.append(
     stepper.node,
-    element("div", { class: "fields filters", role: "search" }, search, run.node, strategy.node, source.node, finish.node, score.node, bounds,
-      element("label", { class: "check" }, changedBox, "changed since the last round"), against.node, clear),
-    element("div", { class: "title-line" }, summary, element("span", { class: "grow" }), copyButton),
+    element(
+      "div", { class: "fields filters", role: "search" },
+      search, run.node, strategy.node, source.node, finish.node, score.node, bounds, changed.node, against.node, clear,
+    ),
+    element("div", { class: "title-line" }, summary, span("grow"), copyButton),
     host,
   );
   const list = valgen.VirtualList({ scroller, host, estimate: 120, make });
@@ -63,8 +67,8 @@
   }
 
   function matches(group, answer, words) {
-    return words.every((word) =>
-      lower(answer, ["generation"]).includes(word) || lower(group.prompt, ["prompt_text", "reference", "prompt", "origin"]).includes(word));
+    const texts = [lower(answer, ["generation"]), lower(group.prompt, PROMPT_TEXTS)];
+    return words.every((word) => texts.some((text) => text.includes(word)));
   }
 
   function isChanged(answer, group) {
@@ -79,7 +83,8 @@
     if (shown.finish && (answer.finish_reason || "–") !== shown.finish) return false;
     if (low !== null || high !== null) {
       const value = answer.scores[shown.score];
-      if (value === null || value === undefined || (low !== null && value < low) || (high !== null && value > high)) return false;
+      if (value === null || value === undefined) return false;
+      if ((low !== null && value < low) || (high !== null && value > high)) return false;
     }
     if (shown.changed && !isChanged(answer, group)) return false;
     return words.length === 0 || matches(group, answer, words);
@@ -91,8 +96,7 @@
   }
 
   function record(answer) {
-    const { prompt } = groupOf(answer);
-    return { run: now.run.name, step: now.step, ...prompt, ...answer, prompt: prompt.prompt };
+    return show.record(now.run, now.step, groupOf(answer).prompt, answer);
   }
 
   function make(at) {
@@ -100,16 +104,18 @@
     const group = groupOf(answer);
     const { prompt } = group;
     const old = show.oldText(now.against, now.runNumber, now.step, group, answer);
-    const which = [now.run.strategies.length > 1 ? oneLine(answer.strategy, 40) : "", data.completionsOf(now.runNumber, answer.strategy).length > 1 ? `completion ${answer.completion + 1}` : ""].filter(Boolean).join(" · ");
+    const { strategy: name, completion } = answer;
+    const hasMore = data.completionsOf(now.runNumber, name).length > 1;
+    const which = [now.run.strategies.length > 1 && oneLine(name, 40), hasMore && `completion ${completion + 1}`];
     return element(
       "article", { class: "sample card step-sample" },
-      element("div", { class: "head" },
-        element("a", { href: state.hashOf({ view: "prompt", prompt: prompt.key, strategy: answer.strategy, completion: answer.completion }) }, show.promptTitle(prompt)),
-        which && element("span", { class: "which" }, which), element("span", { class: "grow" }), show.facts(answer, true)),
+      show.head(
+        prompt, state.hashOf({ view: "prompt", prompt: prompt.key, strategy: name, completion }),
+        span("which", which.filter(Boolean).join(" · ")), span("grow"), show.facts(answer, true),
+      ),
       element("div", { class: "pair" },
         element("div", {},
-          textBlock(show.shortened(prompt.prompt_text), { class: "prompt-text clamp" }),
-          prompt.reference !== null && element("div", { class: "expected" }, element("span", { class: "label" }, "Expected "), textBlock(show.shortened(prompt.reference), { class: "reference clamp" }))),
+          textBlock(show.shortened(prompt.prompt_text), { class: "prompt-text clamp" }), show.expected(prompt)),
         clamped(show.answerText(answer, old, { isList: true }))),
     );
   }
@@ -124,7 +130,7 @@
     const all = (options) => [["", "all"], ...options.map((name) => [name, name])];
     const answers = loaded ? loaded.answers : [];
     const distinct = (values) => [...new Set(values)].sort();
-    run.set(data.runs.map((one, at) => [String(at), one.name || `run ${at + 1}`]), String(now.runNumber));
+    run.set(now.runNumber);
     strategy.set(all(now.run.strategies), shown.every);
     strategy.node.hidden = now.run.strategies.length < 2;
     const sources = distinct((loaded ? loaded.prompts : []).map((prompt) => prompt.data_source || "–"));
@@ -136,12 +142,22 @@
     score.set(names.map((name) => [name, name]), shown.score || names[0] || "");
     score.node.hidden = names.length === 0;
     bounds.hidden = names.length === 0;
-    against.set([["before", "the step before"], ["reference", "the expected answer"], ["first", "the first step"], ["none", "nothing"]], now.against);
+    against.set(now.against);
     for (const [input, value] of [[search, shown.q], [min, shown.min], [max, shown.max]]) {
       if (document.activeElement !== input && input.value !== value) input.value = value;
     }
-    changedBox.checked = Boolean(shown.changed);
+    changed.set(Boolean(shown.changed));
     return { ...shown, score: shown.score || names[0] || "" };
+  }
+
+  function summarise(num, before, isChangedOnly) {
+    const all = `${num} ${num === 1 ? "sample" : "samples"}`;
+    const notes = [
+      isChangedOnly && before === undefined && ": this is the first step",
+      isChangedOnly && before !== undefined && !now.run.loaded.has(before) && ", as the step before is not loaded",
+    ];
+    const shown = chosen.length === num ? all : `${chosen.length} of ${all}`;
+    summary.textContent = [shown, ...notes].filter(Boolean).join("");
   }
 
   function update(shownNow) {
@@ -161,11 +177,9 @@
     const bounded = (text) => (text === "" || Number.isNaN(Number(text)) ? null : Number(text));
     const low = bounded(shown.min), high = bounded(shown.max);
     chosen = loaded.answers.filter((answer) => passes(answer, groupOf(answer), shown, words, low, high));
-    const which = JSON.stringify([now.runNumber, now.step, shown.every, shown.source, shown.finish, shown.score, low, high, shown.changed, words]);
-    const num = (count) => `${count} ${count === 1 ? "sample" : "samples"}`;
-    summary.textContent = chosen.length === loaded.answers.length ? num(chosen.length) : `${chosen.length} of ${num(loaded.answers.length)}`;
-    if (shown.changed && before !== undefined && !now.run.loaded.has(before)) summary.textContent += ", as the step before is not loaded yet";
-    if (shown.changed && before === undefined) summary.textContent += ": this is the first step";
+    const { every, source: from, finish: ended, score: name } = shown;
+    const which = JSON.stringify([now.runNumber, now.step, every, from, ended, name, low, high, shown.changed, words]);
+    summarise(loaded.answers.length, before, Boolean(shown.changed));
     list.reset(chosen.length, which === found);
     if (which !== found && found !== "" && scroller.scrollTop > host.offsetTop) scroller.scrollTop = host.offsetTop;
     found = which;

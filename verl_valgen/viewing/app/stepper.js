@@ -2,8 +2,9 @@
 "use strict";
 
 (function () {
-  const { element } = valgen.dom;
+  const { element, span, button, number } = valgen.dom;
   const MAX_BARS = 160;
+  const MAX_BAR_PX = 22;
 
   /** `describe(step)` gives `{height: 0..1 or null, isChanged, title}` of a step's bar, or null where it has none. */
   function Stepper(describe) {
@@ -15,10 +16,22 @@
     });
     const name = element("output", { class: "step-name" });
     const note = element("span", { class: "step-note" });
-    const button = (text, label, act) => element("button", { type: "button", "aria-label": label, title: label, onclick: act }, text);
-    const before = button("‹", "Step before (←)", () => valgen.main.moveStep(-1));
-    const next = button("›", "Next step (→)", () => valgen.main.moveStep(1));
+    const before = button("‹", () => valgen.main.moveStep(-1), "Step before (←)");
+    const next = button("›", () => valgen.main.moveStep(1), "Next step (→)");
     let steps = [];
+
+    function makeBar(step, isCurrent, best) {
+      const found = describe(step);
+      const bar = element("span", { class: "bar" + (isCurrent ? " current" : ""), title: found && found.title });
+      if (best && best.step === step) bar.append(span("star", "★"));
+      if (found) {
+        const fill = span("fill" + (found.height === null ? " dot" : "") + (found.isChanged ? " changed" : ""));
+        if (found.height !== null) fill.style.height = `${Math.max(2, Math.round(found.height * MAX_BAR_PX))}px`;
+        bar.append(fill);
+      }
+      bar.addEventListener("click", () => state.set({ step }));
+      return bar;
+    }
 
     const node = element(
       "div", { class: "stepper" },
@@ -37,25 +50,12 @@
         before.disabled = at <= 0;
         next.disabled = at >= steps.length - 1;
         name.textContent = `Step ${step}`;
-        const isBest = run.best && run.best.step === step;
-        note.textContent = `${at + 1} of ${steps.length}` + (isBest ? ` · ★ best ${run.best_metric} ${valgen.dom.number(run.best.value)}` : "");
-        note.classList.toggle("best", Boolean(isBest));
-        if (!describe || steps.length > MAX_BARS) {
-          bars.replaceChildren();
-          return;
-        }
-        bars.replaceChildren(...steps.map((other) => {
-          const found = describe(other);
-          const bar = element("span", { class: "bar" + (other === step ? " current" : ""), title: found ? found.title : "" });
-          if (run.best && run.best.step === other) bar.append(element("span", { class: "star" }, "★"));
-          if (found) {
-            const fill = element("span", { class: "fill" + (found.height === null ? " dot" : "") + (found.isChanged ? " changed" : "") });
-            if (found.height !== null) fill.style.height = `${Math.max(2, Math.round(found.height * 22))}px`;
-            bar.append(fill);
-          }
-          bar.addEventListener("click", () => state.set({ step: other }));
-          return bar;
-        }));
+        const isBest = Boolean(run.best) && run.best.step === step;
+        const best = isBest ? ` · ★ best ${run.best_metric} ${number(run.best.value)}` : "";
+        note.textContent = `${at + 1} of ${steps.length}${best}`;
+        note.classList.toggle("best", isBest);
+        const isFew = describe && steps.length <= MAX_BARS;
+        bars.replaceChildren(...(isFew ? steps.map((other) => makeBar(other, other === step, run.best)) : []));
       },
     };
   }
