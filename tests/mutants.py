@@ -150,6 +150,34 @@ MUTANTS = [
         "round",
         "tests/distributed/test_proven.py tests/trackers/test_composite.py",
     ),
+    Mutant(
+        "an answer that failed the check is on the page, where that is made from the files",
+        "viewing/data.py",
+        "is_withheld = verified is False",
+        "is_withheld = False",
+        "tests/viewing/test_data.py tests/viewing/test_page_tracker.py",
+    ),
+    Mutant(
+        "a text ends the page's script",
+        "viewing/script.py",
+        r"""("<", "\\u003c"), """,
+        "",
+        "tests/viewing/test_data.py",
+    ),
+    Mutant(
+        "the page shows rounds that were put aside",
+        "trackers/jsonl.py",
+        "drop_data(directory, lambda step: step > start_step)",
+        "pass",
+        "tests/viewing/test_page_tracker.py",
+    ),
+    Mutant(
+        "the page keeps what a round said before it was made again",
+        "viewing/writing.py",
+        "return is_ours and path.stat().st_mtime + _MAX_DELAY_S >=",
+        "return is_ours or path.stat().st_mtime + _MAX_DELAY_S >=",
+        "tests/viewing/test_page_tracker.py",
+    ),
 ]
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from trackers.destinations import make_sample
 
 from verl_valgen.records import WITHHELD
+from verl_valgen.trackers.first_file import missing_types, types_in, with_types
+from verl_valgen.trackers.jsonl import _lines
 from verl_valgen.viewing.data import index_payload, run_entry, step_payload
 from verl_valgen.viewing.script import argument, call, to_json
 
@@ -105,7 +107,7 @@ def test_what_json_has_no_word_for_is_left_out():
     odd = {"a": math.nan, "b": math.inf, "c": 1.0, "d": None, "e": True, "f": "text"}
     found = step_payload(80, [record(scores=odd, params={"x": math.nan, "y": [math.inf]})], odd)
     assert found["answers"][0]["scores"] == found["numbers"] == {"c": 1}
-    assert json.loads(to_json(found))["answers"][0]["params"] == {"x": None, "y": [None]}
+    assert json.loads(to_json(found))["answers"][0]["params"] == {"y": [None]}
 
 
 TEXTS = st.text(st.characters() | st.characters(categories=["Cs"]) | st.sampled_from("<!-/>\u2028\x00"), max_size=40)
@@ -123,6 +125,33 @@ def test_a_payload_holds_the_texts_of_its_records(texts):
         assert found["answers"][i]["generation"] == shown["generation"]
         assert found["prompts"][i]["reference"] == (shown["reference"] or None)
         assert found["prompts"][i]["prompt_text"] == (shown["prompt_text"] or f"<|user|>question {i}")
+
+
+NUMBERS = st.none() | st.floats() | st.integers(0, 1)
+RECORDS = st.lists(
+    st.builds(
+        record,
+        index=st.integers(0, 2),
+        row=st.none() | st.integers(0, 3),
+        generation=TEXTS,
+        scores=st.dictionaries(TEXTS, NUMBERS, max_size=2),
+        score_texts=st.dictionaries(TEXTS, TEXTS, max_size=1),
+        params=st.dictionaries(TEXTS, TEXTS | NUMBERS | st.lists(TEXTS, max_size=2), max_size=2),
+        verified=st.none() | st.booleans(),
+        **dict.fromkeys(("reference", "origin", "data_source", "file", "ground_truth"), st.none() | TEXTS),
+    ),
+    max_size=3,
+)
+
+
+@given(RECORDS, RECORDS, st.dictionaries(TEXTS, NUMBERS, max_size=2))
+def test_a_round_on_the_page_is_the_same_from_its_file(records, later, numbers):
+    """Even where its file was written again, such that later ones can be loaded with it."""
+    rewritten = with_types(records, missing_types(types_in(records), types_in(later)))
+    for written in (records, rewritten):
+        lines = _lines(written).encode("utf-8", errors="backslashreplace").decode("utf-8").split("\n")
+        read = [json.loads(line) for line in lines if line]
+        assert to_json(step_payload(80, read, numbers)) == to_json(step_payload(80, records, numbers))
 
 
 def test_the_index_names_run_steps_and_the_best():

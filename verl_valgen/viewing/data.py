@@ -144,7 +144,8 @@ def _number(value: float) -> float:
 def _plain(value: Any) -> Any:
     """A value for JSON, without what stands for nothing in mappings."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items() if item not in (None, "", {}) and key != ""}
+        items = {str(key): _plain(item) for key, item in value.items() if key != ""}
+        return {key: item for key, item in items.items() if item not in (None, "", {})}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, int | float) and not isinstance(value, bool):
