@@ -66,8 +66,8 @@ class AnswersBar:
         of = "" if self.num_answers == self.num_in_all else f" of this rank, {self.num_in_all} in all"
         form = f"Generating: {{n_fmt}}/{{total_fmt}} answers{of} [{{elapsed}}] {{bar:20}}"
         shown: dict[str, Any] = {"total": self.num_answers, "initial": self.num_done, "bar_format": form}
-        # Where it cannot draw, tqdm's `refresh` keeps the lock of all bars, and the trainer would wait for it for ever. So
-        # it is never to take it, not even when the bar is made, which it does not draw then with a delay.
+        # Where it cannot draw, tqdm's `refresh` keeps the lock of all bars, and the trainer would wait for it for ever.
+        # So it must not take the lock, nor be called when the bar is made, as it would be without a delay.
         with tqdm(**shown, leave=False, dynamic_ncols=True, file=self._stream, delay=1) as bar:
             bar.delay = 0
             bar.start_t -= time.monotonic() - self.since  # the time since the round began
