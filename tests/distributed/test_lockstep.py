@@ -40,7 +40,10 @@ def in_step_and_alone() -> tuple[Any, ...]:
     alone = HFBackend(model, None, 0, Limits(one_at_a_time=True)).generate(requests[:4])  # one rank has tried nothing
     with generating_through(model, model.generation_config, torch.device("cpu")) as through:
         backend = LockstepBackend(through, None, 0, Limits(), sequence_bytes=0, logprobs_bytes=0)
+        counted: list[int] = []
+        backend.on_answers = counted.append
         answers = backend.generate(requests)
+        assert sum(counted) == len(requests)
         return answers, alone, through.num_passes
 
 

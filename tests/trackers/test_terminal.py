@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import io
 import logging
 import os
 import pty
-import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from pseudo_terminal import environment, on_a_terminal
 from tqdm import tqdm
 
 from verl_valgen.trackers import terminal
@@ -38,10 +35,6 @@ with tqdm(total=3, desc="Epoch 1/1", mininterval=0) as bar:
         logging.getLogger("verl_valgen.rounds").info("and another")
 print("done")
 """
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
 
 
 def test_a_file_that_takes_a_bar_too_has_whole_lines(tmp_path):
@@ -89,30 +82,6 @@ def test_on_a_terminal_lines_stand_between_those_of_the_bar():
     assert lines == [line for block in blocks for line in block]
     assert bar.startswith("Epoch 1/1: 100%")
     assert last == "done"
-
-
-def on_a_terminal(command: list[str]) -> list[str]:
-    """What is left on a terminal's screen when a command has ended, by the returns and line feeds that it wrote."""
-    controller, terminal_fd = pty.openpty()
-    fcntl.ioctl(terminal_fd, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
-    output = b""
-    with subprocess.Popen(command, stdout=terminal_fd, stderr=terminal_fd, env=environment()) as process:
-        os.close(terminal_fd)
-        with contextlib.suppress(OSError):  # Linux: the other end is closed
-            while read := os.read(controller, 65536):
-                output += read
-    os.close(controller)
-    assert process.returncode == 0, output.decode()
-    lines, column = [""], 0
-    for char in output.decode().replace("\r\n", "\n"):
-        if char == "\n":
-            lines.append("")
-        if char in "\r\n":
-            column = 0
-            continue
-        lines[-1] = lines[-1][:column] + char + lines[-1][column + 1 :]
-        column += 1
-    return [line.rstrip() for line in lines]
 
 
 def test_without_a_terminal_the_width_is_always_the_same(monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,9 @@ class Backend(ABC):
         limits: Limits = Limits(),
     ) -> None:
         self.model, self.tokenizer, self.seed, self.limits = model, tokenizer, seed, limits
+        self.on_answers: Callable[[int], None] = lambda num_answers: None
+        """Called by `generate`, between batches, with the number of answers that have come to an end since the last
+        call: to show how far it is. Nothing may depend on it."""
 
     @abstractmethod
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

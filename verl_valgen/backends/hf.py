@@ -71,8 +71,10 @@ class HFBackend(Backend):
             except Exception as e:  # transformers checks many parameters only while it generates
                 traceback.clear_frames(e.__traceback__)
                 logger.debug("these parameters failed: %s", describe_at_length(e))
-                for i in (i for group in groups for i in group.indices if completions[i] is unanswered):
+                failed = [i for group in groups for i in group.indices if completions[i] is unanswered]
+                for i in failed:
                     completions[i] = Completion([], "error", error=describe(e))
+                self.on_answers(len(failed))
         return completions
 
     @property
@@ -116,6 +118,7 @@ class HFBackend(Backend):
                     continue
                 for i, answer in zip(indices, answers, strict=True):
                     completions[i] = answer
+                self.on_answers(len(indices))
                 todo = todo[len(indices) :]
 
     def generate_batch(self, requests: Sequence[Request], group: Group) -> list[Completion]:

@@ -80,6 +80,7 @@ class LockstepBackend(HFBackend):
                     self.generate_batch([_FILLER], _FILLER_GROUP)
             for i, answer in zip(batch, answers, strict=False):
                 completions[i] = answer
+            self.on_answers(len(batch))
             if todo:
                 del todo[0].indices[: len(batch)]
                 todo = [group for group in todo if group.indices]

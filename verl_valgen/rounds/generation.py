@@ -24,6 +24,7 @@ from verl_valgen.backends.base import Backend, Limits
 from verl_valgen.collectives import OtherRankError, attempt, broadcast, rank, run_on_all_ranks, world_size
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Completion, Request, pack, unpack
+from verl_valgen.rounds.answers_bar import AnswersBar
 from verl_valgen.rounds.plan import Needs, Plan, free_bytes, largest_sequence_bytes, logprobs_bytes, make_plan, shares
 from verl_valgen.rounds.restore import preserved_blas_workspaces
 from verl_valgen.settings.generation_config import special_tokens as of_model
@@ -51,6 +52,8 @@ class GatheredRound:
     """`time.time()` after which no answer is gathered."""
     dtype: torch.dtype
     """The dtype of the computation; through the sharded model it is the trainer's own."""
+    began_at: float
+    """`time.monotonic()` before the weights were gathered."""
     cleanup: ExitStack
     """Closed when the answers are there: puts back what the round has offloading."""
     model: PreTrainedModel | None = None
@@ -105,6 +108,7 @@ class Answerer:
             Exception: On the logging rank alone, after the last collective: what failed there, or `OtherRankError` for
                 what failed elsewhere.
         """
+        began_at = time.monotonic()
         host = self.host
         way = way or self.ways[0]
         if deadline is None:
@@ -131,7 +135,7 @@ class Answerer:
             dtype = host.compute_dtype if plan.is_sharded else self.dtype
             model, error = (None, None) if plan.is_sharded else attempt(lambda: self._gather(share, offloading))
             return GatheredRound(
-                way, plan, all_requests, share, logging_rank, deadline, dtype, stack.pop_all(), model, error
+                way, plan, all_requests, share, logging_rank, deadline, dtype, began_at, stack.pop_all(), model, error
             )
 
     def finish(self, gathered: GatheredRound | None) -> list[Completion] | None:
@@ -235,7 +239,7 @@ class Answerer:
         backend = backend_class(gathered.way.backend, self.host.device.type)(
             model, self.host.tokenizer, self.settings.seed, gathered.way.within(limits)
         )
-        answers = self._timed(backend, gathered.share)
+        answers = self._timed(backend, gathered)
         if gathered.model is not None:
             backend.restore()
         return answers
@@ -254,11 +258,14 @@ class Answerer:
                 sequence_bytes=self._sequence_bytes(gathered.share),
                 logprobs_bytes=self._logprobs_bytes(gathered.share),
             )
-            return self._timed(backend, gathered.share)
+            return self._timed(backend, gathered)
 
-    def _timed(self, backend: Backend, requests: Sequence[Request]) -> list[list[Any]]:
-        start = time.perf_counter()
-        with torch.no_grad():
+    def _timed(self, backend: Backend, gathered: GatheredRound) -> list[list[Any]]:
+        start, requests = time.perf_counter(), gathered.share
+        is_wanted = self.host.is_logging_rank and self.settings.console != "none"
+        bar = AnswersBar(len(requests), len(gathered.requests), gathered.began_at, is_wanted=is_wanted)
+        backend.on_answers = bar.add
+        with torch.no_grad(), bar:
             completions = backend.generate(requests)
         num_tokens = sum(len(completion.output_ids) for completion in completions)
         seconds = time.perf_counter() - start

@@ -47,8 +47,12 @@ def model(directory, tokenizer):
 def answer(request, model, tokenizer):
     def generate(requests, params, seed=0, **limits):
         backend = backend_class(request.param, "cpu")(model, tokenizer, seed, Limits(**limits))
+        counted: list[int] = []
+        backend.on_answers = counted.append
         with torch.no_grad():
-            return backend.generate([replace(request, params=request.params | params) for request in requests])
+            answers = backend.generate([replace(request, params=request.params | params) for request in requests])
+        assert "deadline" in limits or sum(counted) == len(answers) == len(requests)  # each was told once
+        return answers
 
     return generate
 
