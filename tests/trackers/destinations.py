@@ -109,6 +109,11 @@ class Destination:
     has_table = True
     has_texts = True
     has_scalars = True
+    keeps_texts_of_all_steps = True
+    kept_of_repeated: Sequence[str] = ("second",)
+    """Which samples of a step are found that has two rounds, with another between them."""
+    keeps_repeated_in_one_place = False
+    """Whether both are found under the same key and step, which the reader refuses."""
     max_text_chars = MAX_CHARS
     shown: Callable[[str], str] = staticmethod(storable)
     """The form in which a text comes back."""
@@ -162,6 +167,8 @@ class Jsonl(Destination):
 
 
 class Wandb(Destination):
+    kept_of_repeated = ("first", "second")  # in two rows, in this order
+
     def __init__(self, directory: Path) -> None:
         import wandb
 
@@ -179,6 +186,8 @@ class Wandb(Destination):
 
 
 class Swanlab(Destination):
+    kept_of_repeated = ("first",)
+
     def __init__(self, directory: Path) -> None:
         import swanlab
 
@@ -199,6 +208,7 @@ class Swanlab(Destination):
 
 
 class Mlflow(Destination):
+    keeps_texts_of_all_steps = False
     max_text_chars = 5000
 
     def __init__(self, uri: str) -> None:
@@ -232,6 +242,8 @@ class Mlflow(Destination):
 
 
 class Tensorboard(Destination):
+    keeps_repeated_in_one_place = True
+
     def __init__(self, directory: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -256,6 +268,7 @@ class Tensorboard(Destination):
 
 
 class Trackio(Destination):
+    kept_of_repeated = ("first", "second")
     has_texts = False
 
     def __init__(self, directory: Path, storage: Path) -> None:

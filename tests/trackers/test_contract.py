@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from destinations import Destination, make_round, make_sample
+from destinations import Destination, Recorded, make_round, make_sample
 
 from verl_valgen.text import truncate
 
@@ -114,16 +114,55 @@ def test_scalars_are_recorded_under_their_keys(any_destination: Destination):
             assert {key: rounds[step].values[key] for key in scalars} == scalars
 
 
-def test_late_round_is_recorded(any_destination: Destination):
+def test_late_rounds_are_found_again_under_their_own_steps(any_destination: Destination):
     """A round may end when the trainer is steps ahead; where it is filed is the destination's affair."""
     destination = any_destination
-    destination.tracker.log(make_round([make_sample(3)], 3))
-    destination.tracker.log(make_round([make_sample(1, generation="late")], 1, scores={"exact": 0.5}))
+    steps = (30, 10, 20, 40, 25)
+    for step in steps:
+        samples = [make_sample(step, index) for index in range(step // 10)]
+        destination.tracker.log(make_round(samples, step, scores={"exact": step / 100}))
+    destination.tracker.close()
+    found = own_steps(destination)
+    assert set(steps) <= set(found)
+    for step in steps:
+        answers = [f"answer {i} at {step}" for i in range(step // 10)]
+        if destination.has_samples:
+            assert [row["generation"] for row in found[step].rows] == answers
+        if destination.has_scalars:
+            assert found[step].values["val/gen/exact"] == pytest.approx(step / 100)  # some keep 32 bits
+        if destination.has_texts and (destination.keeps_texts_of_all_steps or step == max(steps)):
+            texts = {key: text for key, text in found[step].values.items() if key.endswith("_generation")}
+            assert texts == {f"val/sample_{i + 1}_generation": answer for i, answer in enumerate(answers)}
+
+
+def test_of_a_repeated_round_is_kept_what_is_declared(any_destination: Destination):
+    """A validation that is repeated, after another: which of the two is found is the destination's affair."""
+    destination = any_destination
+    for step, text, score in [(10, "first", 0.25), (20, "between", 0.5), (10, "second", 0.75)]:
+        destination.tracker.log(make_round([make_sample(step, generation=text)], step, scores={"exact": score}))
+    destination.tracker.close()
+    if destination.keeps_repeated_in_one_place:
+        with pytest.raises(AssertionError, match="stands twice"):
+            destination.read()
+        return
     rounds = destination.read()
     if destination.has_samples:
-        assert "late" in [row["generation"] for found in rounds.values() for row in found.rows]
+        texts = [row["generation"] for found in rounds.values() for row in found.rows]
+        assert "between" in texts
+        assert {"first", "second"}.intersection(texts) == set(destination.kept_of_repeated)
     if destination.has_scalars:
-        assert 0.5 in [found.values.get("val/gen/exact") for found in rounds.values()]
+        scores = [found.values["val/gen/exact"] for found in rounds.values() if "val/gen/exact" in found.values]
+        assert 0.5 in scores
+        assert {0.25, 0.75}.intersection(scores)
+
+
+def own_steps(destination: Destination) -> dict[int, Recorded]:
+    """What it holds, by the steps of the rounds, each of which stands in one place."""
+    filed = destination.read()
+    by_step = [(found.values.get("val/samples_step", step), found) for step, found in filed.items()]
+    rounds = [(step, found) for step, found in by_step if found.rows or found.values]
+    assert len(rounds) == len(dict(rounds))
+    return dict(rounds)
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -37,7 +37,7 @@ def test_late_round_joins_the_open_row_and_leaves_it_open(wandb_run):
     assert found.rows[0]["step"] == 6
     values = found.values
     assert (values["train/loss"], values["val/gen/exact"], values["val/loss"]) == (1.0, 0.5, 2.0)
-    assert values["val/gen/step"] == 6
+    assert values["val/samples_step"] == 6
 
 
 def _log_rounds(wandb_run, *steps):
@@ -50,10 +50,10 @@ def _log_rounds(wandb_run, *steps):
 def _found(wandb_run, *steps):
     """{row: {key: value}} of the run, in which each round of `steps` stands in one row, with all that is its own."""
     rows = wandb_run.read()
-    assert sorted(found.values["val/gen/step"] for found in rows.values() if found.rows) == sorted(steps)
+    assert sorted(found.values["val/samples_step"] for found in rows.values() if found.rows) == sorted(steps)
     for found in rows.values():
         if found.rows:
-            step = found.values["val/gen/step"]
+            step = found.values["val/samples_step"]
             answers = [f"answer {i} at {step}" for i in range(step % 10)]
             assert [row["generation"] for row in found.rows] == answers
             assert {row["step"] for row in found.rows} == {step}
@@ -82,7 +82,7 @@ def test_a_round_that_is_in_time_has_its_row_and_the_late_one_in_it_another(wand
     wandb_run.tracker.close()
     values = _found(wandb_run, 19, 25, 27)
     assert [values[step].get("train/loss") for step in (27, 28, 29)] == [1.0, 3.0, 4.0]
-    assert (values[27]["val/gen/step"], values[27]["val/loss"]) == (27, 2.0)
+    assert (values[27]["val/samples_step"], values[27]["val/loss"]) == (27, 2.0)
 
 
 def test_verls_rows_between_late_rounds_are_as_without_them(wandb_run):
@@ -122,7 +122,7 @@ def test_a_round_that_is_repeated_replaces_itself_while_its_row_is_open(wandb_ru
     wandb_run.tracker.log(make_round(samples, 22))
     rows = wandb_run.read()
     assert [[row["generation"] for row in rows[step].rows] for step in (22, 23)] == [["again"], ["again"]]
-    assert [rows[step].values["val/gen/step"] for step in (22, 23)] == [22, 22]
+    assert [rows[step].values["val/samples_step"] for step in (22, 23)] == [22, 22]
 
 
 def test_numbers_are_drawn_over_their_own_steps(wandb_run):
@@ -130,7 +130,7 @@ def test_numbers_are_drawn_over_their_own_steps(wandb_run):
     wandb_run.read()
     (path,) = Path(wandb_run.run.settings.sync_dir).glob("*.wandb")
     metrics = [record.metric for record in wandb_records(path.read_bytes()) if record.HasField("metric")]
-    assert [metric.step_metric for metric in metrics if metric.glob_name == "val/gen/*"] == ["val/gen/step"]
+    assert [metric.step_metric for metric in metrics if metric.glob_name == "val/gen/*"] == ["val/samples_step"]
 
 
 def _over_steps(wandb_run):
@@ -165,6 +165,14 @@ def test_a_table_over_the_steps_grows_by_each_round(wandb_run):
             }
             for index in (0, 1)
         ]  # fmt: skip
+
+
+def test_texts_in_the_table_over_steps_are_short(wandb_run):
+    sample = make_sample(1, prompt_text="p" * 2000, generation="g" * 2000, reference="r" * 2000)
+    wandb_run.tracker.log(make_round([sample], 1))
+    _, (row,) = _over_steps(wandb_run)[1]
+    assert (row["prompt_text"], row["generation"]) == ("p" * 197 + "...", "g" * 497 + "...")
+    assert row["reference"] == "r" * 497 + "..."
 
 
 def test_the_table_over_steps_takes_a_score_that_comes_later(wandb_run):

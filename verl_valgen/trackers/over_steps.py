@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from verl_valgen.records import Sample
+from verl_valgen.text import truncate
 from verl_valgen.trackers.table import Cell, build_table, first_answers
 
-_MAX_CHARS = 1000
 _MAX_PROMPTS = 64
+_MAX_CHARS = {"prompt_text": 200, "generation": 500, "reference": 500}
 """What a round adds at most; `val/samples` has all of it."""
 
 _MAX_INCREMENTS = 50
@@ -37,7 +38,7 @@ class TableOverSteps:
 
     def __init__(self, new_table: Callable[..., Any], max_chars: int) -> None:
         self._new_table = new_table
-        self._max_chars = min(max_chars, _MAX_CHARS)
+        self._max_chars = max_chars
         self._rounds: list[_Rows] = []
         """The rows of the rounds that the table has, in the order in which they came."""
         self._num_increments = 0
@@ -54,7 +55,7 @@ class TableOverSteps:
         if not (self._is_possible and samples):
             return None
         columns, cells = build_table(first_answers(samples)[:_MAX_PROMPTS], self._max_chars)
-        rows = [dict(zip(columns, row, strict=True)) for row in cells]
+        rows = [{column: _cut(column, cell) for column, cell in zip(columns, row, strict=True)} for row in cells]
         new_scores = [column for column in columns if column not in (*_NOT_SCORES, *self._columns)]
         self._rounds.append(rows)
         if new_scores or self._num_increments >= _MAX_INCREMENTS:
@@ -70,6 +71,10 @@ class TableOverSteps:
     def _begin(self) -> None:
         self._table = self._new_table(columns=list(self._columns), log_mode="INCREMENTAL")
         self._num_increments = 0
+
+
+def _cut(column: str, cell: Cell) -> Cell:
+    return truncate(cell, _MAX_CHARS[column]) if column in _MAX_CHARS and isinstance(cell, str) else cell
 
 
 def thinned(rounds: Sequence[_Rows], num_kept: int) -> list[_Rows]:

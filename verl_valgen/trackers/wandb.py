@@ -2,7 +2,7 @@
 
 A round is logged in the row of its step, where verl logs its validation loss right afterwards. WandB takes nothing for
 a row that it has closed, so a round that comes late goes into the row that is open. One to a row, as of two in one the
-last alone would be left. `val/gen/step` says of each row which step the round in it is of.
+last alone would be left. `val/samples_step` says of each row which step the round in it is of.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from verl_valgen.trackers.base import TrackedRun, Tracker
 from verl_valgen.trackers.over_steps import TableOverSteps
 from verl_valgen.trackers.table import TABLE_KEY, build_table, sample_texts, scalars
 
-STEP_KEY = "val/gen/step"
+STEP_KEY = "val/samples_step"
 """The step of the round whose samples and numbers a row has; WandB draws the numbers over it."""
 
 _OVER_STEPS_KEY = "val/samples_over_steps"
