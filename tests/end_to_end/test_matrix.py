@@ -242,16 +242,9 @@ def expected_texts(result: Run, step: int) -> dict[str, str]:
 
 def expected_rows(result: Run, step: int) -> list[list[Any]]:
     keys = [
-        "step",
-        "index",
-        "strategy",
-        "completion",
-        "prompt",
-        "generation",
-        "reference",
-        "finish_reason",
-        "num_new_tokens",
-    ]
+        "prompt_text", "generation", "reference", "strategy", "completion", "finish_reason", "num_new_tokens",
+        "row", "data_source", "step", "index", "prompt",
+    ]  # fmt: skip
     return [[sample[key] for key in keys] for sample in result.samples(step)]
 
 

@@ -15,7 +15,7 @@ from verl_valgen.records import Sample
 from verl_valgen.text import truncate
 from verl_valgen.trackers.table import Cell, build_table, first_answers
 
-_MAX_PROMPTS = 64
+_MAX_PROMPTS = 20
 _MAX_CHARS = {"prompt_text": 200, "generation": 500, "reference": 500}
 """What a round adds at most; `val/samples` has all of it."""
 
