@@ -1,8 +1,8 @@
 """One tour of what the package does, on verl's real trainer: what is configured, and the runs.
 
-The run of `finished` uses nearly everything at once: two ranks, FSDP2, LoRA, five trackers or six, strategies, two answers
-to each sampled prompt, metrics of which one raises, prompts of one's own, a round before training, a best value. The
-tour adds the same training without generation, and both once more from the checkpoint in the middle.
+The run of `finished` uses nearly everything at once: two ranks, FSDP2, LoRA, five trackers or six, strategies, two
+answers to each sampled prompt, metrics of which one raises, prompts of one's own, a round before training, a best
+value. The tour adds the same training without generation, and both once more from the checkpoint in the middle.
 """
 
 from __future__ import annotations
