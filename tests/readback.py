@@ -198,7 +198,7 @@ def read_trackio(path: str | Path) -> dict[int, dict[str, Any]]:
     for step, values in database.execute("SELECT step, metrics FROM metrics ORDER BY id"):
         for key, value in json.loads(values).items():
             if isinstance(value, dict) and value["_type"] == "trackio.table":
-                rows[step, key] = value["_value"]
+                rows.setdefault((step, key), []).extend(value["_value"])
             else:
                 history.setdefault(step, {})[key] = value
     if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'traces'").fetchone():

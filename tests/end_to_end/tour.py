@@ -1,8 +1,8 @@
 """One tour of what the package does, on verl's real trainer: what is configured, and the runs.
 
-The run of `finished` uses nearly everything at once: two ranks, FSDP2, LoRA, six trackers, strategies, two answers to
-each sampled prompt, metrics of which one raises, prompts of one's own, a round before training, a best value. The tour
-adds the same training without generation, and both once more from the checkpoint in the middle.
+The run of `finished` uses nearly everything at once: two ranks, FSDP2, LoRA, five trackers or six, strategies, two
+answers to each sampled prompt, metrics of which one raises, prompts of one's own, a round before training, a best
+value. The tour adds the same training without generation, and both once more from the checkpoint in the middle.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ NUM_PROMPTS = 5
 NUM_SAMPLES = NUM_PROMPTS * sum(2 if name in SAMPLED else 1 for name in STRATEGIES)
 STEPS, STOPPED_AT = 4, 2
 ROUNDS = (0, 2, 4)
-TRACKERS = ",wandb,swanlab,mlflow,tensorboard,trackio,file"
+# verl 0.6 cannot log to trackio: `Tracking.log` names an argument that `trackio.log` does not have.
+TRACKERS = f",wandb,swanlab,mlflow,tensorboard,file{',trackio' if HAS_ENGINES else ''}"
 TRACKER_FILES = ("wandb", "swanlog", "mlruns", "mlflow.db", "tensorboard_log", "trackio", "project")
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "bias": "none", "task_type": "CAUSAL_LM"}
 

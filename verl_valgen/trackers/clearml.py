@@ -57,9 +57,12 @@ def _graph(key: str) -> tuple[str, str]:
     return f"{first}/{second}/{number}", "/".join(line) or _ALL
 
 
-# Plotly, which shows the table, reads these as tags, entities and formulas.
-_MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", "\n": "<br>"})
+# Plotly, which shows the table, reads these as entities, tags, formulas and spaces.
+_MARKS = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", "\n": "<br>"}
 
 
 def _shown(cell: Cell) -> Cell:
-    return cell.translate(_MARKS) if isinstance(cell, str) else cell
+    if isinstance(cell, str):
+        for mark, spelling in _MARKS.items():  # "&" first; far faster than `translate`
+            cell = cell.replace(mark, spelling)
+    return cell
