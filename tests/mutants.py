@@ -94,6 +94,20 @@ MUTANTS = [
         "tests/unit/scores",
     ),
     Mutant(
+        "an expected answer reaches the terminal as it is",
+        "trackers/console.py",
+        'f"Expected {i}: {printable(first.reference, max_chars)}"',
+        'f"Expected {i}: {first.reference}"',
+        "tests/trackers/test_console.py",
+    ),
+    Mutant(
+        "a log line lies on the progress bar",
+        "trackers/terminal.py",
+        "        logger.propagate = False\n",
+        "",
+        "tests/trackers/test_terminal.py",
+    ),
+    Mutant(
         "a tracker loses a row",
         "trackers/table.py",
         "        for sample in samples\n    ]",

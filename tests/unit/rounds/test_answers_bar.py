@@ -6,12 +6,17 @@ import io
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from pseudo_terminal import on_a_terminal
 from tqdm import tqdm
 
+from verl_valgen.backends.base import Backend
+from verl_valgen.records import Completion, Request
+from verl_valgen.rounds import generation
 from verl_valgen.rounds.answers_bar import AnswersBar
+from verl_valgen.settings.settings import GenerationSettings
 
 
 class Terminal(io.StringIO):
@@ -122,6 +127,36 @@ def test_it_ends_with_the_answers_whatever_ends_them(monkeypatch):
         fail()
     assert not bar._thread.is_alive()
     assert terminal.getvalue().endswith("\r")
+
+
+@pytest.mark.parametrize(
+    ("is_logging_rank", "console", "is_wanted"),
+    [(True, "full", True), (True, "brief", True), (True, "none", False), (False, "full", False)],
+)
+def test_the_logging_rank_counts_what_its_backend_tells(monkeypatch, is_logging_rank, console, is_wanted):
+    made: list[AnswersBar] = []
+
+    class Noted(AnswersBar):
+        def __init__(self, *args, is_wanted: bool) -> None:
+            super().__init__(*args, is_wanted=False)
+            made.append(self)
+            self.was_wanted = is_wanted
+
+    class TwoBatches(Backend):
+        def generate(self, requests):
+            for _ in range(2):
+                self.on_answers(len(requests) // 2)
+            return [Completion([1], "eos") for _ in requests]
+
+    monkeypatch.setattr(generation, "AnswersBar", Noted)
+    answerer = object.__new__(generation.Answerer)
+    answerer.host = SimpleNamespace(is_logging_rank=is_logging_rank)  # type: ignore[assignment]
+    answerer.settings = GenerationSettings(enabled=True, console=console)
+    share = [Request([1], (0, 0), {})] * 4
+    gathered = SimpleNamespace(share=share, requests=share * 2, began_at=7.0)
+    assert len(answerer._timed(TwoBatches(None, None, 0), gathered)) == 4  # type: ignore[arg-type]
+    (bar,) = made
+    assert (bar.was_wanted, bar.num_done, bar.num_answers, bar.num_in_all, bar.since) == (is_wanted, 4, 4, 8, 7.0)
 
 
 PROGRAM = """
