@@ -113,6 +113,22 @@ def test_rounds_are_found_again_where_a_callback_logs_without_a_step(wandb_run):
     assert [(values[step]["train/loss"], values[step]["val/loss"]) for step in (21, 22)] == [(21, 21), (22, 22)]
 
 
+def test_a_round_whose_row_verl_closes_meanwhile_is_found_again(wandb_run, monkeypatch):
+    """A slow call goes on behind the trainer."""
+    wandb_run.run.log({"train/loss": 1.0}, step=11)
+    log = WandbTracker._log
+
+    def log_overtaken(tracker, entry, **where):
+        if "step" in where:
+            wandb_run.run.log({"train/loss": 2.0}, step=12)
+        log(tracker, entry, **where)
+
+    monkeypatch.setattr(WandbTracker, "_log", log_overtaken)
+    _log_rounds(wandb_run, 11)
+    values = _found(wandb_run, 11)
+    assert [values[step]["train/loss"] for step in (11, 12)] == [1.0, 2.0]
+
+
 def test_a_round_that_is_repeated_replaces_itself_while_its_row_is_open(wandb_run):
     wandb_run.run.log({"train/loss": 1.0}, step=22)
     _log_rounds(wandb_run, 22)

@@ -84,16 +84,14 @@ class WandbTracker(Tracker):
 
     def log(self, round: Round) -> None:
         entry = self._entry(round)
-        try:
-            if round.step >= self._run.step:
-                self._log_in_time(entry)
-            else:
-                self._late.append(entry)
-                self._log_late()
-        finally:
-            table = self._over_steps.add(round.samples)
-            if table is not None:  # a row keeps the last of several increments, which names those before it
-                self._run.log({_OVER_STEPS_KEY: table}, commit=False)
+        if round.step >= self._run.step:
+            self._log_in_time(entry)
+        else:
+            self._late.append(entry)
+            self._log_late()
+        table = self._over_steps.add(round.samples)
+        if table is not None:  # a row keeps the last of several increments, which names those before it
+            self._run.log({_OVER_STEPS_KEY: table}, commit=False)
 
     def add_page(self, page: str) -> None:
         """The whole page: `inject` would have it fetch a style sheet, and a `str` might be taken for a path."""
