@@ -129,8 +129,8 @@ def test_no_key_is_in_what_a_run_says_and_writes(watched):
     folders = (directory / "hydra", watched.run.generations)
     paths = [directory / "stdout.txt", directory / "stderr.txt"]
     paths += [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    # Hydra's log and its three files; samples, numbers and the page's data of steps 2 and 3; runs.json; the page and its
-    # list of steps.
+    # Hydra's log and its three files; samples, numbers and the page's data of steps 2 and 3; runs.json; the page and
+    # its list of steps.
     assert len(paths) == 2 + 4 + 6 + 1 + 2
     assert "[verl_valgen.rounds.generation][DEBUG]" in watched.run.output
     found = [(path.name, secret) for path in paths for secret in SECRETS if secret in path.read_text(errors="replace")]
