@@ -126,7 +126,7 @@ def three_rounds(model_directory: Path, directory: Path, kind: str) -> dict[str,
         "missing": records[len(warnings) :],
         "met": agree(True, CPU),
         "random": torch.equal(state, torch.get_rng_state()),
-        "files": sorted(path.name for path in (directory / "generations").glob("step_*")),
+        "files": sorted(path.name for path in (directory / "generations").glob("step_*.jsonl")),
     }
 
 
@@ -273,7 +273,7 @@ def with_a_prompt_that_fails(directory: Path, gather: str) -> dict[str, Any]:
     with warnings_of_rounds() as records, ValidationRounds(host, settings, file_prompts):
         for step in (1, 2):
             host.rounds(step)
-    files = sorted((directory / gather / "generations").glob("step_*")) if dist.get_rank() == 0 else []
+    files = sorted((directory / gather / "generations").glob("step_*.jsonl")) if dist.get_rank() == 0 else []
     rounds = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
     texts = [[(sample["prompt_text"], sample["generation"]) for sample in samples] for samples in rounds]
     return {"warnings": records, "met": agree(True, CPU), "texts": texts}

@@ -115,7 +115,7 @@ def test_nothing_that_a_run_leaves_differs(runs, way, half):
     on, off = runs[way][half], runs["off"][half]
     # A disk may be slow for a moment, on a busy machine.
     assert [warning for warning in on.warnings if not LATE.fullmatch(warning)] == []
-    assert [path.name for path in sorted(on.generations.glob("step_*"))] == [
+    assert [path.name for path in sorted(on.generations.glob("step_*.jsonl"))] == [
         f"step_{step:08d}.jsonl" for step in ((0, 2, 4) if half == 0 else (2, 4))
     ]
     assert not off.generations.exists()

@@ -129,7 +129,9 @@ def test_no_key_is_in_what_a_run_says_and_writes(watched):
     folders = (directory / "hydra", watched.run.generations)
     paths = [directory / "stdout.txt", directory / "stderr.txt"]
     paths += [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    assert len(paths) == 2 + 4 + 3  # Hydra's log and its three files, the rounds of steps 2 and 3, runs.json
+    # Hydra's log and its three files; samples, numbers and the page's data of steps 2 and 3; runs.json; the page and
+    # its list of steps.
+    assert len(paths) == 2 + 4 + 6 + 1 + 2
     assert "[verl_valgen.rounds.generation][DEBUG]" in watched.run.output
     found = [(path.name, secret) for path in paths for secret in SECRETS if secret in path.read_text(errors="replace")]
     assert found == []
@@ -174,7 +176,11 @@ def test_rounds_write_into_the_folder_and_the_trackers_runs_alone(watched, close
     of_trackers = [directory / name for name in ("wandb", "swanlog", "tmp")]
     written = [Path(path) for path in watched.notes[0]["written"] if path != os.devnull]
     of_rounds = {path for path in written if path.is_relative_to(watched.run.generations)}
-    assert {path.name for path in of_rounds} == {f"step_{step:08d}.jsonl.tmp" for step in (2, 3)} | {"runs.json.tmp"}
+    kinds = ("jsonl", "numbers.json", "js")
+    assert {path.name.removesuffix(".tmp") for path in of_rounds} == {
+        *("runs.json", "index.html", "steps.js"),
+        *(f"step_{step:08d}.{kind}" for step in (2, 3) for kind in kinds),
+    }
     elsewhere = set(written) - of_rounds
     assert [path for path in elsewhere if not any(map(path.is_relative_to, of_trackers))] == []
     assert watched.notes[1]["written"] == []
