@@ -192,6 +192,27 @@ MUTANTS = [
         "return is_ours or path.stat().st_mtime + _MAX_DELAY_S >=",
         "tests/viewing/test_page_tracker.py",
     ),
+    Mutant(
+        "a text becomes markup in the page",
+        "viewing/app/dom.js",
+        "if (from < text.length) parent.append(text.slice(from));",
+        "if (from < text.length) parent['inner' + 'HTML'] = text.slice(from);",
+        "tests/viewing/test_browser.py",
+    ),
+    Mutant(
+        "the page lets everything load",
+        "viewing/page.py",
+        "\"default-src 'none'\",",
+        '"default-src *",',
+        "tests/viewing",
+    ),
+    Mutant(
+        "the page keeps everything in the document that was seen",
+        "viewing/app/virtual.js",
+        "if (index < first || index > last) drop(index);",
+        "if (index > count) drop(index);",
+        "tests/viewing/test_browser.py",
+    ),
 ]
 
 
@@ -217,7 +238,8 @@ def plant(mutant: Mutant, directory: Path) -> None:
             f"{mutant.fault}: {mutant.path} must have {mutant.before!r} once, has it {source.count(mutant.before)}x"
         )
     planted = source.replace(mutant.before, mutant.after)
-    compile(planted, str(path), "exec")
+    if path.suffix == ".py":
+        compile(planted, str(path), "exec")
     path.write_text(planted)
 
 

@@ -330,6 +330,8 @@ def test_strategies_stand_side_by_side(page, folder):
     first = page.page.locator(".compare-sample").first
     assert first.locator(".side").nth(0).locator("del").all_inner_texts() == ["It is Paris"]
     assert first.locator(".side").nth(1).locator("ins").all_inner_texts() == ["Paris, of course"]
+    assert first.locator(".side").nth(0).locator("ins").count() == 0
+    assert first.locator(".side").nth(1).locator("del").count() == 0
     page.page.locator("input[name=differ]").check()
     assert page.page.locator(".compare-sample").count() == 2
 

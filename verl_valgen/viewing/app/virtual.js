@@ -60,7 +60,7 @@
     function measure() {
       let moved = false;
       for (const index of fresh) {
-        const height = Math.max(1, nodes.get(index).offsetHeight);
+        const height = Math.max(1, Math.ceil(nodes.get(index).getBoundingClientRect().height));
         moved = moved || height !== (heights[index] || estimate);
         heights[index] = height;
       }
