@@ -93,6 +93,14 @@ def test_tracker_that_cannot_be_opened_costs_a_warning(open_here, monkeypatch):
     ]
 
 
+def test_page_that_cannot_be_opened_costs_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "verl_valgen.trackers.page", None)
+    composite = open_trackers([], make_run(tmp_path, page=True))
+    assert list(composite.trackers) == ["jsonl", "console"]
+    (message,) = caplog.messages
+    assert message.startswith("page: no samples there, they are in the JSONL files: ModuleNotFoundError: ")
+
+
 @pytest.mark.parametrize("name", [name for name in TRACKERS if name not in ("file", "vemlp_wandb")])  # which have none
 def test_missing_package_names_the_extra(name, monkeypatch):
     for module in [*sys.modules]:

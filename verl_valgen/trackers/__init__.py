@@ -7,7 +7,8 @@ takes a `TrackedRun` and has `is_live(run)`, and a line in `TRACKERS`. Importing
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -64,14 +65,16 @@ def open_trackers(
         "console": ConsoleTracker(run),
         **(others or {}),
     }
+    openings: dict[str, Callable[[], Tracker | None]] = {}
     if run.settings.page:
-        trackers["page"] = resolve_name(_PAGE)(run)
+        openings["page"] = lambda: resolve_name(_PAGE)(run)
     names = [loggers] if isinstance(loggers, str) else loggers
     for name in dict.fromkeys(_RENAMED.get(name, name) for name in names):
-        if name in _LOCAL:
-            continue
+        if name not in _LOCAL:
+            openings[name] = partial(_open_tracker, name, run)
+    for name, open_tracker in openings.items():
         try:
-            tracker = _open_tracker(name, run)
+            tracker = open_tracker()
         except Exception as error:
             logger.warning("%s: no samples there, they are in the JSONL files: %s", name, describe(error))
             continue
