@@ -115,6 +115,20 @@ MUTANTS = [
         "tests/trackers tests/end_to_end/test_tour_samples.py",
     ),
     Mutant(
+        "TensorBoard renders a heading that a model said",
+        "trackers/tensorboard.py",
+        "return _as_entities(beginning) + middle",
+        "return beginning + middle",
+        "tests/trackers/test_tensorboard.py",
+    ),
+    Mutant(
+        "the rounds do not see verl's loggers",
+        "hosts/base.py",
+        "self.verl_loggers.clear()",
+        "self.verl_loggers = {}",
+        "tests/end_to_end/test_tour_samples.py",
+    ),
+    Mutant(
         "a variable goes before the command line",
         "settings/load.py",
         "**{key: key for key in in_config if key in on_command_line},",
