@@ -102,10 +102,10 @@ MUTANTS = [
     ),
     Mutant(
         "a log line lies on the progress bar",
-        "trackers/terminal.py",
+        "viewing/beside_bars.py",
         "        logger.propagate = False\n",
         "",
-        "tests/trackers/test_terminal.py",
+        "tests/viewing/test_beside_bars.py",
     ),
     Mutant(
         "a tracker loses a row",

@@ -160,7 +160,7 @@ def set_up_logging() -> None:
 
     A handler is added only where the program has none: under Hydra it has. Lines go between those of progress bars.
     """
-    from verl_valgen.trackers.terminal import log_beside_bars
+    from verl_valgen.viewing.beside_bars import log_beside_bars
 
     level = os.environ.get("VERL_SFT_LOGGING_LEVEL", "INFO")
     logger.setLevel(level if is_rank_zero() else logging.WARNING)

@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any
 
-from verl_valgen.trackers.terminal import is_terminal
+from verl_valgen.viewing.beside_bars import is_terminal
 
 _SHOWN_AFTER_S = 2.0
 _REDRAWN_EVERY_S = 0.5

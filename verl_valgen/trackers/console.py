@@ -14,7 +14,7 @@ from verl_valgen.records import DEFAULT_STRATEGY, Round, Sample
 from verl_valgen.text import printable
 from verl_valgen.trackers.base import TrackedRun, Tracker
 from verl_valgen.trackers.summary import number, summary
-from verl_valgen.trackers.terminal import width, write_lines
+from verl_valgen.viewing.beside_bars import width, write_lines
 from verl_valgen.viewing.folder import step_file
 
 _RULE = "-" * 50

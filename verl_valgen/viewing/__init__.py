@@ -1,1 +1,1 @@
-"""What a person sees of a folder of samples: the page for the browser, and `show` in a terminal."""
+"""What a person sees: the page for the browser, `show` in a terminal, and lines beside verl's progress bar."""

@@ -163,7 +163,7 @@ PROGRAM = """
 import sys, threading
 from tqdm import tqdm
 from verl_valgen.rounds.answers_bar import AnswersBar
-from verl_valgen.trackers.terminal import write_lines
+from verl_valgen.viewing.beside_bars import write_lines
 
 with tqdm(total=2, desc="Epoch 1/1", mininterval=0) as verls:
     for step in range(2):

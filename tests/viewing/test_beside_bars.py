@@ -15,15 +15,14 @@ import pytest
 from pseudo_terminal import environment, on_a_terminal
 from tqdm import tqdm
 
-from verl_valgen.trackers import terminal
-from verl_valgen.trackers.terminal import WIDTH_OF_FILES, beside_bars, log_beside_bars, width, write_lines
+from verl_valgen.viewing.beside_bars import WIDTH_OF_FILES, beside_bars, log_beside_bars, width, write_lines
 
 PROGRAM = """
 import logging, sys
 from tqdm import tqdm
 from verl_valgen.records import GroupNumbers, Round, RoundNumbers
 from verl_valgen.activation import set_up_logging
-from verl_valgen.trackers.terminal import write_lines
+from verl_valgen.viewing.beside_bars import write_lines
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 set_up_logging()
@@ -211,11 +210,11 @@ def test_a_handler_that_writes_beside_bars_itself_cannot_block_ours(logger):
 
     handler = Own(stream)
     logging.getLogger().addHandler(handler)
-    locked = terminal._locked
+    locked = module._locked
     try:
         log_beside_bars(logger)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(terminal, "_locked", lambda: (entered.append("bars"), locked())[1])
+            patch.setattr(module, "_locked", lambda: (entered.append("bars"), locked())[1])
             logger.info("x")
     finally:
         logging.getLogger().removeHandler(handler)
@@ -224,7 +223,9 @@ def test_a_handler_that_writes_beside_bars_itself_cannot_block_ours(logger):
 
 
 def test_where_no_bar_was_ever_made_tqdm_is_not_loaded():
-    code = "import sys; from verl_valgen.trackers.terminal import write_lines; write_lines(str('tqdm' in sys.modules))"
+    code = (
+        "import sys; from verl_valgen.viewing.beside_bars import write_lines; write_lines(str('tqdm' in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
