@@ -15,6 +15,7 @@ import pytest
 from pseudo_terminal import environment, on_a_terminal
 from tqdm import tqdm
 
+from verl_valgen.viewing import beside_bars as module
 from verl_valgen.viewing.beside_bars import WIDTH_OF_FILES, beside_bars, log_beside_bars, width, write_lines
 
 PROGRAM = """
