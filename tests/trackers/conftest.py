@@ -41,6 +41,7 @@ def trackio_storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trackio")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRACKIO_DIR", str(folder))
+        pytest.importorskip("trackio", reason="it needs a huggingface_hub that transformers 4 refuses")
         from trackio.utils import TRACKIO_DIR
     assert folder == TRACKIO_DIR, "trackio was imported before"
     return folder
@@ -85,9 +86,6 @@ def open_destination(
         elif name == "mlflow":
             destination = Mlflow(request.getfixturevalue("mlflow_uri"))
         elif name == "trackio":
-            pytest.importorskip(
-                "trackio", reason="Trackio of today needs a huggingface_hub that transformers 4 refuses"
-            )
             destination = Trackio(tmp_path, request.getfixturevalue("trackio_storage"))
         elif name == "clearml":
             destination = Clearml(request.getfixturevalue("clearml_task"))
