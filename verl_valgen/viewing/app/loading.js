@@ -1,4 +1,4 @@
-// Brings the data in: scripts beside the page, one at a time, or the block inside it.
+// Brings the data in: scripts beside the page, a few at a time, or the block inside it.
 //
 // What is asked for comes first, then each run's newest step, its first, and the others from new to old. Classic
 // scripts, because neither modules nor `fetch` load from the file system.
@@ -8,7 +8,8 @@
   const { data } = valgen;
   const MAX_SAMPLES_UNASKED = 50000; // what lies beyond is loaded when it is shown: memory has an end
   const wanted = []; // [run, step] that are on the screen
-  let isBusy = false;
+  const MAX_IN_FLIGHT = 4; // more would keep what is asked for next waiting
+  const inFlight = new Set(); // paths
   let isComplete = false; // everything came with the page
 
   function inject(path, done) {
@@ -31,7 +32,8 @@
   }
 
   function isOpen(run, step) {
-    return !data.runs[run].loaded.has(step) && !data.runs[run].failed.has(step);
+    const { loaded, failed } = data.runs[run];
+    return !loaded.has(step) && !failed.has(step) && !inFlight.has(fileOf(run, step));
   }
 
   function nextStep() {
@@ -54,14 +56,14 @@
   }
 
   function loadNext() {
-    if (isBusy || isComplete) return;
+    if (isComplete || inFlight.size >= MAX_IN_FLIGHT) return;
     const next = nextStep();
     if (next === null) return;
-    isBusy = true;
     const [run, step] = next;
     const path = fileOf(run, step);
+    inFlight.add(path);
     inject(path, (problem) => {
-      isBusy = false;
+      inFlight.delete(path);
       if (problem === null && !data.runs[run].loaded.has(step)) problem = "is broken";
       if (problem !== null) {
         data.runs[run].failed.set(step, `${path} ${problem}`);
@@ -70,6 +72,7 @@
       data.changed();
       setTimeout(loadNext); // lets the page be drawn in between
     });
+    loadNext();
   }
 
   /** Asks for a step before all others. */

@@ -12,7 +12,9 @@
 
   function parse(hash) {
     const found = { ...DEFAULTS };
-    for (const [name, value] of new URLSearchParams(hash.replace(/^#/, ""))) if (name in DEFAULTS) found[name] = value;
+    for (const [name, value] of new URLSearchParams(hash.replace(/^#/, ""))) {
+      if (Object.hasOwn(DEFAULTS, name)) found[name] = value;
+    }
     return found;
   }
 
