@@ -96,6 +96,16 @@ def test_what_is_shown_can_be_chosen(generations, capsys):
     ]
 
 
+def test_what_was_withheld_is_compared_with_nothing(tmp_path, capsys):
+    samples = {10: ("good text", True), 20: ("secret", False), 30: ("other text", True)}
+    rounds = {step: [{"generation": text, "verified": passed}] for step, (text, passed) in samples.items()}
+    write_rounds(described_run(tmp_path), rounds)
+    lines = "\n".join(shown(capsys, tmp_path)[1:])
+    assert "withheld" in lines
+    assert "{+" not in lines
+    assert "secret" not in lines
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_terminal_gets_columns_of_its_width(generations, width):
     text, styled = recorded(generations, width, strategy="greedy")

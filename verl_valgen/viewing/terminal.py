@@ -142,9 +142,14 @@ def _lines(answers: Answers, strategy: str | None, step: int | None) -> Iterator
         for at, answer in series:
             if step in (None, at):
                 parts = [name] * has_strategies + [f"#{completion + 1}"] * has_numbers + [str(at)]
-                words = marked_words(answer["generation"], answer["generation"] if before is None else before)
+                text = answer["generation"]
+                words = marked_words(text, text if before is None or _is_withheld(answer) else before)
                 yield Line(printable(" ".join(parts)), words, _notes(answer))
-            before = answer["generation"]
+            before = None if _is_withheld(answer) else answer["generation"]
+
+
+def _is_withheld(answer: Payload) -> bool:
+    return answer["verified"] is False
 
 
 def _notes(answer: Payload) -> str:
