@@ -9,9 +9,13 @@ from pathlib import Path
 TEMPORARY_SUFFIX = ".tmp"
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes `path` so that a crash at any moment leaves the old file or the new one, whole."""
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+def replace_file(path: Path, content: bytes, *, writer: str = "") -> None:
+    """Writes `path` so that a crash at any moment leaves the old file or the new one, whole.
+
+    Args:
+        writer: Tells this writer of the file from others that may write it at the same time; "": there are none.
+    """
+    temporary = path.with_name(path.name + writer + TEMPORARY_SUFFIX)
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -15,6 +15,7 @@ from verl_valgen.trackers.jsonl import set_aside
 from verl_valgen.trackers.page import PageTracker
 from verl_valgen.viewing import writing
 from verl_valgen.viewing.folder import Folder
+from verl_valgen.viewing.page_files import write_whole
 from verl_valgen.viewing.writing import make_page, one_file
 
 ODD: dict[int, list[Mapping[str, Any]]] = {
@@ -77,7 +78,8 @@ def test_a_round_writes_its_own_data_and_the_list_of_steps_alone(directory, monk
     tracker = PageTracker(described_run(directory))
     tracker.log(make_round([make_sample(1)], 1))
     written = []
-    monkeypatch.setattr("verl_valgen.viewing.page_files.replace_file", lambda path, content: written.append(path.name))
+    replace = "verl_valgen.viewing.page_files.replace_file"
+    monkeypatch.setattr(replace, lambda path, content, writer: written.append(path.name))
     monkeypatch.setattr(os, "listdir", None)  # nor is the folder looked through
     monkeypatch.setattr("pathlib.Path.iterdir", None)
     for number in (2, 3):
@@ -168,6 +170,35 @@ def test_a_round_after_a_failed_one_makes_up_for_it(directory, monkeypatch):
     write_rounds(described_run(directory, page=False), {10: [{}], 20: [{}]})
     tracker.log(make_round([make_sample(30)], 30))
     assert index(directory)["steps"] == [10, 20, 30]
+
+
+def test_a_round_that_comes_while_the_page_is_made_anew_stays_in_it(directory, monkeypatch):
+    run = described_run(directory)
+    write_rounds(run, {30: [{}]})
+
+    def while_a_run_goes_on(*args):
+        monkeypatch.undo()
+        write_rounds(run, {60: [{}]})
+        writing.write_step(*args)
+
+    monkeypatch.setattr(writing, "write_step", while_a_run_goes_on)
+    make_page(Folder(directory))
+    assert index(directory)["steps"] == [30, 60]
+
+
+def test_two_that_write_the_page_at_once_do_not_meet(tmp_path, monkeypatch):
+    path = tmp_path / "steps.js"
+    sync = os.fsync
+
+    def another_process(descriptor):
+        monkeypatch.setattr(os, "fsync", sync)
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        write_whole(path, b"another")
+
+    monkeypatch.setattr(os, "fsync", another_process)
+    write_whole(path, b"one")
+    assert path.read_bytes() == b"one"
+    assert [file.name for file in tmp_path.iterdir()] == ["steps.js"]
 
 
 def test_a_removed_folder_is_made_again(directory):

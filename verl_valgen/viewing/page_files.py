@@ -11,6 +11,7 @@ Every file is replaced as a whole.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ COMPARE_FILE = "compare.html"
 DATA_FOLDER = "data"
 PAGE_FILES = (PAGE_FILE, DATA_FOLDER)
 """The page of a run."""
-TEMPORARY_FILES = tuple(f"{name}{TEMPORARY_SUFFIX}" for name in (PAGE_FILE, COMPARE_FILE, f"{DATA_FOLDER}/*.js"))
+TEMPORARY_FILES = tuple(f"{name}*{TEMPORARY_SUFFIX}" for name in (PAGE_FILE, COMPARE_FILE, f"{DATA_FOLDER}/*.js"))
 """What a crash may leave, as patterns."""
 
 INDEX, STEP = "valgen.index", "valgen.step"
@@ -61,4 +62,4 @@ def write_whole(path: Path, content: bytes) -> None:
     with contextlib.suppress(OSError):
         if path.stat().st_size == len(content) and path.read_bytes() == content:
             return
-    replace_file(path, content)
+    replace_file(path, content, writer=f".{os.getpid()}")  # a run and the command may write a page at the same time

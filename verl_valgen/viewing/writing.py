@@ -86,7 +86,11 @@ def place(directory: Path) -> str:
 def make_page(folder: Folder) -> Path:
     """Makes the whole page of a folder anew, and returns where it is."""
     drop_data(folder.directory, lambda step: not step_file(folder.directory, step).exists())
-    write_index(folder.directory, entry_of(folder, _write_steps(folder, folder.steps())))
+    steps = folder.steps()
+    written = _write_steps(folder, steps)
+    # Rounds that a run has recorded since are in its index, and must stay in this one.
+    written += [step for step in folder.steps() if step not in steps and data_file(folder.directory, step).exists()]
+    write_index(folder.directory, entry_of(folder, written))
     write_app(folder.directory)
     return folder.directory / PAGE_FILE
 
