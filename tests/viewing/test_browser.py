@@ -490,6 +490,20 @@ def test_newer_rounds_come_without_opening_the_page_again(page, tmp_path):
     page.wait_for_text(".current-answer .answer", "It is Paris")
 
 
+def test_a_look_at_newer_rounds_shows_nothing_of_an_earlier_run(page, tmp_path):
+    path = folders.write_folder(tmp_path / "page", folders.index_of(payloads()), payloads()[1:])
+    page.open(path, step=20)
+    page.wait_for_text(".problems", "step_00000010.js is missing")
+    page.wait_for_steps(3)
+    steps = payloads(shift=2)[:2]  # another run begins in the same folder
+    again = folders.write_folder(tmp_path / "again", folders.index_of(steps), steps)
+    shutil.copytree(again.parent, path.parent, dirs_exist_ok=True)
+    page.press("r")
+    page.wait_for_text(".current-answer .answer", "It is Paris")
+    page.wait_for_steps(2)
+    assert page.text(".problems") == ""
+
+
 def test_it_can_be_served_too(browser, folder):
     handler = functools.partial(QuietHandler, directory=folder.parent)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -37,12 +37,11 @@
 
   function receiveIndex(index) {
     checkFormat(index, "data/steps.js");
+    // What came with an earlier index is forgotten: since then another run may have begun, or a step been made again.
     index.runs.forEach((given, number) => {
-      runs[number] = runs[number] || newRun();
-      Object.assign(runs[number], given);
-      runs[number].steps = [...given.steps].sort((a, b) => a - b);
+      runs[number] = Object.assign(newRun(), given, { steps: [...given.steps].sort((a, b) => a - b) });
     });
-    problems.delete("index");
+    problems.clear();
     changed();
   }
 

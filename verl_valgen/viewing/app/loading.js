@@ -10,11 +10,12 @@
   const wanted = []; // [run, step] that are on the screen
   const MAX_IN_FLIGHT = 4; // more would keep what is asked for next waiting
   const inFlight = new Set(); // paths
+  let query = ""; // behind the files' names: keeps browsers from taking what they had of an earlier look
   let isComplete = false; // everything came with the page
 
   function inject(path, done) {
     const script = document.createElement("script");
-    script.src = path;
+    script.src = path + query;
     script.onload = () => {
       script.remove();
       const refusal = data.takeRefusal();
@@ -82,8 +83,8 @@
     loadNext();
   }
 
-  function loadIndex(query) {
-    inject("data/steps.js" + query, (problem) => {
+  function loadIndex() {
+    inject("data/steps.js", (problem) => {
       if (problem === null && !data.runs.length) problem = "is broken";
       if (problem !== null) {
         data.problems.set("index", `data/steps.js ${problem}. This page needs the folder data/ that lies beside it.`);
@@ -115,7 +116,7 @@
   function start() {
     const block = document.getElementById("valgen-data");
     if (block === null) {
-      loadIndex("");
+      loadIndex();
       return;
     }
     isComplete = true;
@@ -129,8 +130,11 @@
 
   valgen.loading = {
     start, want,
-    /** Looks for newer rounds; the query keeps browsers from taking the old file. */
-    reload: () => loadIndex(`?at=${Date.now()}`),
+    /** Looks for newer rounds. */
+    reload() {
+      query = `?at=${Date.now()}`;
+      loadIndex();
+    },
     canReload: () => !isComplete,
     progress() {
       const all = data.runs.reduce((sum, run) => sum + run.steps.length, 0);
