@@ -351,6 +351,18 @@ def test_runs_stand_side_by_side(page, tmp_path, is_one_file):
     page.wait_for_text(".chart .u-legend", "two · greedy")
 
 
+def test_a_prompt_of_one_run_alone_leads_to_that_run(page, tmp_path):
+    steps = [*payloads(), *payloads(run=1)]
+    for step in steps[len(STEPS) :]:
+        step["prompts"][2]["key"] = "of the second run"
+    path = folders.write_one_file(tmp_path / "page.html", folders.index_of(steps, names=("one", "two")), steps)
+    page.open(path, view="compare", step=20)
+    page.page.locator(".compare-sample .head a").last.click()
+    page.wait_for_text(".current-answer .answer", "two")
+    assert page.shown()["run"] == "1"
+    assert page.text(".problems") == ""
+
+
 @pytest.mark.parametrize("is_one_file", [False, True])
 def test_no_text_becomes_markup_or_script(page, tmp_path, is_one_file):
     steps = []
@@ -560,6 +572,7 @@ def test_it_is_legible_on_a_phone_and_in_the_dark(browser, folder):
         page.page.locator("main .pane").wait_for()
         assert page.page.evaluate("document.documentElement.scrollWidth") <= 390, view
         assert page.page.evaluate("document.querySelector('main .pane').scrollWidth") <= 390, view
+    assert page.texts(".heads .label:visible") == ["greedy · step 40", "nucleus · step 40"]
     page.press("t")
     assert page.page.evaluate(luminance) > 600
     page.press("t")

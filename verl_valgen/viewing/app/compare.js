@@ -111,10 +111,11 @@
 
   function make(at) {
     const row = rows[at];
+    const { runNumber: run, step, strategy, completion } = sides[row.left ? 0 : 1];
     return element(
       "article", { class: "sample card compare-sample" },
       show.head(
-        row.prompt, state.hashOf({ view: "prompt", prompt: row.prompt.key }),
+        row.prompt, state.hashOf({ view: "prompt", prompt: row.prompt.key, run, step, strategy, completion }),
         !differs(row) && span("which", "the same"),
       ),
       textBlock(show.shortened(row.prompt.prompt_text), { class: "prompt-text clamp" }),
