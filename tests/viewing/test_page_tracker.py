@@ -74,6 +74,21 @@ def test_two_runs_in_one_file(directory, tmp_path):
     assert found["steps"][0]["prompts"][0]["key"] == found["steps"][1]["prompts"][0]["key"]
 
 
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (("a/generations", "b/generations"), ["demo (a/generations)", "demo (b/generations)"]),
+        (("a/run/generations", "b/run/generations"), ["demo (1)", "demo (2)"]),
+    ],
+)
+def test_two_runs_of_one_name_can_be_told_apart(tmp_path, folders, names):
+    for folder in folders:
+        write_rounds(described_run(tmp_path / folder), {30: [{}]})
+    page = tmp_path / "page.html"
+    page.write_bytes(one_file(*(Folder(tmp_path / folder) for folder in folders)))
+    assert [run["name"] for run in inlined(page)["index"]["runs"]] == names
+
+
 def test_a_round_writes_its_own_data_and_the_list_of_steps_alone(directory, monkeypatch):
     tracker = PageTracker(described_run(directory))
     tracker.log(make_round([make_sample(1)], 1))

@@ -138,8 +138,18 @@ def one_file(*folders: Folder) -> bytes:
         of_run = [payload for step in folder.steps() if (payload := step_of(folder, step, number)) is not None]
         steps += of_run
         runs.append(entry_of(folder, [payload["step"] for payload in of_run]))
+    _tell_apart(runs)
     content = to_json({"index": index_payload(runs), "steps": steps})
     return render(base64.b64encode(gzip.compress(content, mtime=0)).decode()).encode()
+
+
+def _tell_apart(runs: Sequence[Payload]) -> None:
+    """Runs that are called the same are called by where they lie too or, where that is the same, by their number."""
+    if len({run["name"] for run in runs}) == len(runs):
+        return
+    has_places = len({run["folder"] for run in runs}) == len(runs)
+    for number, run in enumerate(runs, start=1):
+        run["name"] += f" ({run['folder'] if has_places else number})"
 
 
 def _is_fresh(directory: Path, step: int) -> bool:
