@@ -60,6 +60,8 @@ def test_the_page_allows_its_own_scripts_and_no_others():
     assert re.findall(r"<[^<>]*\s(?:on\w+|style)=", bare) == []
     assert '<script id="valgen-data" type="text/plain">QUJD</script>' in page
     assert "<script id=" not in render(), "no data, no place for it"
+    assert "script-src 'sha256-" in policy, "a page with its data loads nothing"
+    assert "script-src 'self' file: 'sha256-" in render()
 
 
 def test_the_page_names_no_address():

@@ -50,7 +50,7 @@ def render(inline: str | None = None) -> str:
     # Not escaped: the template puts in nothing but files of this package and base64.
     environment = Environment(loader=FileSystemLoader(APP), undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.get_template("index.html.jinja").render(
-        styles=styles, scripts=scripts, policy=_policy(styles, scripts), inline=inline
+        styles=styles, scripts=scripts, policy=_policy(styles, scripts, has_data=inline is not None), inline=inline
     )
 
 
@@ -60,16 +60,17 @@ def _source(name: str) -> str:
     return text
 
 
-def _policy(styles: Iterable[str], scripts: Iterable[str]) -> str:
+def _policy(styles: Iterable[str], scripts: Iterable[str], *, has_data: bool) -> str:
     """What the document may load: the styles and scripts in it, by their sums, and scripts beside it.
 
-    Those beside it are the data. Opened from the file system, a document has no origin that `'self'` could mean, so
-    `file:` is named; served, it is `'self'` that counts.
+    Those beside it are the data; a document that has its data loads none. Opened from the file system, a document has
+    no origin that `'self'` could mean, so `file:` is named; served, it is `'self'` that counts.
     """
+    beside = "" if has_data else "'self' file: "
     return "; ".join(
         [
             "default-src 'none'",
-            f"script-src 'self' file: {_sums(scripts)}",
+            f"script-src {beside}{_sums(scripts)}",
             f"style-src {_sums(styles)}",
             "connect-src 'none'",
             "base-uri 'none'",
