@@ -215,6 +215,17 @@ def test_words_are_marked_whole_in_every_script(page, folder):
         assert "".join(piece["value"] for piece in pieces if piece["kind"] != "ins") == old
 
 
+def test_what_is_read_is_left_alone_as_other_steps_come_in(page, folder):
+    page.open(folder, step=20)
+    page.wait_for_steps()
+    page.page.evaluate("document.querySelector('.current-answer .answer').id = 'read'")
+    page.page.evaluate("valgen.data.changed(); new Promise(requestAnimationFrame)")
+    assert page.page.locator("#read").count() == 1
+    page.press("ArrowRight")
+    page.wait_for_text(".step-name", "Step 30")
+    assert page.page.locator("#read").count() == 0
+
+
 def test_strategies_can_be_chosen(page, folder):
     page.open(folder, prompt="key 2")
     page.wait_for_text(".current-answer", "cut off")

@@ -109,10 +109,14 @@
     next.disabled = now.at >= now.run.keys.length - 1;
   }
 
+  let drawn = []; // what the answer's card shows: it is left alone, with what is marked in it, as other steps come in
   function drawAnswer() {
     const found = answerAt(now.step);
     const group = groupAt(now.step);
     const old = show.oldText(now.against, now.runNumber, now.step, group, found);
+    const wanted = [now.step, now.against, found, old, missing(now.step)];
+    if (drawn.length && wanted.every((one, at) => one === drawn[at])) return;
+    drawn = wanted;
     const isSame = found && old === found.generation;
     const relation = isSame ? "the same as" : "marked: what differs from";
     const note = found && old !== null && `${relation} ${show.AGAINST[now.against]}`;
