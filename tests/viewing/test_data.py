@@ -41,7 +41,8 @@ def test_a_step_has_each_prompt_once_and_all_answers():
         (r["index"], r["strategy"], r["completion"]) for r in records
     ]
     assert found["prompts"][0] == {
-        "key": "row 6", "index": 0, "row": 6, "file": None, "origin": None, "data_source": "sums",
+        "key": "text 6183866a41c96e64, row 6",
+        "index": 0, "row": 6, "file": None, "origin": None, "data_source": "sums",
         "prompt_text": "question 0", "prompt": "<|user|>question 0", "reference": "reference 0", "reference_raw": None,
         "reference_text": None, "ground_truth": None,
     }  # fmt: skip
@@ -57,12 +58,13 @@ def test_the_same_prompt_has_the_same_key_at_every_step():
     def keys(*records):
         return [prompt["key"] for prompt in payload(*records)["prompts"]]
 
-    assert keys(record(row=6, index=0)) == keys(record(row=6, index=3, prompt="of another day"))
+    row = record(row=6, prompt_text="1+1?", index=0)
+    assert keys(row) == keys({**row, "index": 3, "prompt": "of another day"}) != keys({**row, "prompt_text": "2+2?"})
     assert keys(record(row=6)) != keys(record(row=6, file="b.parquet"))
     own = record(row=None, prompt_text="1+1?")
     assert keys(own) == keys({**own, "index": 4, "prompt": "of another day"}) != keys({**own, "prompt_text": "2+2?"})
-    # Several turns of one row, or one prompt twice.
-    twice = keys(record(row=6, index=0), record(row=6, index=1), {**own, "index": 2}, {**own, "index": 3})
+    # Several turns of one row that are the same, or one prompt twice.
+    twice = keys(row, {**row, "index": 1}, {**own, "index": 2}, {**own, "index": 3})
     assert len(set(twice)) == 4
 
 

@@ -75,12 +75,16 @@ def index_payload(runs: Sequence[Payload]) -> Payload:
 
 
 def prompt_key(record: Mapping[str, Any]) -> str:
-    """Tells the same prompt at other steps and in other runs: its row and file or, of an own prompt, its text."""
+    """Tells the same prompt at other steps and in other runs: its text and, unless it is an own prompt, row and file.
+
+    A row alone does not: other data may have another prompt there, and several turns of a row are several prompts.
+    """
     row, file = record.get("row"), _text(record.get("file"))
-    if isinstance(row, int):
-        return f"row {row}" if file is None else f"row {row} of {file}"
     text = _text(record.get("prompt_text")) or _text(record.get("prompt")) or ""
-    return f"text {hashlib.sha256(encoded(text)).hexdigest()[:16]}"
+    key = f"text {hashlib.sha256(encoded(text)).hexdigest()[:16]}"
+    if isinstance(row, int):
+        key += f", row {row}" if file is None else f", row {row} of {file}"
+    return key
 
 
 def _prompt(record: Mapping[str, Any]) -> Payload:
