@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from verl_valgen.records import BestValue, GroupNumbers, RoundNumbers
-from verl_valgen.trackers.summary import summary
+from verl_valgen.trackers.summary import number, summary
 
 NOTHING = GroupNumbers()
 ALWAYS = {"num_new_tokens": 83.2, "cut_off": 0.2, "empty": 0.0}
@@ -26,6 +26,10 @@ def test_a_round_without_strategies_is_a_row():
         "|         0.5 | 2346 |           83.2 |     0.2 |     0 |                  0.75 |",
         "exact_match: best 0.6 at step 4",
     ]
+
+
+def test_a_number_of_about_a_thousand_has_no_exponent():
+    assert [number(value) for value in (999.4, 999.5, 999.96, 1000.0, -999.7)] == ["999", "1000", "1000", "1000", "-1000"]
 
 
 def test_each_strategy_is_a_row_whichever_numbers_it_has():
