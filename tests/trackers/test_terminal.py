@@ -123,6 +123,26 @@ def test_the_lock_is_free_behind_lines_that_cannot_be_written(monkeypatch):
         assert bar.fp.getvalue().count("0/2") == 3  # drawn, drawn again behind the lines, and refreshed
 
 
+def test_a_bar_elsewhere_does_not_wait_for_lines_that_nobody_reads():
+    with ThreadPoolExecutor() as pool, tqdm(total=2, file=io.StringIO()) as bar, beside_bars(io.StringIO()):
+        assert pool.submit(bar.refresh).result(timeout=5)  # which takes the lock
+
+
+def test_a_bar_whose_file_was_closed_behind_its_back_costs_no_line(monkeypatch, tmp_path):
+    with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        bar = tqdm(total=2, file=err)
+        descriptor = os.dup(err.fileno())
+        os.close(err.fileno())
+        try:
+            write_lines("a line")
+        finally:
+            os.dup2(descriptor, err.fileno())
+            os.close(descriptor)
+            bar.close()
+    assert (tmp_path / "out").read_text() == "a line\n"
+
+
 # Log records
 
 

@@ -13,7 +13,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 WIDTH_OF_FILES = 120
@@ -58,11 +58,14 @@ def beside_bars(stream: Any) -> Iterator[None]:
     On a terminal all bars are taken away, and drawn again behind the lines. Elsewhere a line is ended that a bar has
     begun in the same file: bars end none before they are done.
     """
-    with _locked() as bars:
+    with ExitStack() as lock:
+        bars = [bar for bar in lock.enter_context(_locked()) if _shares_lines(bar, stream)]
+        if not bars:
+            lock.close()  # who reads `stream` may hold up the lines, and no bar elsewhere is to wait for them
         cleared = []
         if is_terminal(stream):
-            cleared = [bar for bar in bars if is_terminal(bar.fp) and _succeeds(bar.clear, nolock=True)]
-        elif any(_is_same_file(bar.fp, stream) for bar in bars):
+            cleared = [bar for bar in bars if _succeeds(bar.clear, nolock=True)]
+        elif bars:
             _succeeds(_end_line, stream)
         try:
             yield
@@ -71,6 +74,10 @@ def beside_bars(stream: Any) -> Iterator[None]:
                 _succeeds(_note_end, stream)
             for bar in cleared:
                 _succeeds(bar.refresh, nolock=True)
+
+
+def _shares_lines(bar: Any, stream: Any) -> bool:
+    return is_terminal(bar.fp) if is_terminal(stream) else _is_same_file(bar.fp, stream)
 
 
 @contextmanager
@@ -119,7 +126,10 @@ def _identity(stream: Any) -> tuple[int, int]:
 
 def _is_same_file(one: Any, other: Any) -> bool:
     if _has_fileno(one) and _has_fileno(other):
-        return os.path.sameopenfile(one.fileno(), other.fileno())
+        try:
+            return os.path.sameopenfile(one.fileno(), other.fileno())
+        except OSError:  # one was closed behind its object's back
+            return False
     return getattr(one, "_wrapped", one) is other  # tqdm wraps the streams that it writes to
 
 
