@@ -235,12 +235,21 @@ def test_a_handler_that_writes_beside_bars_itself_cannot_block_ours(logger):
     try:
         log_beside_bars(logger)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(terminal, "_locked", lambda: (entered.append("bars"), locked())[1])
+            patch.setattr(terminal, "_locked", lambda stream: (entered.append("bars"), locked(stream))[1])
             logger.info("x")
     finally:
         logging.getLogger().removeHandler(handler)
     assert entered[:2] == ["handler", "bars"]
     assert stream.getvalue() == "x\n"
+
+
+def test_a_bar_whose_stream_writes_into_the_log_cannot_block_ours(logger, written):
+    """It has the bars' lock, and waits for the handler that we have."""
+    (handler,) = [handler for handler in logging.getLogger().handlers if getattr(handler, "stream", None) is written]
+    log_beside_bars(logger)
+    with ThreadPoolExecutor() as pool, tqdm(total=2, file=io.StringIO()), tqdm.get_lock():
+        pool.submit(logger.info, "x").result(timeout=5)
+    assert handler.stream.getvalue() == "[verl_valgen.test_terminal] x\n"
 
 
 def test_where_no_bar_was_ever_made_tqdm_is_not_loaded():

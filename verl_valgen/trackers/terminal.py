@@ -13,7 +13,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 WIDTH_OF_FILES = 120
@@ -58,10 +58,7 @@ def beside_bars(stream: Any) -> Iterator[None]:
     On a terminal all bars are taken away, and drawn again behind the lines. Elsewhere a line is ended that a bar has
     begun in the same file: bars end none before they are done.
     """
-    with ExitStack() as lock:
-        bars = [bar for bar in lock.enter_context(_locked()) if _shares_lines(bar, stream)]
-        if not bars:
-            lock.close()  # who reads `stream` may hold up the lines, and no bar elsewhere is to wait for them
+    with _locked(stream) as bars:
         cleared = []
         if is_terminal(stream):
             cleared = [bar for bar in bars if _succeeds(bar.clear, nolock=True)]
@@ -76,20 +73,33 @@ def beside_bars(stream: Any) -> Iterator[None]:
                 _succeeds(bar.refresh, nolock=True)
 
 
-def _shares_lines(bar: Any, stream: Any) -> bool:
-    return is_terminal(bar.fp) if is_terminal(stream) else _is_same_file(bar.fp, stream)
-
-
 @contextmanager
-def _locked() -> Iterator[list[Any]]:
-    """The bars that are alive, none of which is drawn meanwhile."""
-    bar_class = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    if bar_class is None or not hasattr(bar_class, "_instances"):  # there was never a bar
+def _locked(stream: Any) -> Iterator[list[Any]]:
+    """The bars that share lines with `stream`, none of which is drawn meanwhile.
+
+    Without any the lock is not taken: who reads `stream` may hold up the lines, and no bar elsewhere is to wait for
+    them; and a bar whose stream writes into the log waits, with the lock, for a handler that we have.
+    """
+    if not _bars_beside(stream):
         yield []
         return
-    with bar_class.get_lock():
-        # One that is being made has no `start_t` yet: as in tqdm's own `external_write_mode`.
-        yield [bar for bar in list(bar_class._instances) if hasattr(bar, "start_t")]
+    with sys.modules["tqdm"].tqdm.get_lock():
+        yield _bars_beside(stream)
+
+
+def _bars_beside(stream: Any) -> list[Any]:
+    instances = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())  # () before the first bar
+    while True:
+        try:
+            # One that is being made has no `start_t` yet: as in tqdm's own `external_write_mode`.
+            bars = [bar for bar in instances if hasattr(bar, "start_t")]
+        except RuntimeError:  # another was made meanwhile
+            continue
+        return [bar for bar in bars if _shares_lines(bar, stream)]
+
+
+def _shares_lines(bar: Any, stream: Any) -> bool:
+    return is_terminal(bar.fp) if is_terminal(stream) else _is_same_file(bar.fp, stream)
 
 
 def _succeeds(function: Any, *args: Any, **kwargs: Any) -> bool:
