@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from verl_valgen.records import BestValue, GroupNumbers, RoundNumbers
-from verl_valgen.trackers.summary import summary
+from verl_valgen.trackers.summary import number, summary
 
 NOTHING = GroupNumbers()
 ALWAYS = {"num_new_tokens": 83.2, "cut_off": 0.2, "empty": 0.0}
@@ -26,6 +26,10 @@ def test_a_round_without_strategies_is_a_row():
         "|         0.5 | 2346 |           83.2 |     0.2 |     0 |                  0.75 |",
         "exact_match: best 0.6 at step 4",
     ]
+
+
+def test_a_number_of_about_a_thousand_has_no_exponent():
+    assert [number(value) for value in (999.4, 999.5, 1000.0, -999.7)] == ["999", "1000", "1000", "-1000"]
 
 
 def test_each_strategy_is_a_row_whichever_numbers_it_has():
@@ -61,8 +65,8 @@ def test_columns_that_do_not_fit_go_to_further_tables(width, names):
     assert all(cell_len(line) <= width for line in table)
     assert all(line.startswith("|") for line in table)
     cells = [cell.strip() for line in table for cell in line.split("|")]
-    for number in (*MANY, *ALWAYS) if width > 16 else ():  # where a name is longer than the line, it is cut
-        assert cells.count(number) == sum(line.count(f" {number} ") for line in table) >= 1
+    for name in (*MANY, *ALWAYS) if width > 16 else ():  # where a name is longer than the line, it is cut
+        assert cells.count(name) == sum(line.count(f" {name} ") for line in table) >= 1
     for value in MANY.values():
         assert cells.count(f"{value:.3g}") == len(names)
 

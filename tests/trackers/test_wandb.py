@@ -139,6 +139,8 @@ def test_a_round_that_is_repeated_replaces_itself_while_its_row_is_open(wandb_ru
     rows = wandb_run.read()
     assert [[row["generation"] for row in rows[step].rows] for step in (22, 23)] == [["again"], ["again"]]
     assert [rows[step].values["val/samples_step"] for step in (22, 23)] == [22, 22]
+    # The first time there was a second sample, and a score.
+    assert [rows[22].values.get(key) for key in ("val/sample_2_generation", "val/gen/exact")] == [None, None]
 
 
 def test_numbers_are_drawn_over_their_own_steps(wandb_run):

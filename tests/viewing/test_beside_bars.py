@@ -123,6 +123,26 @@ def test_the_lock_is_free_behind_lines_that_cannot_be_written(monkeypatch):
         assert bar.fp.getvalue().count("0/2") == 3  # drawn, drawn again behind the lines, and refreshed
 
 
+def test_a_bar_elsewhere_does_not_wait_for_lines_that_nobody_reads():
+    with ThreadPoolExecutor() as pool, tqdm(total=2, file=io.StringIO()) as bar, beside_bars(io.StringIO()):
+        assert pool.submit(bar.refresh).result(timeout=5)  # which takes the lock
+
+
+def test_a_bar_whose_file_was_closed_behind_its_back_costs_no_line(monkeypatch, tmp_path):
+    with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        bar = tqdm(total=2, file=err)
+        descriptor = os.dup(err.fileno())
+        os.close(err.fileno())
+        try:
+            write_lines("a line")
+        finally:
+            os.dup2(descriptor, err.fileno())
+            os.close(descriptor)
+            bar.close()
+    assert (tmp_path / "out").read_text() == "a line\n"
+
+
 # Log records
 
 
@@ -215,12 +235,21 @@ def test_a_handler_that_writes_beside_bars_itself_cannot_block_ours(logger):
     try:
         log_beside_bars(logger)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "_locked", lambda: (entered.append("bars"), locked())[1])
+            patch.setattr(module, "_locked", lambda stream: (entered.append("bars"), locked(stream))[1])
             logger.info("x")
     finally:
         logging.getLogger().removeHandler(handler)
     assert entered[:2] == ["handler", "bars"]
     assert stream.getvalue() == "x\n"
+
+
+def test_a_bar_whose_stream_writes_into_the_log_cannot_block_ours(logger, written):
+    """It has the bars' lock, and waits for the handler that we have."""
+    (handler,) = [handler for handler in logging.getLogger().handlers if getattr(handler, "stream", None) is written]
+    log_beside_bars(logger)
+    with ThreadPoolExecutor() as pool, tqdm(total=2, file=io.StringIO()), tqdm.get_lock():
+        pool.submit(logger.info, "x").result(timeout=5)
+    assert handler.stream.getvalue() == "[verl_valgen.test_terminal] x\n"
 
 
 def test_where_no_bar_was_ever_made_tqdm_is_not_loaded():

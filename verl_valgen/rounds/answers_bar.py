@@ -41,7 +41,10 @@ class AnswersBar:
 
     def __enter__(self) -> AnswersBar:
         if self._thread is not None:
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError:  # no more threads: without a bar, as other ranks wait for this one's answers
+                self._thread = None
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -40,7 +40,8 @@ def summary(numbers: RoundNumbers, step: int, max_chars: int, best_metric: str |
 
 def number(value: float) -> str:
     """Three digits, and all of those before the point up to a million."""
-    return f"{value:.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
+    # From 999.5 on, three digits would be 1e+03.
+    return f"{value:.0f}" if 999.5 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _best(metric: str, best: BestValue) -> str:

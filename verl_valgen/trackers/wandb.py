@@ -114,8 +114,9 @@ class WandbTracker(Tracker):
 
     def _log_in_time(self, entry: _Entry) -> None:
         displaced = self._in_row if self._row == entry.step else None
-        if displaced is not None and displaced.step != entry.step:  # a late one that took this round's row
-            self._late.appendleft(displaced)
+        if displaced is not None:
+            if displaced.step != entry.step:  # a late one that took this round's row; else this round is repeated
+                self._late.appendleft(displaced)
             left_over = displaced.keys() - entry.keys()
             self._run.log(dict.fromkeys(left_over), step=entry.step)
         self._log(entry, step=entry.step)

@@ -58,11 +58,11 @@ def beside_bars(stream: Any) -> Iterator[None]:
     On a terminal all bars are taken away, and drawn again behind the lines. Elsewhere a line is ended that a bar has
     begun in the same file: bars end none before they are done.
     """
-    with _locked() as bars:
+    with _locked(stream) as bars:
         cleared = []
         if is_terminal(stream):
-            cleared = [bar for bar in bars if is_terminal(bar.fp) and _succeeds(bar.clear, nolock=True)]
-        elif any(_is_same_file(bar.fp, stream) for bar in bars):
+            cleared = [bar for bar in bars if _succeeds(bar.clear, nolock=True)]
+        elif bars:
             _succeeds(_end_line, stream)
         try:
             yield
@@ -74,15 +74,32 @@ def beside_bars(stream: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _locked() -> Iterator[list[Any]]:
-    """The bars that are alive, none of which is drawn meanwhile."""
-    bar_class = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    if bar_class is None or not hasattr(bar_class, "_instances"):  # there was never a bar
+def _locked(stream: Any) -> Iterator[list[Any]]:
+    """The bars that share lines with `stream`, none of which is drawn meanwhile.
+
+    Without any the lock is not taken: who reads `stream` may hold up the lines, and no bar elsewhere is to wait for
+    them; and a bar whose stream writes into the log waits, with the lock, for a handler that we have.
+    """
+    if not _bars_beside(stream):
         yield []
         return
-    with bar_class.get_lock():
-        # One that is being made has no `start_t` yet: as in tqdm's own `external_write_mode`.
-        yield [bar for bar in list(bar_class._instances) if hasattr(bar, "start_t")]
+    with sys.modules["tqdm"].tqdm.get_lock():
+        yield _bars_beside(stream)
+
+
+def _bars_beside(stream: Any) -> list[Any]:
+    instances = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())  # () before the first bar
+    while True:
+        try:
+            # One that is being made has no `start_t` yet: as in tqdm's own `external_write_mode`.
+            bars = [bar for bar in instances if hasattr(bar, "start_t")]
+        except RuntimeError:  # another was made meanwhile
+            continue
+        return [bar for bar in bars if _shares_lines(bar, stream)]
+
+
+def _shares_lines(bar: Any, stream: Any) -> bool:
+    return is_terminal(bar.fp) if is_terminal(stream) else _is_same_file(bar.fp, stream)
 
 
 def _succeeds(function: Any, *args: Any, **kwargs: Any) -> bool:
@@ -119,7 +136,10 @@ def _identity(stream: Any) -> tuple[int, int]:
 
 def _is_same_file(one: Any, other: Any) -> bool:
     if _has_fileno(one) and _has_fileno(other):
-        return os.path.sameopenfile(one.fileno(), other.fileno())
+        try:
+            return os.path.sameopenfile(one.fileno(), other.fileno())
+        except OSError:  # one was closed behind its object's back
+            return False
     return getattr(one, "_wrapped", one) is other  # tqdm wraps the streams that it writes to
 
 

@@ -185,3 +185,14 @@ def test_verls_own_bar_goes_on_and_nothing_of_ours_is_left():
     ]
     assert bar.startswith("Epoch 1/1: 100%")
     assert last == "done"
+
+
+def test_without_room_for_a_thread_the_round_goes_on_without_a_bar(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with AnswersBar(6, 6, 0.0, is_wanted=True) as bar:
+        bar.add(1)
+    assert sys.stderr.getvalue() == ""
