@@ -161,7 +161,7 @@ def test_json_lines_give_back_every_record(tmp_path, samples):
 def test_a_table_is_of_short_texts_that_can_be_stored_under_different_columns(samples, max_chars):
     columns, table = build_table(samples, max_chars)
     assert len(set(columns)) == len(columns)
-    texts = sample_texts(samples, max_chars)
+    texts = sample_texts(samples, max_chars, "default")
     for text in (*columns, *texts.values(), *(cell for row in table for cell in row if isinstance(cell, str))):
         assert "\x00" not in text
         text.encode("utf-8")

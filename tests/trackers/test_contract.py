@@ -170,12 +170,12 @@ def test_keys_per_sample_hold_the_first_answer_of_each_prompt(destination: Desti
     samples = [
         make_sample(index=index, completion=completion, strategy=strategy, generation=f"{strategy} {completion}")
         for index in (0, 1)[::order]
-        for strategy, completion in [("a", 0), ("a", 1), ("b", 0)]
+        for strategy, completion in [("default", 0), ("default", 1), ("b", 0)]
     ]
     destination.tracker.log(make_round(samples, 1))
     if destination.has_texts:
         found = destination.read()[1]
         assert not destination.has_table or len(found.rows) == 6
         generations = {key: value for key, value in found.values.items() if key.endswith("_generation")}
-        assert generations == {"val/sample_1_generation": "a 0", "val/sample_2_generation": "a 0"}
+        assert generations == {"val/sample_1_generation": "default 0", "val/sample_2_generation": "default 0"}
         assert found.values["val/sample_2_prompt"] == "question 1"

@@ -46,7 +46,7 @@ def test_score_may_not_hide_a_column(column):
 
 def test_keys_have_the_readable_prompt():
     sample = make_sample(prompt="<|user|>hi", prompt_text="hi", generation="yo")
-    assert sample_texts([sample], 100) == {"val/sample_1_prompt": "hi", "val/sample_1_generation": "yo"}
+    assert sample_texts([sample], 100, "default") == {"val/sample_1_prompt": "hi", "val/sample_1_generation": "yo"}
 
 
 def test_where_an_answer_failed_no_key_holds_that_of_another_strategy_or_prompt():
@@ -58,8 +58,10 @@ def test_where_an_answer_failed_no_key_holds_that_of_another_strategy_or_prompt(
         (3, "b"),
     ]  # prompt 0 has none of a, and prompt 2 has none at all
     samples = [make_sample(index=index, strategy=name, generation=f"{name}{index}") for index, name in answered]
-    generations = {key: text for key, text in sample_texts(samples, 100).items() if key.endswith("_generation")}
+    texts = sample_texts(samples, 100, "a")
+    generations = {key: text for key, text in texts.items() if key.endswith("_generation")}
     assert generations == {"val/sample_2_generation": "a1", "val/sample_4_generation": "a3"}
+    assert sample_texts([sample for sample in samples if sample.strategy == "b"], 100, "a") == {}
 
 
 def test_texts_are_cut_and_storable():
@@ -68,9 +70,9 @@ def test_texts_are_cut_and_storable():
     _, (row,) = build_table([sample], 8)
     assert row[:3] == ["ppppp...", "g\ufffdg\ufffdg...", "rrrrr..."]
     assert (row[8], row[-1]) == ("d\ufffdd\ufffdd...", "\ufffd" * 5 + "...")
-    assert list(sample_texts([sample], 8).values()) == ["ppppp...", "g\ufffdg\ufffdg..."]
+    assert list(sample_texts([sample], 8, "default").values()) == ["ppppp...", "g\ufffdg\ufffdg..."]
 
 
 def test_empty_round_has_columns_and_no_rows():
     assert build_table([], 100) == ([*READ, *ABOUT], [])
-    assert sample_texts([], 100) == {}
+    assert sample_texts([], 100, "default") == {}

@@ -168,7 +168,7 @@ def test_a_table_over_the_steps_grows_by_each_round(wandb_run):
     for step in (1, 2, 3):
         samples = [
             make_sample(step, index, completion=completion, strategy=strategy, scores={"exact": 0.5})
-            for strategy in ("greedy", "nucleus")
+            for strategy in ("default", "nucleus")
             for index in (0, 1)
             for completion in (0, 1)
         ]
@@ -225,7 +225,7 @@ def test_a_wandb_without_incremental_tables_is_served_all_the_same(wandb_run):
         return new_table(columns=columns, data=data)
 
     new_table = wandb_run.tracker._new_table
-    wandb_run.tracker._over_steps = over_steps.TableOverSteps(table_of_old, 100)
+    wandb_run.tracker._over_steps = over_steps.TableOverSteps(table_of_old, 100, "default")
     _log_rounds(wandb_run, 1, 2)
     assert "val/samples_over_steps" not in _found(wandb_run, 1, 2)[2]
 

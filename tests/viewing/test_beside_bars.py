@@ -52,13 +52,14 @@ def test_a_file_that_takes_a_bar_too_has_whole_lines(tmp_path):
 
 
 def test_a_pipe_that_takes_a_bar_too_has_whole_lines():
-    """As in `2>&1 | tee log`: nobody can tell whether the bar has written since."""
+    """As in `2>&1 | tee log`, whose length tells nothing: the bar knows when it was drawn."""
     command = [sys.executable, "-c", PROGRAM]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True, env=environment())
-    lines = [line for line in result.stdout.decode().split("\n") if line]
+    lines = result.stdout.decode().split("\n")
     for step in range(3):
         at = lines.index(f"=== Validation Samples (Step {step}) ===")
         assert lines[at : at + 4] == [lines[at], "Prompt 1: x", f"a line of step {step}", "and another"]
+    assert "" not in lines[:-1]
 
 
 @pytest.mark.parametrize("to", ["file", "terminal"])

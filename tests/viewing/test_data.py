@@ -63,6 +63,8 @@ def test_the_same_prompt_has_the_same_key_at_every_step():
     assert keys(record(row=6)) != keys(record(row=6, file="b.parquet"))
     own = record(row=None, prompt_text="1+1?")
     assert keys(own) == keys({**own, "index": 4, "prompt": "of another day"}) != keys({**own, "prompt_text": "2+2?"})
+    poet, pirate = {**own, "origin": "prompts.jsonl line 1"}, {**own, "origin": "prompts.jsonl line 2"}
+    assert keys(poet, {**pirate, "index": 1})[1:] == keys(pirate), "a prompt without an answer leaves the next its key"
     # Several turns of one row that are the same, or one prompt twice.
     twice = keys(row, {**row, "index": 1}, {**own, "index": 2}, {**own, "index": 3})
     assert len(set(twice)) == 4

@@ -11,7 +11,7 @@ import pytest
 from trackers.destinations import make_round, make_sample
 from viewing.rounds import data_files, described_run, index, inlined, parsed, step, write_rounds
 
-from verl_valgen.trackers.jsonl import set_aside
+from verl_valgen.trackers.jsonl import JsonlTracker, set_aside
 from verl_valgen.trackers.page import PageTracker
 from verl_valgen.viewing import writing
 from verl_valgen.viewing.folder import Folder
@@ -50,6 +50,20 @@ def test_a_page_made_from_the_files_is_the_one_that_the_run_wrote(directory):
         "num_samples": 2, "seconds": 1, "tokens_per_s": 1, "exact": 0.5, "best": 0.25, "best_step": 30
     }  # fmt: skip
     assert b"secret" not in b"".join(live.values())
+
+
+def test_rounds_that_never_came_to_the_page_are_there_at_the_end(directory):
+    """As one that does not keep up loses the oldest."""
+    jsonl, page = JsonlTracker(directory), PageTracker(described_run(directory))
+    for number in (1, 2, 3, 4):
+        round = make_round([make_sample(number)], number)
+        jsonl.log(round)
+        if number in (1, 3):
+            page.log(round)
+    assert index(directory)["steps"] == [1, 3]
+    page.close()
+    assert index(directory)["steps"] == [1, 2, 3, 4]
+    assert step(directory, 4)["answers"][0]["generation"] == "answer 0 at 4"
 
 
 def test_one_file_has_what_the_folder_has(directory, tmp_path):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl_valgen.records import Round
+from verl_valgen.records import DEFAULT_STRATEGY, Round
 
 if TYPE_CHECKING:
     from verl_valgen.settings.settings import GenerationSettings
@@ -30,6 +30,11 @@ class TrackedRun:
     """verl's own logger objects of this run, by the names of `trainer.logger`."""
     description: Mapping[str, Any] | None = None
     """Date, name and configuration, for people; None: nothing is to be said."""
+
+    @property
+    def first_strategy(self) -> str:
+        """The strategy whose answers stand for a prompt where there is room for one."""
+        return next(iter(self.settings.strategies), DEFAULT_STRATEGY)
 
 
 class Tracker(ABC):

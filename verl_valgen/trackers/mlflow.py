@@ -58,6 +58,7 @@ class MlflowTracker(Tracker):
         self._client = mlflow.MlflowClient()
         self._new_metric = mlflow.entities.Metric
         self._max_chars = run.settings.max_tracker_chars
+        self._first_strategy = run.first_strategy
         self._num_tagged = run.settings.mlflow_tags
         self._tags: set[str] | None = None
         """The run's tags with samples; None until the run is asked, as it may be a continued one."""
@@ -89,8 +90,8 @@ class MlflowTracker(Tracker):
 
     def _tag(self, round: Round) -> None:
         """Shows the first prompts' texts as tags of the run, and takes away those that are of an earlier round."""
-        samples = first_answers(round.samples)[: self._num_tagged]
-        texts = sample_texts(samples, min(self._max_chars, _MAX_TAG_CHARS))
+        samples = first_answers(round.samples, self._first_strategy)[: self._num_tagged]
+        texts = sample_texts(samples, min(self._max_chars, _MAX_TAG_CHARS), self._first_strategy)
         if self._tags is None:
             self._tags = {tag for tag in self._client.get_run(self._run_id).data.tags if _SAMPLE_TAG.fullmatch(tag)}
         # One by one: a batch is refused beyond 100 tags or a megabyte.

@@ -36,9 +36,9 @@ class TableOverSteps:
         new_table: `wandb.Table`.
     """
 
-    def __init__(self, new_table: Callable[..., Any], max_chars: int) -> None:
+    def __init__(self, new_table: Callable[..., Any], max_chars: int, strategy: str) -> None:
         self._new_table = new_table
-        self._max_chars = max_chars
+        self._max_chars, self._strategy = max_chars, strategy
         self._rounds: list[_Rows] = []
         """The rows of the rounds that the table has, in the order in which they came."""
         self._num_increments = 0
@@ -54,7 +54,7 @@ class TableOverSteps:
         """The table with the round of these samples, to be logged before the next is added; None: there is none."""
         if not (self._is_possible and samples):
             return None
-        columns, cells = build_table(first_answers(samples)[:_MAX_PROMPTS], self._max_chars)
+        columns, cells = build_table(first_answers(samples, self._strategy)[:_MAX_PROMPTS], self._max_chars)
         rows = [{column: _cut(column, cell) for column, cell in zip(columns, row, strict=True)} for row in cells]
         new_scores = [column for column in columns if column not in (*_NOT_SCORES, *self._columns)]
         self._rounds.append(rows)

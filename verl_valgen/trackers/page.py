@@ -28,9 +28,10 @@ class PageTracker(Tracker):
         self._run = run
         self._steps: set[int] | None = None
         """The steps that have data; None while the folder may say otherwise: at first, and after a failure."""
+        self._last: Round | None = None
 
     def log(self, round: Round) -> None:
-        directory = self._run.directory
+        self._last, directory = round, self._run.directory
         # Where the page is gone, somebody has removed the folder.
         before, self._steps = (self._steps if (directory / PAGE_FILE).exists() else None), None
         (directory / DATA_FOLDER).mkdir(parents=True, exist_ok=True)
@@ -41,6 +42,12 @@ class PageTracker(Tracker):
         if before is None:
             writing.write_app(directory)
         self._steps = steps
+
+    def close(self) -> None:
+        """Adds rounds that never came here, as they did not while others took long or failed."""
+        if self._last is not None and set(Folder(self._run.directory).steps()) != self._steps:
+            self._steps = None
+            self.log(self._last)
 
     def _bring_in_line(self, step: int) -> list[int]:
         warnings = OnceLogger(logging.getLogger(__name__))

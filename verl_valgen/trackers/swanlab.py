@@ -28,6 +28,7 @@ class SwanlabTracker(Tracker):
         self._new_text = swanlab.Text
         self._new_table = swanlab.echarts.Table
         self._max_chars = run.settings.max_tracker_chars
+        self._first_strategy = run.first_strategy
 
     @classmethod
     def is_live(cls, run: TrackedRun) -> bool:
@@ -47,7 +48,10 @@ class SwanlabTracker(Tracker):
     def _log_samples(self, round: Round) -> None:
         columns, rows = build_table(round.samples, self._max_chars)
         table = self._new_table().add(columns, [list(map(_chartable, row)) for row in rows])
-        texts = {key: self._new_text(text) for key, text in sample_texts(round.samples, self._max_chars).items()}
+        texts = {
+            key: self._new_text(text)
+            for key, text in sample_texts(round.samples, self._max_chars, self._first_strategy).items()
+        }
         # All in one call: a second value for the same key and step is ignored.
         self._run.log({**texts, TABLE_KEY: table}, step=int(round.step))
 

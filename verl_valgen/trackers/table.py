@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 from verl_valgen.records import RoundNumbers, Sample
 from verl_valgen.text import storable, truncate
@@ -48,24 +47,26 @@ def build_table(samples: Sequence[Sample], max_chars: int) -> tuple[list[str], l
     return [*_READ, *_score_columns(scores), *_ABOUT], rows
 
 
-def first_answers(samples: Sequence[Sample]) -> list[Sample]:
-    """The first strategy's first completion of each prompt, in the prompts' order; none of a prompt that lacks it.
+def first_answers(samples: Sequence[Sample], strategy: str) -> list[Sample]:
+    """Each prompt's first completion of a strategy, in the prompts' order; none of a prompt that lacks it.
 
     Args:
-        samples: Those of a round; those of a prompt in the order of the strategies, as far as they were answered.
+        strategy: `TrackedRun.first_strategy`.
     """
-    by_prompt = sorted(samples, key=lambda sample: sample.index)  # stable
-    others = {b.strategy for a, b in pairwise(by_prompt) if a.index == b.index and a.strategy != b.strategy}
-    return [sample for sample in by_prompt if sample.completion == 0 and sample.strategy not in others]
+    by_prompt = sorted(samples, key=lambda sample: sample.index)
+    return [sample for sample in by_prompt if sample.completion == 0 and sample.strategy == strategy]
 
 
-def sample_texts(samples: Sequence[Sample], max_chars: int) -> dict[str, str]:
+def sample_texts(samples: Sequence[Sample], max_chars: int, strategy: str) -> dict[str, str]:
     """`val/sample_<i>_prompt` and `val/sample_<i>_generation`, i from 1, of each prompt's first answer.
 
     A key holds one text per step. i is `index` + 1: where a prompt lacks that answer, the others keep their keys.
+
+    Args:
+        strategy: See `first_answers`.
     """
     texts = {}
-    for sample in first_answers(samples):
+    for sample in first_answers(samples, strategy):
         texts[f"val/sample_{sample.index + 1}_prompt"] = _text(sample.prompt_text, max_chars)
         texts[f"val/sample_{sample.index + 1}_generation"] = _text(sample.generation, max_chars)
     return texts

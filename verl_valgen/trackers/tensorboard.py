@@ -46,6 +46,7 @@ class TensorboardTracker(Tracker):
         self._writer = run.verl_loggers["tensorboard"].writer
         self._new_text: Any = text_pb
         self._max_chars = run.settings.max_tracker_chars
+        self._first_strategy = run.first_strategy
 
     @classmethod
     def is_live(cls, run: TrackedRun) -> bool:
@@ -63,7 +64,10 @@ class TensorboardTracker(Tracker):
     def _log_samples(self, round: Round) -> None:
         columns, rows = build_table(round.samples, self._max_chars)
         contents: Mapping[str, Any] = {
-            **{key: escaped(text) for key, text in sample_texts(round.samples, self._max_chars).items()},
+            **{
+                key: escaped(text)
+                for key, text in sample_texts(round.samples, self._max_chars, self._first_strategy).items()
+            },
             **_tables(columns, rows),
         }
         num_bytes = 0

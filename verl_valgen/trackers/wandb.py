@@ -54,7 +54,8 @@ class WandbTracker(Tracker):
         self._new_table: Any = wandb.Table
         self._new_html: Any = wandb.Html
         self._max_chars = run.settings.max_tracker_chars
-        self._over_steps = TableOverSteps(wandb.Table, self._max_chars)
+        self._first_strategy = run.first_strategy
+        self._over_steps = TableOverSteps(wandb.Table, self._max_chars, self._first_strategy)
         self._late: deque[_Entry] = deque()
         """Rounds that wait for a row of their own. Few, as verl opens a row at every training step, unless somebody has
         put WandB's counter far ahead; all are logged at the end."""
@@ -109,7 +110,11 @@ class WandbTracker(Tracker):
         # A fresh table per step: a table that grows is uploaded whole each time, and one that was logged before stores
         # only the rows it had then.
         table = self._new_table(columns=columns, data=rows)
-        samples = {**sample_texts(round.samples, self._max_chars), TABLE_KEY: table, STEP_KEY: round.step}
+        samples = {
+            **sample_texts(round.samples, self._max_chars, self._first_strategy),
+            TABLE_KEY: table,
+            STEP_KEY: round.step,
+        }
         return _Entry(round.step, samples, {**scalars(round.numbers), STEP_KEY: round.step})
 
     def _log_in_time(self, entry: _Entry) -> None:

@@ -12,7 +12,8 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +22,9 @@ WIDTH_OF_FILES = 120
 
 _file_ends: dict[tuple[int, int], int] = {}
 """How long regular files were behind the last line that was written here, by device and inode."""
+
+_written_at: dict[tuple[int, int], float] = {}
+"""When the last line was written here to what has no length, such as a pipe: `time.time()`, as bars have it."""
 
 
 def is_terminal(stream: Any) -> bool:
@@ -63,7 +67,7 @@ def beside_bars(stream: Any) -> Iterator[None]:
         if is_terminal(stream):
             cleared = [bar for bar in bars if _succeeds(bar.clear, nolock=True)]
         elif bars:
-            _succeeds(_end_line, stream)
+            _succeeds(_end_line, stream, bars)
         try:
             yield
         finally:
@@ -110,9 +114,13 @@ def _succeeds(function: Any, *args: Any, **kwargs: Any) -> bool:
     return True
 
 
-def _end_line(stream: Any) -> None:
+def _end_line(stream: Any, bars: Sequence[Any]) -> None:
     stream.flush()
-    if _length(stream) is None or _length(stream) != _file_ends.get(_identity(stream), 0):
+    if (length := _length(stream)) is not None:
+        is_begun = length != _file_ends.get(_identity(stream), 0)
+    else:
+        is_begun = any(bar.last_print_t >= _written_at.get(_identity(stream), 0.0) for bar in bars)
+    if is_begun:
         stream.write("\n")
 
 
@@ -121,6 +129,8 @@ def _note_end(stream: Any) -> None:
     stream.flush()
     if (length := _length(stream)) is not None:
         _file_ends[_identity(stream)] = length
+    else:
+        _written_at[_identity(stream)] = time.time()
 
 
 def _length(stream: Any) -> int | None:
@@ -130,6 +140,8 @@ def _length(stream: Any) -> int | None:
 
 
 def _identity(stream: Any) -> tuple[int, int]:
+    if not _has_fileno(stream):
+        return 0, id(stream)
     found = os.fstat(stream.fileno())
     return found.st_dev, found.st_ino
 

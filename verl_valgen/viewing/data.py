@@ -75,16 +75,18 @@ def index_payload(runs: Sequence[Payload]) -> Payload:
 
 
 def prompt_key(record: Mapping[str, Any]) -> str:
-    """Tells the same prompt at other steps and in other runs: its text and, unless it is an own prompt, row and file.
+    """Tells the same prompt at other steps and in other runs: its text, and its place: row and file, or an own one's.
 
-    A row alone does not: other data may have another prompt there, and several turns of a row are several prompts.
+    A place alone does not: other data may have another prompt there, and several turns of a row are several prompts.
+    Nor does a text: what a person reads of a prompt is its last message.
     """
     row, file = record.get("row"), _text(record.get("file"))
     text = _text(record.get("prompt_text")) or _text(record.get("prompt")) or ""
     key = f"text {hashlib.sha256(encoded(text)).hexdigest()[:16]}"
     if isinstance(row, int):
-        key += f", row {row}" if file is None else f", row {row} of {file}"
-    return key
+        return f"{key}, row {row}" if file is None else f"{key}, row {row} of {file}"
+    origin = _text(record.get("origin"))
+    return key if origin is None else f"{key}, {origin}"
 
 
 def _prompt(record: Mapping[str, Any]) -> Payload:
