@@ -18,7 +18,7 @@ def tensorboard_run(open_destination):
 
 
 MARKDOWN = [
-    "# heading", "- item", "1. item", "2) item", "    code", "> quotation", "a  \nb", "[x]: http://a.b\n[x]",
+    "# heading", "- item", "1. item", "2) item", "1\u0662. item", "    code", "> quotation", "a  \nb", "[x]: http://a.b\n[x]",
     "setext\n===",
     "![image](https://a.b/pixel.png)", "[link](javascript:alert(1))", "<https://a.b>", "https://a.b", "&amp; &#65;",
     "a|b\n-|-\nc|d", "---", "* * *", "```python\nx = 1\n```", "~~~\nx\n~~~", "**bold** __bold__ *it* _it_ ~~no~~",

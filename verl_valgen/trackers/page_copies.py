@@ -7,6 +7,7 @@ what does not come within it is told, with the command that makes the page.
 from __future__ import annotations
 
 import logging
+import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -46,6 +47,7 @@ class PageCopies:
         takers = {name: tracker for name, tracker in trackers.items() if tracker.takes_page}
         if not takers:
             return
+        logger.info("making the page for %s, for at most %g s", " and ".join(takers), _MAX_S)
         start = time.monotonic()
         writers = [name for name, tracker in trackers.items() if tracker.is_kept and tracker.is_waited_for]
         pending = {name: _Call(lambda: None) for name in (*writers, *takers)}
@@ -69,7 +71,7 @@ class PageCopies:
                 self._warn(name, problem)
 
     def _warn(self, name: str, reason: str) -> None:
-        directory = printable(str(self._directory), 300)
+        directory = printable(shlex.quote(str(self._directory)), 300)
         logger.warning(
             "%s: the page of the run is not there: %s; python -m verl_valgen page %s --one-file page.html makes it",
             name, reason, directory,

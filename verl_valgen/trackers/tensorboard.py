@@ -113,7 +113,7 @@ _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 # Markdown's marks within a line.
 _INLINE = {char: f"&#{ord(char)};" for char in "&\\`*_[]<>!~"}
 # What may begin a heading, a list, a quotation or code, and the space at the end, which no paragraph keeps.
-_BEGINNING = re.compile(r"\d+[.)]|[^\w\n]", re.ASCII)
+_BEGINNING = re.compile(r"\d+[.)]|[^A-Za-z0-9_\n]")  # Markdown takes the digits of any script
 _END = re.compile(r"[^\S\n]\Z")
 
 
