@@ -355,11 +355,29 @@ def test_runs_stand_side_by_side(page, tmp_path, is_one_file):
     page.open(write(tmp_path / "page.html" if is_one_file else tmp_path, index, steps), view="compare", step=20)
     page.wait_for_text(".summary", "3 of 3 differ")
     assert page.texts(".heads .label") == ["one · greedy · step 20", "two · greedy · step 20"]
-    page.page.locator("main input[type=range]").fill("3")
+    page.page.locator("main input[type=range]").fill("2")
     page.wait_for_text(".heads", "two · greedy · step 30")
-    page.wait_for_text(".summary", "0 of 3 differ")
+    page.wait_for_text(".summary", "2 of 3 differ")
     page.page.goto(page.page.url.partition("#")[0] + "#view=curves")
     page.wait_for_text(".chart .u-legend", "two · greedy")
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_step_that_one_run_lacks_is_reached_side_by_side(page, tmp_path, lacking):
+    steps = [step for run in (0, 1) for step in payloads(run) if run != lacking or step["step"] not in (30, 40)]
+    index = folders.index_of(steps, names=("one", "two"))
+    page.open(folders.write_folder(tmp_path, index, steps), view="compare")
+    assert page.text(".step-name") == "Step 20", "the newest that both have"
+    page.wait_for_text(".summary", "0 of 3 differ")
+    page.press("ArrowRight")
+    assert page.text(".step-name") == "Step 30"
+    page.wait_for_text(".side", "no answer at step 30")
+    sides = page.page.locator(".compare-sample").first.locator(".side .answer")
+    assert sides.nth(lacking).inner_text() == "no answer at step 30"
+    assert sides.nth(1 - lacking).inner_text() == "The capital is Paris"
+    page.press("End")
+    assert page.text(".step-name") == "Step 40"
+    assert page.text(".problems") == "", "a file that cannot be there is not asked for"
 
 
 def test_a_prompt_of_one_run_alone_leads_to_that_run(page, tmp_path):

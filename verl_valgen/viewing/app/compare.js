@@ -59,16 +59,10 @@
     return [one, parse(candidates.find((value) => values.includes(value)))];
   }
 
-  /** The step itself, or the last one before it that the run has. */
-  function stepOf(runNumber, step) {
-    const { steps } = data.runs[runNumber];
-    return steps.filter((other) => other <= step).pop() ?? steps[0];
-  }
-
   function collect(step) {
     const found = new Map();
     sides.forEach((side, at) => {
-      side.step = stepOf(side.runNumber, step);
+      side.step = step;
       valgen.loading.want(side.runNumber, side.step);
       side.loaded = data.runs[side.runNumber].loaded.get(side.step);
       for (const [key, group] of side.loaded ? side.loaded.groups : []) {
@@ -87,16 +81,22 @@
   }
 
   function record(row) {
-    const [left, right] = sides.map(({ step }) => step);
-    return { prompt: row.prompt, left_step: left, left: row.left || null, right_step: right, right: row.right || null };
+    const { step } = sides[0];
+    return { prompt: row.prompt, left_step: step, left: row.left || null, right_step: step, right: row.right || null };
+  }
+
+  /** Why there is no answer. */
+  function missing({ runNumber, step }) {
+    const { steps, loaded, failed } = data.runs[runNumber];
+    if (steps.includes(step) && !loaded.has(step)) return failed.get(step) || "loading …";
+    return `no answer at step ${step}`;
   }
 
   function side(row, which) {
     const answer = row[which];
     const other = row[which === "left" ? "right" : "left"];
-    const loaded = sides[which === "left" ? 0 : 1].loaded;
     const isMarked = answer && other && !data.isWithheld(answer) && !data.isWithheld(other);
-    const options = { isList: true, missing: loaded ? "no answer" : "loading …" };
+    const options = { isList: true, missing: missing(sides[which === "left" ? 0 : 1]) };
     let block;
     if (!isMarked) block = show.answerText(answer, null, options);
     else if (which === "right") block = show.answerText(answer, other.generation, { ...options, side: "new" });

@@ -76,9 +76,9 @@
     loadNext();
   }
 
-  /** Asks for a step before all others. */
+  /** Asks for a step before all others; of one that the run does not have there is no file. */
   function want(run, step) {
-    if (step === undefined || !data.runs[run] || !isOpen(run, step)) return;
+    if (!data.runs[run] || !data.runs[run].steps.includes(step) || !isOpen(run, step)) return;
     wanted.push([run, step]);
     loadNext();
   }

@@ -27,8 +27,8 @@
   const theme = valgen.Theme(() => ask());
   const keys = valgen.Keys({
     ArrowLeft: () => moveStep(-1), ArrowRight: () => moveStep(1),
-    Home: () => now && state.set({ step: now.run.steps[0] }),
-    End: () => now && state.set({ step: now.run.steps[now.run.steps.length - 1] }),
+    Home: () => now && state.set({ step: now.steps[0] }),
+    End: () => now && state.set({ step: now.steps[now.steps.length - 1] }),
     b: () => now && now.run.best && state.set({ step: now.run.best.step }),
     j: () => movePrompt(1), k: () => movePrompt(-1),
     1: () => show(0), 2: () => show(1), 3: () => show(2), 4: () => show(3),
@@ -45,21 +45,33 @@
       element("span", { class: "grow" }), status, reload, theme.button, help),
     problems, stage, keys.dialog);
 
+  /** The steps that can be gone to: those of the run; where runs stand side by side, those of any. */
+  function stepsOf(run) {
+    if (viewName() !== "compare" || data.runs.length === 1) return run.steps;
+    return [...new Set(data.runs.flatMap(({ steps }) => steps))].sort((a, b) => a - b);
+  }
+
+  /** The newest that all runs have where they stand side by side, so that there is something to compare. */
+  function newestOf(steps) {
+    const common = steps.filter((step) => data.runs.every((run) => run.steps.includes(step)));
+    return (viewName() === "compare" ? common.pop() : undefined) ?? steps[steps.length - 1];
+  }
+
   /** What the link names, or the nearest that there is: the newest step, the first prompt, the first strategy. */
   function resolve() {
     const shown = state.get();
     const runNumber = data.runs[Number(shown.run)] ? Number(shown.run) : 0;
     const run = data.runs[runNumber];
     if (!run || !run.steps.length) return null;
-    const newest = run.steps[run.steps.length - 1];
-    const asked = shown.step === "" || Number.isNaN(Number(shown.step)) ? newest : Number(shown.step);
-    const step = run.steps.filter((one) => one <= asked).pop() ?? run.steps[0];
+    const steps = stepsOf(run);
+    const asked = shown.step === "" || Number.isNaN(Number(shown.step)) ? newestOf(steps) : Number(shown.step);
+    const step = steps.filter((one) => one <= asked).pop() ?? steps[0];
     const at = run.known.get(shown.prompt) ?? 0;
     const strategy = run.strategies.includes(shown.strategy) ? shown.strategy : run.strategies[0];
     const isThere = data.completionsOf(runNumber, strategy).includes(Number(shown.completion));
     const completion = isThere ? Number(shown.completion) : 0;
     const against = AGAINST.includes(shown.against) ? shown.against : "before";
-    return { runNumber, run, step, at, key: run.keys[at], strategy, completion, against };
+    return { runNumber, run, steps, step, at, key: run.keys[at], strategy, completion, against };
   }
 
   function want() {
@@ -133,8 +145,8 @@
   }
 
   function moveStep(by) {
-    const at = now ? now.run.steps.indexOf(now.step) + by : -1;
-    if (at >= 0 && at < now.run.steps.length) state.set({ step: now.run.steps[at] });
+    const at = now ? now.steps.indexOf(now.step) + by : -1;
+    if (at >= 0 && at < now.steps.length) state.set({ step: now.steps[at] });
   }
 
   function movePrompt(by) {

@@ -40,8 +40,8 @@
     );
     return {
       node,
-      update({ step, run }) {
-        steps = run.steps;
+      update({ step, steps: all, run }) {
+        steps = all;
         const at = steps.indexOf(step);
         slider.max = Math.max(0, steps.length - 1);
         slider.value = at;
