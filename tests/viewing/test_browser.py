@@ -490,6 +490,54 @@ def test_of_ten_thousand_samples_only_what_is_visible_is_in_the_document(page, t
     assert page.page.locator(".sample").count() <= 200
 
 
+def test_of_a_very_long_text_the_beginning_is_shown_until_all_is_asked_for(page, tmp_path):
+    size = 1_000_000
+    texts = ["😀 " + letter * (size - 6) + "end" for letter in "ab"]  # of two units each: a half is never shown
+    prompts = [folders.prompt(0, "p" * size, "r" * size)]
+    steps = [
+        folders.step(number, prompts, [folders.answer(0, text, generation_raw="g" * size)])
+        for number, text in enumerate([*texts, "x" * 19_999 + "😀" + "y" * 79_999])
+    ]
+    page.open(folders.write_folder(tmp_path, folders.index_of(steps), steps), step=1)
+    page.wait_for_steps(3)
+    page.page.locator(".rest summary").click()
+    size_of = "document.querySelector('main').textContent.length"
+    page.wait_for_text(".rest", "show all (1,000,000 characters)")
+    assert page.page.evaluate(size_of) < 150_000
+    page.wait_for_text(".current-answer .note", "too long to mark changes")
+    assert page.page.locator(".current-answer ins, .current-answer del").count() == 0
+    answer = page.page.locator(".current-answer .answer")
+    answer.get_by_role("button", name="show all (1,000,000 characters)").click()
+    assert answer.evaluate("e => e.textContent") == texts[1]
+    page.page.locator(".prompt-card .more").first.click()
+    page.page.locator(".rest .more").first.click()
+    page.page.evaluate("valgen.data.changed(); new Promise(requestAnimationFrame)")
+    assert page.page.evaluate(size_of) > 2_900_000, "left alone as other steps come in"
+    page.press("ArrowRight")
+    page.wait_for_text(".current-answer", "show all (100,000 characters)")
+    assert answer.locator(".escape").count() == 0
+    answer.locator(".more").click()
+    assert answer.evaluate("e => e.textContent") == steps[2]["answers"][0]["generation"]
+    assert answer.locator(".escape").count() == 0
+
+
+def test_the_memory_of_changes_has_an_end(page, folder):
+    page.open(folder)
+    most = page.page.evaluate(
+        """() => {
+            let most = 0;
+            const long = 'w'.repeat(19000);
+            for (let at = 0; at < 300; at++) {
+                valgen.diff.pieces(long + at, long + ' ' + at);
+                most = Math.max(most, valgen.diff.numRemembered());
+            }
+            return most;
+        }"""
+    )
+    assert 1_000_000 < most <= 4_000_000
+    assert page.page.evaluate("valgen.diff.pieces('a', 'b') === valgen.diff.pieces('a', 'b')")
+
+
 def test_missing_and_broken_data_is_told_and_the_rest_works(page, tmp_path):
     steps = payloads()
     path = folders.write_folder(tmp_path, folders.index_of(steps), steps)

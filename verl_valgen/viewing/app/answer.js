@@ -2,7 +2,7 @@
 "use strict";
 
 (function () {
-  const { element, span, appendText, textBlock, number, oneLine, select } = valgen.dom;
+  const { element, span, appendLong, textBlock, number, oneLine, select } = valgen.dom;
   const { data, diff } = valgen;
   const MAX_LIST_CHARS = 1200; // of one text in a list, where a look is enough
   const ENDINGS = { eos: "ended", stop: "stopped", length: "cut off", time: "out of time" };
@@ -112,7 +112,7 @@
       ["Ground truth", prompt.ground_truth],
       ["Parameters", answer && JSON.stringify({ ...params, seed, num_prompt_tokens })],
     ].filter(([, text]) => text !== null && text !== undefined && text !== "");
-    const raw = (text) => appendText(element("pre", { class: "text raw", dir: "auto" }), text);
+    const raw = (text) => appendLong(element("pre", { class: "text raw", dir: "auto" }), text);
     return parts.map(([label, text]) => labelled(label, raw(text)));
   }
 

@@ -2,7 +2,7 @@
 "use strict";
 
 (function () {
-  const { element, appendText } = valgen.dom;
+  const { MAX_SHOWN_CHARS, element, appendText, appendLong } = valgen.dom;
   const MAX_DIFF_MS = 150;
   // Scripts without blanks between words: there a dictionary tells the words.
   const SCRIPTS = ["Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar"];
@@ -11,7 +11,8 @@
   const TOKENS = /(?:[\p{L}\p{N}\p{M}_]|(?<=\p{N})[.,:](?=\p{N})|(?<=\p{L})['’](?=\p{L}))+|\n|[^\S\n]+|[^]/gu;
 
   const remembered = new Map();
-  const MAX_REMEMBERED = 2000;
+  const MAX_REMEMBERED_CHARS = 4e6; // of all texts together
+  let numRemembered = 0; // characters
 
   /** Pieces `{value, kind}` that lead from `old` to `text`; kind is "same", "ins" or "del". */
   function pieces(old, text) {
@@ -19,8 +20,12 @@
     let found = remembered.get(key);
     if (found === undefined) {
       found = compute(old, text);
-      if (remembered.size >= MAX_REMEMBERED) remembered.clear();
+      if (numRemembered + key.length > MAX_REMEMBERED_CHARS) {
+        remembered.clear();
+        numRemembered = 0;
+      }
       remembered.set(key, found);
+      numRemembered += key.length;
     }
     return found;
   }
@@ -66,11 +71,13 @@
     return result;
   }
 
-  /** Appends `text`, with what differs from `old` marked. Without `old` nothing is. `side`: "old" leaves out what is
+  const isTooLong = (old, text) => Math.max(old.length, text.length) > MAX_SHOWN_CHARS;
+
+  /** Appends `text`, with what differs from `old` marked. Without `old`, or with too long a text, nothing is. `side`: "old" leaves out what is
    * new, "new" what is gone, "both" neither. Returns the number of marks. */
   function appendMarked(parent, old, text, side = "both") {
-    if (old === null || old === undefined) {
-      appendText(parent, text);
+    if (old === null || old === undefined || isTooLong(old, text)) {
+      appendLong(parent, side === "old" ? old : text);
       return 0;
     }
     let numMarks = 0;
@@ -85,5 +92,5 @@
     return numMarks;
   }
 
-  valgen.diff = { appendMarked, pieces };
+  valgen.diff = { appendMarked, pieces, isTooLong, numRemembered: () => numRemembered };
 })();

@@ -7,6 +7,7 @@ var valgen = window.valgen || {};
   // Control, format (bidi overrides, zero-width characters), surrogate, line and paragraph separator; as `text.py` has
   // it, but for line breaks and tabs, which a page can show.
   const INVISIBLE = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu;
+  const MAX_SHOWN_CHARS = 20000; // of one text, until all of it is asked for: a browser lays out no more at once
   const EMOJI_BEFORE = /[\p{Extended_Pictographic}\u{1f3fb}-\u{1f3ff}\ufe0f]$/u;
   const EMOJI_AFTER = /^\p{Extended_Pictographic}/u;
 
@@ -58,6 +59,22 @@ var valgen = window.valgen || {};
     return parent;
   }
 
+  /** Appends `text`; of a very long one its beginning, and a button that shows the rest. */
+  function appendLong(parent, text) {
+    if (text.length <= MAX_SHOWN_CHARS) return appendText(parent, text);
+    const isPair = /[\ud800-\udbff]/.test(text[MAX_SHOWN_CHARS - 1]); // whose second half would be cut off
+    const end = MAX_SHOWN_CHARS - (isPair ? 1 : 0);
+    const more = button(`show all (${text.length.toLocaleString("en")} characters)`, () => {
+      more.remove();
+      appendText(parent, text.slice(end));
+      parent.tabIndex = -1;
+      parent.focus({ preventScroll: true }); // it was on the button
+    });
+    more.className = "more";
+    appendText(parent, text.slice(0, end)).append(more);
+    return parent;
+  }
+
   /** `text` in one line, for labels and titles: with escapes, also of line breaks, cut after `maxChars`. */
   function oneLine(text, maxChars = 120) {
     const cut = text.length > maxChars ? text.slice(0, maxChars - 1) + "…" : text;
@@ -67,7 +84,7 @@ var valgen = window.valgen || {};
   /** A block of somebody's text, in its own direction. */
   function textBlock(text, attributes) {
     const extra = attributes || {};
-    return appendText(element("div", { ...extra, class: "text " + (extra.class || ""), dir: "auto" }), text);
+    return appendLong(element("div", { ...extra, class: "text " + (extra.class || ""), dir: "auto" }), text);
   }
 
   function number(value) {
@@ -96,5 +113,7 @@ var valgen = window.valgen || {};
     };
   }
 
-  valgen.dom = { element, span, button, checkbox, appendText, oneLine, textBlock, number, select };
+  valgen.dom = {
+    MAX_SHOWN_CHARS, element, span, button, checkbox, appendText, appendLong, oneLine, textBlock, number, select,
+  };
 })();

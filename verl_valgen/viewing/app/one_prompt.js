@@ -97,16 +97,25 @@
     return { height, isChanged, title: words.filter(Boolean).join(", ") };
   }
 
+  let asked = []; // the texts in the prompt's card, left alone for the same reason
   function drawPrompt() {
     const group = groupAt(now.step);
     const prompt = group ? group.prompt : now.run.prompts[now.run.known.get(now.key)];
     title.textContent = show.promptTitle(prompt);
-    promptHost.replaceChildren(
-      show.labelled("Prompt", textBlock(prompt.prompt_text)),
-      prompt.reference === null ? "" : show.labelled("Expected", textBlock(prompt.reference, { class: "reference" })),
-    );
     before.disabled = now.at <= 0;
     next.disabled = now.at >= now.run.keys.length - 1;
+    const { key, prompt_text: text, reference } = prompt;
+    if ([key, text, reference].every((one, at) => one === asked[at])) return;
+    asked = [key, text, reference];
+    promptHost.replaceChildren(
+      show.labelled("Prompt", textBlock(text)),
+      reference === null ? "" : show.labelled("Expected", textBlock(reference, { class: "reference" })),
+    );
+  }
+
+  function relation(old, text) {
+    if (old !== text && valgen.diff.isTooLong(old, text)) return "too long to mark changes";
+    return `${old === text ? "the same as" : "marked: what differs from"} ${show.AGAINST[now.against]}`;
   }
 
   let drawn = []; // what the answer's card shows: it is left alone, with what is marked in it, as other steps come in
@@ -117,9 +126,7 @@
     const wanted = [now.step, now.against, found, old, missing(now.step)];
     if (drawn.length && wanted.every((one, at) => one === drawn[at])) return;
     drawn = wanted;
-    const isSame = found && old === found.generation;
-    const relation = isSame ? "the same as" : "marked: what differs from";
-    const note = found && old !== null && `${relation} ${show.AGAINST[now.against]}`;
+    const note = found && old !== null && relation(old, found.generation);
     answerHost.replaceChildren(
       element("div", { class: "label" }, `Answer at step ${now.step}`, note && span("note", note)),
       show.answerText(found, old, { missing: missing(now.step) }),
@@ -127,10 +134,14 @@
     );
   }
 
+  let opened = []; // what the raw texts are of, left alone likewise
   function drawRest() {
     const summary = restHost.firstElementChild;
-    const group = groupAt(now.step);
-    restHost.replaceChildren(summary, ...(restHost.open && group ? show.rest(group.prompt, answerAt(now.step)) : []));
+    const { prompt } = groupAt(now.step) || {};
+    const wanted = restHost.open && prompt ? [prompt, answerAt(now.step)] : [];
+    if (wanted.length === opened.length && wanted.every((one, at) => one === opened[at])) return;
+    opened = wanted;
+    restHost.replaceChildren(summary, ...(wanted.length ? show.rest(...wanted) : []));
   }
 
   function record() {
