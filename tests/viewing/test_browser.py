@@ -15,6 +15,8 @@ from urllib.parse import urlencode
 import pytest
 from viewing import folders
 
+from verl_valgen.viewing.script import call
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="the page is not tested: none of chromium, chromium-browser, google-chrome is there"
@@ -436,6 +438,30 @@ def test_no_text_becomes_markup_or_script(page, tmp_path, is_one_file):
             assert "\\u202eevil\\u2066 \\x1b[31mred\\x00\\u2028\\u200b end" in page.page.locator("main").inner_text()
     assert page.page.evaluate("window.hacked") is None
     assert page.page.evaluate("document.querySelectorAll('main script, main img, main svg, main style').length") == 0
+
+
+def test_what_is_named_like_a_part_of_every_object_is_kept(page, tmp_path):
+    names = ("__proto__", "constructor", '{"__proto__":', ',["__proto__"]:')
+    prompts = [folders.prompt(0, '{"__proto__":1}'), folders.prompt(1, ',["__proto__"]:')]
+    scores = dict.fromkeys(names, 0.25)
+    answers = [folders.answer(0, "a", scores=scores, score_texts=dict.fromkeys(names, "x")), folders.answer(1, "b")]
+    steps = [folders.step(1, prompts, answers, dict.fromkeys(names, 0.5))]
+    path = folders.write_folder(tmp_path, folders.index_of(steps), steps)
+    (tmp_path / "data" / "step_00000001.js").write_bytes(call("valgen.step", steps[0]))
+    page.open(path, view="step")
+    page.wait_for_steps(1)
+    assert page.texts(".step-sample .prompt-text") == ['{"__proto__":1}', ',["__proto__"]:']
+    facts = page.page.locator(".step-sample").first.locator(".facts")
+    assert [f"{name} 0.25" for name in names] == facts.locator(".chip:has(.name)").all_inner_texts()[:4]
+    assert [f"{name} x" for name in names] == facts.locator(".chip:has(.name)").all_inner_texts()[4:]
+    for name in names:
+        page.page.evaluate("name => valgen.state.set({ score: name, min: '0.1' })", name)
+        assert page.text(".summary") == "1 of 2 samples", "the other has no such score"
+    page.page.evaluate("valgen.state.set({ view: 'curves' })")
+    page.page.locator(".chart .u-over").first.wait_for()
+    page.page.locator("main details summary").click()
+    assert page.texts("main th[scope=col]") == ["step", "num_samples", *names]
+    assert page.texts("main td") == ["2", *["0.5"] * len(names)]
 
 
 def test_the_policy_holds_where_markup_gets_in(browser, folder):

@@ -107,6 +107,16 @@ def test_no_text_breaks_out_of_its_script(text):
     assert list(found["answers"][0]["scores"]) == [shown]
 
 
+@pytest.mark.parametrize("text", ["__proto__", '{"__proto__":', ',["__proto__"]:', '\\"__proto__":', '["__proto__"]'])
+def test_a_key_that_scripts_read_otherwise_is_kept(text):
+    payload = {text: {"a": 1, text: [text, {text: text}]}, "b": [text]}
+    script = call("valgen.step", payload)
+    assert b'{"__proto__":' not in script
+    assert b',"__proto__":' not in script
+    assert argument("valgen.step", script) == payload
+    assert json.loads(to_json(payload)) == payload, "in the one file there is JSON"
+
+
 def test_what_json_has_no_word_for_is_left_out():
     odd = {"a": math.nan, "b": math.inf, "c": 1.0, "d": None, "e": True, "f": "text"}
     found = step_payload(80, [record(scores=odd, params={"x": math.nan, "y": [math.inf]})], odd)

@@ -1,19 +1,29 @@
-"""Payloads as JavaScript: one call each, whose argument is JSON that nothing in a text can break out of."""
+"""Payloads as JavaScript: one call each, whose argument is JSON (but for one key) that no text can break out of."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+# In a script, though not in JSON, the left of each pair would set what the object inherits from; the right is a key
+# like any other. Within a text a backslash stands before a quotation mark: neither can be part of one.
+_KEYS = tuple((start + b'"__proto__":', start + b'["__proto__"]:') for start in (b"{", b","))
+
 
 def call(function: str, payload: Any) -> bytes:
     """A script that calls `function` with a payload."""
-    return b"%b(%b);\n" % (function.encode("ascii"), to_json(payload))
+    content = to_json(payload)
+    for key, computed in _KEYS:
+        content = content.replace(key, computed)
+    return b"%b(%b);\n" % (function.encode("ascii"), content)
 
 
 def argument(function: str, script: bytes) -> Any:
     """What `call` was given. Raises `ValueError` where the script is something else."""
-    return json.loads(script.removeprefix(f"{function}(".encode("ascii")).removesuffix(b");\n"))
+    content = script.removeprefix(f"{function}(".encode("ascii")).removesuffix(b");\n")
+    for key, computed in _KEYS:
+        content = content.replace(computed, key)
+    return json.loads(content)
 
 
 def to_json(payload: Any) -> bytes:

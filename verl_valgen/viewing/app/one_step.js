@@ -83,7 +83,7 @@
     if (shown.finish && (answer.finish_reason || "–") !== shown.finish) return false;
     if (low !== null || high !== null) {
       const value = answer.scores[shown.score];
-      if (value === null || value === undefined) return false;
+      if (!Number.isFinite(value)) return false;
       if ((low !== null && value < low) || (high !== null && value > high)) return false;
     }
     if (shown.changed && !isChanged(answer, group)) return false;
