@@ -271,6 +271,41 @@ def test_keys_alone_suffice(page, folder):
     page.wait_for_text("main h2", "Prompt 3")
 
 
+def test_the_focus_stays_on_its_item(page, folder):
+    page.open(folder)
+    page.wait_for_steps()
+    focused = "document.activeElement.innerText.replace(/\\s+/g, ' ').trim()"
+    page.page.locator(".prompt-row").nth(1).focus()
+    page.press("Enter")
+    page.wait_for_text("main h2", "Prompt 2")
+    assert page.page.evaluate(focused).startswith("2 What colour is grass?")
+    page.press("Tab", "Enter")
+    page.wait_for_text("main h2", "Prompt 3")
+    page.page.locator(".step-row").nth(1).focus()
+    page.press("Enter")
+    page.wait_for_text(".step-name", "Step 20")
+    assert page.page.evaluate(focused).startswith("20 ")
+    page.press("Tab", "Enter")
+    page.wait_for_text(".step-name", "Step 30")
+    assert page.page.evaluate(focused).startswith("30 ")
+    page.page.evaluate("valgen.data.changed(); new Promise(requestAnimationFrame)")
+    assert page.page.evaluate(focused).startswith("30 ")
+    for view in ("step", "compare"):
+        page.page.evaluate("view => valgen.state.set({ view, step: 30, every: '' })", view)
+        page.page.locator("main .sample .head a").last.focus()
+        page.press("ArrowLeft")
+        page.wait_for_text(".step-name", "Step 20")
+        assert page.page.evaluate(focused) == "Prompt 3 · row 2 · colours", view
+    # Another place in the list, the same item; and where it is gone, the list.
+    page.page.evaluate("valgen.state.set({ view: 'step' })")
+    page.page.locator("main .sample .head a").last.focus()
+    page.page.evaluate("valgen.state.set({ every: 'nucleus' })")
+    assert page.page.locator(".step-sample").count() == 3
+    assert page.page.evaluate(focused) == "Prompt 3 · row 2 · colours"
+    page.page.evaluate("valgen.state.set({ every: 'greedy' })")
+    assert page.page.evaluate("document.activeElement.getAttribute('aria-label')") == "All prompts of one step"
+
+
 def test_a_link_restores_what_is_shown(page, browser, either):
     page.open(either, view="step")
     page.page.locator("select[name=every]").select_option("nucleus")

@@ -24,7 +24,7 @@
     element("div", { class: "title-line" }, summary, span("grow"), copyButton),
     heads, host,
   );
-  const list = valgen.VirtualList({ scroller, host, estimate: 120, make });
+  const list = valgen.VirtualList({ scroller, host, estimate: 120, make, identify: (at) => rows[at].prompt.key });
   let rows = []; // {prompt, left, right}: a prompt and the answers on both sides
   let sides = [];
   let drawn = "";

@@ -35,8 +35,12 @@
   let now = null; // what is shown; see `main.js`
   const listHost = element("div", {});
   listScroller.append(listHost);
-  const list = valgen.VirtualList({ scroller: listScroller, host: listHost, estimate: 42, make: makePrompt });
-  const history = valgen.VirtualList({ scroller, host: historyHost, estimate: 40, make: makeStep });
+  const list = valgen.VirtualList({
+    scroller: listScroller, host: listHost, estimate: 42, make: makePrompt, identify: (at) => now.run.keys[at],
+  });
+  const history = valgen.VirtualList({
+    scroller, host: historyHost, estimate: 40, make: makeStep, identify: (at) => now.run.steps[at],
+  });
 
   function makePrompt(at) {
     const prompt = now.run.prompts[at];

@@ -49,7 +49,7 @@
     element("div", { class: "title-line" }, summary, span("grow"), copyButton),
     host,
   );
-  const list = valgen.VirtualList({ scroller, host, estimate: 120, make });
+  const list = valgen.VirtualList({ scroller, host, estimate: 120, make, identify });
 
   let now = null;
   let chosen = []; // the answers that pass the filters
@@ -97,6 +97,11 @@
 
   function record(answer) {
     return show.record(now.run, now.step, groupOf(answer).prompt, answer);
+  }
+
+  function identify(at) {
+    const { strategy: name, completion } = chosen[at];
+    return JSON.stringify([groupOf(chosen[at]).prompt.key, name, completion]);
   }
 
   function make(at) {

@@ -5,14 +5,17 @@
   const OVERSCAN_PX = 300;
   const MAX_ITEMS = 60; // of one list in the document, whatever is measured
 
-  /** `scroller` scrolls, `host` lies in it and holds the items; `make(index)` gives an item's element, `estimate` is an
-   * item's height in px before it is measured. */
-  function VirtualList({ scroller, host, estimate, make }) {
+  const FOCUSABLE = "a[href], button";
+
+  /** `scroller` scrolls, `host` lies in it and holds the items; `make(index)` gives an item's element, `identify(index)`
+   * what tells the same item after a reset, `estimate` is an item's height in px before it is measured. */
+  function VirtualList({ scroller, host, estimate, make, identify }) {
     let count = 0;
     let heights = new Float64Array(0); // 0: not measured
     let offsets = new Float64Array(1);
     let width = 0;
     const nodes = new Map(); // index -> element
+    const identities = new WeakMap(); // element -> what `identify` said of it
     const fresh = new Set(); // indices of elements that are not measured yet
     host.classList.add("virtual");
 
@@ -47,6 +50,7 @@
     function add(index) {
       const node = make(index);
       node.classList.add("item");
+      identities.set(node, identify(index));
       let next = null;
       for (const [other, known] of nodes) {
         if (other > index && (next === null || other < next[0])) next = [other, known];
@@ -95,6 +99,20 @@
       }
     }
 
+    const focusable = (node) => [node, ...node.querySelectorAll(FOCUSABLE)];
+
+    /** Which item has the focus, and where within; undefined where none has. */
+    function focused() {
+      const node = [...nodes.values()].find((one) => one.contains(document.activeElement));
+      return node && { identity: identities.get(node), place: focusable(node).indexOf(document.activeElement) };
+    }
+
+    function focusAgain({ identity, place }) {
+      const node = [...nodes.values()].find((one) => identities.get(one) === identity);
+      const target = node && focusable(node)[place];
+      if (target) target.focus({ preventScroll: true });
+    }
+
     let isAsked = false;
     function ask() {
       if (isAsked) return;
@@ -108,8 +126,10 @@
     new ResizeObserver(ask).observe(scroller);
 
     return {
-      /** Other items: all are made anew. With `keepHeights` they are the same as before but for what is in them. */
+      /** Other items: all are made anew. With `keepHeights` they are the same as before but for what is in them. The
+       * focus stays on the item that has it, if that is still there and in view. */
       reset(newCount, keepHeights = false) {
+        const before = focused();
         [...nodes.keys()].forEach(drop);
         if (!keepHeights || newCount !== count) {
           heights = new Float64Array(newCount);
@@ -118,6 +138,7 @@
         count = newCount;
         place();
         draw();
+        if (before) focusAgain(before);
       },
       /** Scrolls as little as makes the item visible. */
       show(index) {
