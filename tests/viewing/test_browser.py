@@ -354,6 +354,35 @@ def test_filters(page, folder):
     assert page.text(".summary") == "1 of 6 samples"
 
 
+def test_a_filter_that_finds_nothing_at_a_step_is_shown(page, tmp_path):
+    steps = payloads()
+    for answer in steps[0]["answers"]:
+        answer["finish_reason"] = "eos"
+    steps[0]["prompts"] = [{**prompt, "data_source": "colours"} for prompt in steps[0]["prompts"]]
+    page.open(folders.write_folder(tmp_path, folders.index_of(steps), steps), view="step", step=40)
+    page.wait_for_steps()
+    chosen = "select => select.selectedOptions[0]?.label"
+    filters = {"finish": ("length", "cut off"), "source": ("capitals", "capitals")}
+    for name, (value, label) in filters.items():
+        control = page.page.locator(f"main .filters select[name={name}]")
+        control.select_option(value)
+        assert control.evaluate(chosen) == label
+        page.press("Home")
+        page.wait_for_text(".summary", "0 of 6 samples")
+        assert control.is_visible()
+        assert control.evaluate(chosen) == f"{label} (0)"
+        page.page.get_by_role("button", name="Clear").click()
+        assert page.text(".summary") == "6 samples"
+        assert control.locator("option", has_text="(0)").count() == 0
+        page.press("End")
+    for name in ("every", "score"):
+        control = page.page.locator(f"main .filters select[name={name}]")
+        page.page.evaluate("changes => valgen.state.set(changes)", {name: "gone", "min": "0"})
+        assert page.text(".summary") == "0 of 6 samples"
+        assert control.evaluate(chosen) == "gone (0)"
+        page.page.get_by_role("button", name="Clear").click()
+
+
 def test_a_curve_leads_to_its_step(page, folder):
     page.page.goto(folder.as_uri() + "#view=curves")
     page.wait_for_steps()

@@ -130,23 +130,29 @@
     return block;
   }
 
+  /** `options`, and what is chosen where it is not among them: it says why nothing is found. */
+  function withChosen(options, value, label = oneLine(value, 50)) {
+    if (value === "" || options.some(([name]) => name === value)) return options;
+    return [...options, [value, now.run.loaded.has(now.step) ? `${label} (0)` : label]];
+  }
+
   function setControls(loaded) {
     const shown = state.get();
     const all = (options) => [["", "all"], ...options.map((name) => [name, name])];
     const answers = loaded ? loaded.answers : [];
     const distinct = (values) => [...new Set(values)].sort();
     run.set(now.runNumber);
-    strategy.set(all(now.run.strategies), shown.every);
-    strategy.node.hidden = now.run.strategies.length < 2;
+    strategy.set(withChosen(all(now.run.strategies), shown.every), shown.every);
+    strategy.node.hidden = now.run.strategies.length < 2 && shown.every === "";
     const sources = distinct((loaded ? loaded.prompts : []).map((prompt) => prompt.data_source || "–"));
-    source.set(all(sources), shown.source);
-    source.node.hidden = sources.length < 2;
+    source.set(withChosen(all(sources), shown.source), shown.source);
+    source.node.hidden = sources.length < 2 && shown.source === "";
     const reasons = distinct(answers.map((answer) => answer.finish_reason || "–"));
-    finish.set([["", "all"], ...reasons.map((reason) => [reason, show.ending(reason)])], shown.finish);
+    const endings = [["", "all"], ...reasons.map((reason) => [reason, show.ending(reason)])];
+    finish.set(withChosen(endings, shown.finish, show.ending(shown.finish)), shown.finish);
     const names = data.scoreNames(now.runNumber);
-    score.set(names.map((name) => [name, name]), shown.score || names[0] || "");
-    score.node.hidden = names.length === 0;
-    bounds.hidden = names.length === 0;
+    score.set(withChosen(names.map((name) => [name, name]), shown.score), shown.score || names[0] || "");
+    score.node.hidden = bounds.hidden = names.length === 0 && shown.score === "";
     against.set(now.against);
     for (const [input, value] of [[search, shown.q], [min, shown.min], [max, shown.max]]) {
       if (document.activeElement !== input && input.value !== value) input.value = value;
