@@ -73,8 +73,8 @@
 
   const isTooLong = (old, text) => Math.max(old.length, text.length) > MAX_SHOWN_CHARS;
 
-  /** Appends `text`, with what differs from `old` marked. Without `old`, or with too long a text, nothing is. `side`: "old" leaves out what is
-   * new, "new" what is gone, "both" neither. Returns the number of marks. */
+  /** Appends `text`, with what differs from `old` marked. Without `old`, or with too long a text, nothing is. `side`:
+   * "old" leaves out what is new, "new" what is gone, "both" neither. Returns the number of marks. */
   function appendMarked(parent, old, text, side = "both") {
     if (old === null || old === undefined || isTooLong(old, text)) {
       appendLong(parent, side === "old" ? old : text);

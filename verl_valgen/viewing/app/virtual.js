@@ -7,8 +7,8 @@
 
   const FOCUSABLE = "a[href], button";
 
-  /** `scroller` scrolls, `host` lies in it and holds the items; `make(index)` gives an item's element, `identify(index)`
-   * what tells the same item after a reset, `estimate` is an item's height in px before it is measured. */
+  /** `scroller` scrolls, `host` lies in it and holds the items; `make(index)` gives an item's element,
+   * `identify(index)` what tells the same item after a reset, `estimate` is a height in px before it is measured. */
   function VirtualList({ scroller, host, estimate, make, identify }) {
     let count = 0;
     let heights = new Float64Array(0); // 0: not measured
