@@ -524,6 +524,7 @@ def test_what_is_named_like_a_part_of_every_object_is_kept(page, tmp_path):
     page.page.evaluate("valgen.state.set({ view: 'curves' })")
     page.page.locator(".chart .u-over").first.wait_for()
     page.page.locator("main details summary").click()
+    page.page.locator("main th[scope=col]").first.wait_for()
     assert page.texts("main th[scope=col]") == ["step", "num_samples", *names]
     assert page.texts("main td") == ["2", *["0.5"] * len(names)]
 
