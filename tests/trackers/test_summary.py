@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from verl_valgen.records import BestValue, GroupNumbers, RoundNumbers
-from verl_valgen.trackers.summary import number, summary
+from verl_valgen.trackers.summary import summary
+from verl_valgen.viewing.wording import number
 
 NOTHING = GroupNumbers()
 ALWAYS = {"num_new_tokens": 83.2, "cut_off": 0.2, "empty": 0.0}

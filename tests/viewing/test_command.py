@@ -106,6 +106,11 @@ def test_what_was_withheld_is_compared_with_nothing(tmp_path, capsys):
     assert "secret" not in lines
 
 
+def test_large_scores_are_shown_as_on_the_console(tmp_path, capsys):
+    write_rounds(described_run(tmp_path), {10: [{"scores": {"length": 999.7, "chars": 12345.0}}]})
+    assert shown(capsys, tmp_path)[-1] == "  10  answer 0 at 10  [length 1000, chars 12345]"
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_terminal_gets_columns_of_its_width(generations, width):
     text, styled = recorded(generations, width, strategy="greedy")

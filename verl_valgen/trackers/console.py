@@ -13,17 +13,15 @@ from itertools import islice
 from verl_valgen.records import DEFAULT_STRATEGY, Round, Sample
 from verl_valgen.text import printable
 from verl_valgen.trackers.base import TrackedRun, Tracker
-from verl_valgen.trackers.summary import number, summary
+from verl_valgen.trackers.summary import summary
 from verl_valgen.viewing.beside_bars import width, write_lines
 from verl_valgen.viewing.folder import step_file
+from verl_valgen.viewing.wording import ENDINGS, number
 
 _RULE = "-" * 50
 
 _MAX_LINE_CHARS = 2000
 """A line of scores is cut after so many characters."""
-
-_ENDS = {"length": "cut off", "stop": "ended by a stop string", "time": "out of time"}
-"""Why an answer ended, by its finish reason; what ended by itself has nothing to say."""
 
 
 class ConsoleTracker(Tracker):
@@ -86,7 +84,7 @@ def _judged(sample: Sample) -> str:
         return ""  # the answer is not the model's own
     scores = [f"{name} {number(score)}" for name, score in sample.scores.items() if score is not None]
     is_empty = "empty" if not sample.generation.strip() else ""
-    return "; ".join(filter(None, [", ".join(scores), is_empty, _ENDS.get(sample.finish_reason, "")]))
+    return "; ".join(filter(None, [", ".join(scores), is_empty, ENDINGS.get(sample.finish_reason, "")]))
 
 
 def _label(sample: Sample, siblings: Sequence[Sample]) -> str:

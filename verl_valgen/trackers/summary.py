@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from verl_valgen.records import BestValue, GroupNumbers, RoundNumbers
 from verl_valgen.text import printable
+from verl_valgen.viewing.wording import number
 
 _MAX_NAME_CHARS = 64
 """Longer names of numbers are cut; those of strategies are not longer where they are configured."""
@@ -36,12 +37,6 @@ def summary(numbers: RoundNumbers, step: int, max_chars: int, best_metric: str |
     if numbers.best is not None:
         lines.append(_best(best_metric or "", numbers.best))
     return lines
-
-
-def number(value: float) -> str:
-    """Three digits, and all of those before the point up to a million."""
-    # From 999.5 on, three digits would be 1e+03.
-    return f"{value:.0f}" if 999.5 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _best(metric: str, best: BestValue) -> str:

@@ -19,10 +19,9 @@ from verl_valgen.records import DEFAULT_STRATEGY
 from verl_valgen.text import printable
 from verl_valgen.viewing.data import Payload
 from verl_valgen.viewing.folder import Folder, NoSamples
+from verl_valgen.viewing.wording import ENDINGS, number
 from verl_valgen.viewing.words import marked_words
 from verl_valgen.viewing.writing import step_of
-
-_ENDINGS = {"length": "cut off", "time": "out of time", "stop": "ended by a stop string"}
 
 _NEW = "bold underline"
 _MAX_NOTES_SHARE = 3
@@ -154,10 +153,10 @@ def _is_withheld(answer: Payload) -> bool:
 
 def _notes(answer: Payload) -> str:
     """Scores and, unless it ended as it should, why the answer ended."""
-    notes = [", ".join(f"{name} {score:.3g}" for name, score in answer["scores"].items())]
+    notes = [", ".join(f"{name} {number(score)}" for name, score in answer["scores"].items())]
     reason = answer["finish_reason"]
     if reason not in (None, "eos"):
-        notes.append(_ENDINGS.get(reason) or str(reason))
+        notes.append(ENDINGS.get(reason) or str(reason))
     if not answer["generation"].strip():
         notes.append("empty")
     return printable("; ".join(filter(None, notes)))
