@@ -7,6 +7,7 @@ on a thread of its own.
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -62,3 +63,15 @@ class Tracker(ABC):
 
     def close(self) -> None:  # noqa: B027  (most destinations have nothing to close)
         """Finishes what is pending. Leaves a run open that verl opened."""
+
+
+def package_of(logger: str, module: str | None = None) -> Any:
+    """Imports what a tracker needs of its package: the module that is called like the logger, or another.
+
+    Raises:
+        ImportError: The package is missing; the message names the extra to install.
+    """
+    try:
+        return importlib.import_module(module or logger)
+    except ImportError as error:
+        raise ImportError(f"samples in {logger} need the package: pip install verl-valgen[{logger}]") from error

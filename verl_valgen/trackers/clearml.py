@@ -6,7 +6,7 @@ ClearML queues what it is given for a process of its own, so that a dead host ho
 from __future__ import annotations
 
 from verl_valgen.records import Round
-from verl_valgen.trackers.base import TrackedRun, Tracker
+from verl_valgen.trackers.base import TrackedRun, Tracker, package_of
 from verl_valgen.trackers.table import TABLE_KEY, Cell, build_table, scalars
 
 _ALL = "(all)"
@@ -18,10 +18,7 @@ class ClearmlTracker(Tracker):
 
     def __init__(self, run: TrackedRun) -> None:
         """Takes hold of verl's task. Raises ImportError without the package, RuntimeError without a task."""
-        try:
-            import clearml  # noqa: F401
-        except ImportError as error:
-            raise ImportError("samples in clearml need the package: pip install verl-valgen[clearml]") from error
+        package_of("clearml")
         if not self.is_live(run):
             raise RuntimeError("verl has no clearml task")
         self._logger = run.verl_loggers["clearml"]._get_logger()

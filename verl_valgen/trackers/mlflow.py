@@ -17,7 +17,7 @@ import time
 
 from verl_valgen.records import Round
 from verl_valgen.text import truncate
-from verl_valgen.trackers.base import TrackedRun, Tracker
+from verl_valgen.trackers.base import TrackedRun, Tracker, package_of
 from verl_valgen.trackers.table import Cell, build_table, first_answers, sample_texts, scalars
 
 _LATEST = "val_samples/latest.json"
@@ -47,10 +47,7 @@ class MlflowTracker(Tracker):
 
     def __init__(self, run: TrackedRun) -> None:
         """Takes hold of this thread's live run. Raises ImportError without the package, RuntimeError without a run."""
-        try:
-            import mlflow
-        except ImportError as error:
-            raise ImportError("samples in mlflow need the package: pip install verl-valgen[mlflow]") from error
+        mlflow = package_of("mlflow")
         active_run = mlflow.active_run()
         if active_run is None:
             raise RuntimeError("mlflow has no live run in this thread")

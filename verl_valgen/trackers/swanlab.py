@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from verl_valgen.records import Round
-from verl_valgen.trackers.base import TrackedRun, Tracker
+from verl_valgen.trackers.base import TrackedRun, Tracker, package_of
 from verl_valgen.trackers.table import TABLE_KEY, Cell, build_table, sample_texts, scalars
 
 
@@ -18,10 +18,7 @@ class SwanlabTracker(Tracker):
 
     def __init__(self, run: TrackedRun) -> None:
         """Takes hold of the live run. Raises ImportError without the package, RuntimeError without a run."""
-        try:
-            import swanlab
-        except ImportError as error:
-            raise ImportError("samples in swanlab need the package: pip install verl-valgen[swanlab]") from error
+        swanlab = package_of("swanlab")
         if not self.is_live(run):
             raise RuntimeError("swanlab has no live run")
         self._run = swanlab.get_run()

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from verl_valgen.records import Round
-from verl_valgen.trackers.base import TrackedRun, Tracker
+from verl_valgen.trackers.base import TrackedRun, Tracker, package_of
 from verl_valgen.trackers.table import TABLE_KEY, Cell, build_table, sample_texts, scalars
 
 _MAX_TABLE_ROWS = 32
@@ -35,16 +35,11 @@ class TensorboardTracker(Tracker):
 
     def __init__(self, run: TrackedRun) -> None:
         """Takes hold of verl's writer. Raises ImportError without the package, RuntimeError without a writer."""
-        try:
-            from tensorboard.plugins.text.summary_v2 import text_pb
-        except ImportError as error:
-            raise ImportError(
-                "samples in tensorboard need the package: pip install verl-valgen[tensorboard]"
-            ) from error
+        text = package_of("tensorboard", "tensorboard.plugins.text.summary_v2")
         if not self.is_live(run):
             raise RuntimeError("verl has no tensorboard writer")
         self._writer = run.verl_loggers["tensorboard"].writer
-        self._new_text: Any = text_pb
+        self._new_text: Any = text.text_pb
         self._max_chars = run.settings.max_tracker_chars
         self._first_strategy = run.first_strategy
 

@@ -13,9 +13,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from verl_valgen.records import Round, Sample
-from verl_valgen.text import storable, truncate
-from verl_valgen.trackers.base import TrackedRun, Tracker
+from verl_valgen.records import Round
+from verl_valgen.trackers.base import TrackedRun, Tracker, package_of
 from verl_valgen.trackers.table import TABLE_KEY, Cell, build_table, scalars
 
 
@@ -24,10 +23,7 @@ class TrackioTracker(Tracker):
 
     def __init__(self, run: TrackedRun) -> None:
         """Takes hold of this thread's live run. Raises ImportError without the package, RuntimeError without a run."""
-        try:
-            import trackio
-        except ImportError as error:
-            raise ImportError("samples in trackio need the package: pip install verl-valgen[trackio]") from error
+        trackio = package_of("trackio")
         self._run = _live_run()
         if self._run is None:
             raise RuntimeError("trackio has no live run in this thread")
@@ -51,10 +47,7 @@ class TrackioTracker(Tracker):
         if not rows:
             return  # an empty table has no columns there
         if self._new_trace is not None:
-            content = [
-                self._trace(sample, dict(zip(columns, row, strict=True)))
-                for sample, row in zip(round.samples, rows, strict=True)
-            ]
+            content = [self._trace(dict(zip(columns, row, strict=True))) for row in rows]
         else:
             import pandas as pd  # a dependency of those versions; their tables drop the columns' names otherwise
 
@@ -62,13 +55,10 @@ class TrackioTracker(Tracker):
             content = self._new_table(dataframe=pd.DataFrame(rows, columns=columns, dtype=object))
         self._run.log({TABLE_KEY: content}, step=int(round.step))
 
-    def _trace(self, sample: Sample, cells: dict[str, Cell]) -> Any:
-        messages = [
-            {"role": "user", "content": storable(truncate(sample.prompt_text, self._max_chars))},
-            {"role": "assistant", "content": storable(truncate(sample.generation, self._max_chars))},
-        ]
-        shown = ("prompt_text", "generation")
-        return self._new_trace(messages, metadata={name: cell for name, cell in cells.items() if name not in shown})
+    def _trace(self, cells: dict[str, Cell]) -> Any:
+        prompt, generation = cells.pop("prompt_text"), cells.pop("generation")
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": generation}]
+        return self._new_trace(messages, metadata=cells)
 
 
 def _live_run() -> Any:

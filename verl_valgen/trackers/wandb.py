@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl_valgen.records import Round
-from verl_valgen.trackers.base import TrackedRun, Tracker
+from verl_valgen.trackers.base import TrackedRun, Tracker, package_of
 from verl_valgen.trackers.over_steps import TableOverSteps
 from verl_valgen.trackers.table import TABLE_KEY, build_table, sample_texts, scalars
 
@@ -76,12 +76,8 @@ class WandbTracker(Tracker):
 
     @classmethod
     def _import(cls) -> Any:
-        """The same, imported."""
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError("samples in wandb need the package: pip install verl-valgen[wandb]") from error
-        return wandb
+        """Imports the module that verl logs through. Raises ImportError without its package."""
+        return package_of("wandb")
 
     def log(self, round: Round) -> None:
         entry = self._entry(round)
