@@ -19,7 +19,7 @@ PACKAGE = Path(verl_valgen.__file__).parent
 
 LEVELS = (
     {"settings"},
-    {"records", "text", "collectives", "patching", "whole_files"},
+    {"records", "text", "collectives", "patching"},
     {"viewing"},
     {"prompts", "weights", "backends", "scores", "trackers"},
     {"hosts"},

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from verl_valgen.records import BestValue, RoundNumbers
 from verl_valgen.text import OnceLogger, printable
-from verl_valgen.whole_files import replace_file
+from verl_valgen.viewing.whole_files import replace_file
 
 FILE_NAME = "best.json"
 

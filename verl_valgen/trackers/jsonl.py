@@ -28,7 +28,7 @@ from verl_valgen.viewing.folder import (
     step_file,
 )
 from verl_valgen.viewing.page_files import PAGE_FILES, TEMPORARY_FILES, drop_data
-from verl_valgen.whole_files import TEMPORARY_SUFFIX, replace_file
+from verl_valgen.viewing.whole_files import TEMPORARY_SUFFIX, replace_file
 
 _FILES_OF_A_RUN = (RUNS_FILE, BEST_FILE)
 """Files that describe a run as a whole, beside its step files."""

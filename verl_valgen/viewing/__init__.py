@@ -1,1 +1,1 @@
-"""What a person sees: the page for the browser, `show` in a terminal, and lines beside verl's progress bar."""
+"""The folder of samples as files, and what a person sees: the page, `show` in a terminal, lines beside verl's bar."""

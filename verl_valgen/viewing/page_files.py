@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from verl_valgen.viewing.script import argument, call
-from verl_valgen.whole_files import TEMPORARY_SUFFIX, replace_file
+from verl_valgen.viewing.whole_files import TEMPORARY_SUFFIX, replace_file
 
 PAGE_FILE = "index.html"
 COMPARE_FILE = "compare.html"
