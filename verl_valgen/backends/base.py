@@ -57,6 +57,13 @@ class Backend(ABC):
         """Called by `generate`, between batches, with the number of answers that have come to an end since the last
         call: to show how far it is. Nothing may depend on it."""
 
+    def make_ready(self, requests: Sequence[Request]) -> None:  # noqa: B027  (most need nothing)
+        """Does now what `generate` must not do for these requests while training goes on in another thread.
+
+        That is all that looks beyond the model: capturing graphs, compiling, trying what a model can do. Afterwards
+        `generate` with the same requests neither captures nor touches a switch of the process. Not collective.
+        """
+
     @abstractmethod
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Returns one completion per request, in the order of the requests. Not collective, unless a backend says so.

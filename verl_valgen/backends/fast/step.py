@@ -12,33 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    GenerationConfig,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    PreTrainedModel,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from verl_valgen.backends.batching import as_id_set
 from verl_valgen.backends.fast.cache import FixedCache
-from verl_valgen.backends.observers import NanObserver, has_nan
-from verl_valgen.backends.sampling import GumbelNoise, gumbel_noise, perturbed
-
-CAPTURABLE = (
-    TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper,
-    EpsilonLogitsWarper, EtaLogitsWarper, InfNanRemoveLogitsProcessor, LogitNormalization, GumbelNoise, NanObserver,
-)  # fmt: skip
-"""Logits processors that a graph can hold: they look at the scores alone, in any order of the tokens, and need nothing
-from the host. Others run between two steps. (In place of the two that differ from batch to batch, GumbelNoise and
-NanObserver, `Decoder.choose` has operations of its own.)"""
+from verl_valgen.backends.fast.choice import CAPTURABLE, Choice
 
 
 class Decoder:
@@ -78,9 +56,7 @@ class Decoder:
         self.chooses_in_step = all(isinstance(processor, CAPTURABLE) for processor in processors)
         self.pad_id = config.pad_token_id
         self.eos_ids = sorted(as_id_set(config.eos_token_id))
-        top_k = next((processor.top_k for processor in processors if isinstance(processor, TopKLogitsWarper)), None)
-        vocab_size = self.model.config.get_text_config().vocab_size
-        self.num_candidates = None if top_k is None or (num := max(128, 2 * top_k)) >= vocab_size else num
+        self.choice = Choice(processors, self.model.config.get_text_config().vocab_size)
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, ended: Tensor, **model_kwargs: Any) -> Tensor:
         """Begins a new batch: runs the model over the prompts and resets all state.
@@ -126,35 +102,18 @@ class Decoder:
 
         (Some versions of inductor with some of triton fail on a step with a `cumsum` over the whole vocabulary in it.)
         """
-        if self.num_candidates is not None or all(isinstance(processor, NanObserver) for processor in self.processors):
+        if not self.choice.sorts_the_vocabulary:
             return torch.compile(step, dynamic=False)
         self.model_logits = torch.compile(model_logits, dynamic=False)
         return step
 
     def choose(self, scores: Tensor) -> Tensor:
-        """Applies the processors, all of them `CAPTURABLE`, to (B, V) scores and returns the best tokens, (B,) int64.
-
-        From top-k on only the largest scores are processed, as a vocabulary is a thousand times larger. They are more
-        than k, since transformers keeps what ties with the k-th; if there are too few, `has_too_many_ties` is set.
-        """
-        candidates: Tensor | None = None  # (B, C) token ids of the columns of `scores`; None: all in their order
-        for processor in self.processors:
-            if isinstance(processor, GumbelNoise):
-                keys = self.noise_keys.index_select(0, self.num_new_tokens)[0]
-                if candidates is None:
-                    scores = perturbed(scores, keys)
-                else:
-                    scores = scores + gumbel_noise(keys[:, None], candidates)
-            elif isinstance(processor, NanObserver):
-                self.had_nan |= has_nan(scores) & ~self.has_ended
-            elif isinstance(processor, TopKLogitsWarper) and self.num_candidates is not None:
-                scores, candidates = scores.topk(self.num_candidates)  # the largest first
-                scores = processor(self.tokens, scores)
-                self.has_too_many_ties |= ((scores[:, -1] > -torch.inf) & ~self.has_ended).any()
-            else:
-                scores = processor(self.tokens, scores)
-        best = scores.argmax(-1, keepdim=True)
-        return (best if candidates is None else candidates.gather(1, best))[:, 0]
+        """Returns the best tokens of (B, V) scores, (B,) int64, and notes what was seen on the way."""
+        keys = self.noise_keys.index_select(0, self.num_new_tokens)[0]
+        chosen = self.choice(scores, keys)
+        self.had_nan |= chosen.had_nan & ~self.has_ended
+        self.has_too_many_ties |= (chosen.had_too_many_ties & ~self.has_ended).any()
+        return chosen.tokens
 
     def accept(self, chosen: Tensor) -> None:
         """Appends (B,) tokens to their sequences, padding to those that have ended, and notes which end with them."""
