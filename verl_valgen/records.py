@@ -118,7 +118,9 @@ class Completion:
     sum_logprob: float | None = field(default=None, compare=False)
     """Sum of the log-probabilities by which beam search has chosen it, in nats; None for other answers."""
     num_padding: int = field(default=0, compare=False)
-    """Padding tokens before the prompt, in the batch that it was answered in: nothing of the answer depends on it."""
+    """Padding tokens beside the prompt, in the batch that it was read in: nothing of the answer depends on it."""
+    num_before: int = field(default=0, compare=False)
+    """Answers given before in its row of the cache, where rows are refilled: nothing of it depends on them."""
 
 
 class ProvenAnswers(NamedTuple):

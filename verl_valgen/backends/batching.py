@@ -69,13 +69,35 @@ def group_requests(requests: Sequence[Request], config: PretrainedConfig) -> lis
     for i in sorted(range(len(requests)), key=lambda i: len(requests[i].input_ids)):
         request, length = requests[i], len(requests[i].input_ids)
         limit = most_new_tokens(request, config)
-        side, end_side = (sum(end > boundary for boundary in boundaries) for end in (length, length + limit))
+        # A loop may read a prompt without its last token.
+        side, end_side = (sum(end > boundary for boundary in boundaries) for end in (length - 1, length + limit))
         may_be_padded = (
             request.params.keys() <= UNAFFECTED_BY_PADDING and side == end_side and length + limit <= unshifted
         )
         key = (limit, side == end_side, side, 0 if may_be_padded else length)
         by_kind[_kind(request)].setdefault(key, []).append(i)
     return [[Group(indices, *key[:2]) for key, indices in kind.items()] for kind in by_kind.values()]
+
+
+def refilled_groups(requests: Sequence[Request], groups: Sequence[Group], config: PretrainedConfig) -> list[list[int]]:
+    """Joins groups for a loop without padding, where each request has a limit of its own: what stays apart are requests
+    that need other rotary tables.
+
+    Returns:
+        The indices of requests that may run together, equal prompts one after the other; without those whose context is
+        full, and those that cannot have a cache.
+    """
+    boundaries = table_boundaries(config)
+    by_side: dict[int, list[int]] = {}
+    for group in groups:
+        if group.use_cache and group.max_new_tokens > 0:
+            for i in group.indices:
+                side = sum(len(requests[i].input_ids) > boundary for boundary in boundaries)
+                by_side.setdefault(side, []).append(i)
+    return [
+        sorted(indices, key=lambda i: (len(requests[i].input_ids), requests[i].input_ids))
+        for indices in by_side.values()
+    ]
 
 
 def table_boundaries(config: PretrainedConfig) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ from verl_valgen.text import describe, describe_at_length
 
 logger = logging.getLogger(__name__)
 
-_WITHOUT_PROCESSORS = SAMPLING_ONLY | {
+WITHOUT_PROCESSORS = SAMPLING_ONLY | {
     *("do_sample", "max_new_tokens", "stop_strings", "eos_token_id", "pad_token_id", "bos_token_id"),
     *("max_time", "use_cache", "cache_implementation"),
 }
@@ -50,12 +51,14 @@ _OF_CACHES = {"cache_implementation", "prefill_chunk_size", "use_cache"}
 
 def has_processors(request: Request) -> bool:
     """Whether `generate` itself may make logits processors of a request's parameters."""
-    return not request.params.keys() <= _WITHOUT_PROCESSORS
+    return not request.params.keys() <= WITHOUT_PROCESSORS
 
 
 class HFBackend(Backend):
     """Generates with Hugging Face's own loop and everything that it supports: beams, stop strings, any cache."""
 
+    most_at_once: int = sys.maxsize
+    """The number of requests for which there is memory, as far as is known: halved whenever there was too little."""
     _sharing: Sharing | None = None
     """Which prompts may share a batch, once that was asked."""
 
@@ -65,7 +68,7 @@ class HFBackend(Backend):
         for groups in group_requests(requests, self.model.config):
             try:
                 self.prepare(requests, groups)
-                self._generate_groups(requests, groups, completions)
+                self.generate_groups(requests, groups, completions)
             except torch.OutOfMemoryError:
                 raise
             except Exception as e:  # transformers checks many parameters only while it generates
@@ -80,7 +83,7 @@ class HFBackend(Backend):
     @property
     def batch_size(self) -> int:
         """The largest number of requests in one batch."""
-        return 1 if self.limits.one_at_a_time else self.limits.batch_size
+        return 1 if self.limits.one_at_a_time else min(self.limits.batch_size, self.most_at_once)
 
     def prepare(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
         """Called before the batches of these groups, which share their parameters. A hook for subclasses."""
@@ -94,15 +97,14 @@ class HFBackend(Backend):
             self._sharing = how_to_share(self, requests, even_length(self.model.config))
         return self._sharing
 
-    def _generate_groups(
+    def generate_groups(
         self, requests: Sequence[Request], groups: Sequence[Group], completions: list[Completion]
     ) -> None:
         """Fills in the completions of groups that share their parameters."""
-        batch_size = self.batch_size
         for group in groups:
             todo = group.indices
             while todo and time.time() <= self.limits.deadline:
-                indices = next_batch(requests, todo, batch_size, self.sharing(requests))
+                indices = next_batch(requests, todo, self.batch_size, self.sharing(requests))
                 batch = [requests[i] for i in indices]
                 try:
                     answers = self.generate_batch(batch, group)
@@ -111,8 +113,8 @@ class HFBackend(Backend):
                 except torch.OutOfMemoryError as e:
                     if len(batch) == 1:
                         raise
-                    batch_size = math.ceil(len(batch) / 2)
-                    logger.debug("out of memory with %d prompts at once: going on with %d", len(batch), batch_size)
+                    self.most_at_once = math.ceil(len(batch) / 2)
+                    logger.debug("out of memory with %d prompts at once: going on with %d", len(batch), self.batch_size)
                     traceback.clear_frames(e.__traceback__)  # they hold what was allocated
                     self.release()
                     continue

@@ -55,7 +55,9 @@ def philox_4x32(counter: Sequence[Tensor | int], key: tuple[int, int], num_round
     Returns:
         Four int64 tensors of the broadcast shape with values in [0, 2**32).
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word, dtype=torch.int64) for word in counter))
+    device = next((word.device for word in counter if isinstance(word, Tensor)), None)
+    words = [torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter]
+    c0, c1, c2, c3 = torch.broadcast_tensors(*words)
     k0, k1 = key
     for _ in range(num_rounds):
         # int64 products wrap around, which leaves all 64 bits as they are in unsigned arithmetic; the arithmetic

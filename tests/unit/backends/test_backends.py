@@ -273,14 +273,13 @@ def test_ways_go_from_the_one_asked_for_to_the_safest():
         assert (limits.fuse, limits.one_at_a_time) == (way.fuse, way.one_at_a_time)
 
 
-def test_one_prompt_at_a_time(answer, monkeypatch):
-    sizes = []
-    call_generate = HFBackend.call_generate
-    monkeypatch.setattr(
-        HFBackend,
-        "call_generate",
-        lambda self, ids, **kwargs: (sizes.append(len(ids)), call_generate(self, ids, **kwargs))[1],
-    )
+def test_one_prompt_at_a_time(answer, model):
     requests = requests_of_lengths(*MIXED)
-    assert answer(requests, GREEDY, batch_size=4) == answer(requests, GREEDY, batch_size=4, one_at_a_time=True)
-    assert sizes == [4, 4, *[1] * len(MIXED)]
+    answer(requests, GREEDY)  # what is tried is tried
+    sizes: set[int] = set()
+    model.register_forward_pre_hook(lambda module, args, kwargs: sizes.add(len(kwargs["input_ids"])), with_kwargs=True)
+    together = answer(requests, GREEDY, batch_size=4)
+    assert max(sizes) == 4
+    sizes.clear()
+    assert answer(requests, GREEDY, batch_size=4, one_at_a_time=True) == together
+    assert sizes == {1}

@@ -20,7 +20,7 @@ from verl_valgen.backends.batching import group_requests, table_boundaries
 from verl_valgen.backends.fast import backend as fast_backend
 from verl_valgen.backends.fast import fused, suitability
 from verl_valgen.backends.fast.backend import FastBackend
-from verl_valgen.backends.fast.cache import FixedCache
+from verl_valgen.backends.fast.cache import RowCache
 from verl_valgen.backends.fast.fused import fuse, is_fused, unfuse
 from verl_valgen.backends.fast.modules import FusedAttention
 from verl_valgen.backends.fast.suitability import try_model
@@ -246,7 +246,7 @@ def test_what_fails_in_our_loop_alone_is_answered_and_remembered(caplog):
     attempts = []
 
     def forward(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
-        if input_ids.shape[1] > 30 and isinstance(kwargs["past_key_values"], FixedCache):
+        if input_ids.shape[1] > 30 and isinstance(kwargs["past_key_values"], RowCache):
             attempts.append(input_ids.shape)
             raise AttributeError("no such cache")
         return type(model).forward(self, input_ids=input_ids, **kwargs)

@@ -18,6 +18,7 @@ from verl_valgen.backends.fast import backend as fast_backend
 from verl_valgen.backends.fast import loop
 from verl_valgen.backends.fast.backend import FastBackend, why_unsuitable
 from verl_valgen.backends.fast.fused import fuse
+from verl_valgen.backends.fast.step import Decoder
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.records import Request
 
@@ -176,8 +177,8 @@ def test_a_deadline_ends_what_is_unfinished(monkeypatch):
 
     from verl_valgen.backends import hf
 
-    monkeypatch.setattr(loop, "time", Clock)
-    monkeypatch.setattr(hf, "time", Clock)
+    for module in (loop, hf, fast_backend):
+        monkeypatch.setattr(module, "time", Clock)
     params = GREEDY | {"max_new_tokens": 100, "eos_token_id": 299}
     completions = answer(FastBackend, build("llama"), params, deadline=6.0)
     assert completions[0].finish_reason == completions[-1].finish_reason == "time"
@@ -188,24 +189,33 @@ def test_a_deadline_ends_what_is_unfinished(monkeypatch):
 
 
 def test_out_of_memory_halves_the_batch_and_keeps_what_is_done(monkeypatch, caplog):
-    model, sizes = build("llama"), []
-    call_generate = FastBackend.call_generate
+    """Memory ends in the middle of answers; those that have come to an end are not made again."""
+    model, begun, most = build("llama"), [], 2
+    begin, step = Decoder.begin, Decoder.step
+    params = SAMPLING | {"eos_token_id": list(range(40))}  # so that they end at different times
 
-    def limited(self: FastBackend, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        sizes.append(len(input_ids))
-        if len(input_ids) > 2:
+    def noting(self: Decoder, rows: Any, states: Any, noise_keys: Any) -> None:
+        begun.append(len(rows))
+        begin(self, rows, states, noise_keys)
+
+    def limited(self: Decoder, method: Any, num_rows: int, reach: int) -> Any:
+        if num_rows > most and sum(begun) > 6:
             raise torch.OutOfMemoryError("planted")
-        return call_generate(self, input_ids, **kwargs)
+        return step(self, method, num_rows, reach)
 
-    expected = answer(FastBackend, model, SAMPLING)
-    monkeypatch.setattr(FastBackend, "call_generate", limited)
+    asked = [Request([7, 8, row], (row, 0), {}) for row in range(9)]
+    expected = answer(FastBackend, model, params, asked)
+    monkeypatch.setattr(Decoder, "begin", noting)
+    monkeypatch.setattr(Decoder, "step", limited)
     with caplog.at_level(logging.DEBUG, "verl_valgen"):
-        assert answer(FastBackend, model, SAMPLING, batch_size=5) == expected
-    assert sizes == [5, 3, 2, 2, 1]
+        assert answer(FastBackend, model, params, asked, batch_size=5) == expected
+    assert begun[0] == 5
+    assert 9 < sum(begun) < 2 * 9
     assert "out of memory with 5 prompts at once: going on with 3" in caplog.text
-    monkeypatch.setattr(FastBackend, "call_generate", lambda *args, **kwargs: limited(args[0], torch.zeros(9)))
+    assert "out of memory with 3 prompts at once: going on with 2" in caplog.text
+    most = 0
     with pytest.raises(torch.OutOfMemoryError):
-        answer(FastBackend, model, SAMPLING, batch_size=5)
+        answer(FastBackend, model, params, asked, batch_size=5)
 
 
 def test_where_compiling_fails_it_goes_on_without_and_says_so_once(monkeypatch, caplog):

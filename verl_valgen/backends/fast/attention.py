@@ -1,18 +1,21 @@
-"""Attention of one token per sequence to a long cache, registered with transformers under a name of its own."""
+"""Attention of one token per row to what the rows of a cache hold, registered with transformers under an own name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from verl_valgen.backends.fast.cache import RowCache
 from verl_valgen.patching import patched
 
 _NAME = "verl_valgen_decoding"
+_KERNELS = "verl_valgen.backends.fast.kernels"
 
 
 def grouped_attention(
@@ -52,13 +55,44 @@ def grouped_attention(
     return output.reshape(batch_size, 1, num_heads, value.shape[-1]), None
 
 
+def attention_by_kernel(cache: RowCache) -> Callable[..., tuple[Tensor, None]]:
+    """Returns what computes the same with a kernel that reads of a row what it holds, and no mask."""
+    from verl_valgen.backends.fast.kernels.attention import decode_attention
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = decode_attention(query[:, :, 0], key, value, cache.slots, scale)  # (B, num_heads, D)
+        return output[:, None], None
+
+    return attend
+
+
 @contextmanager
-def attention_for_decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Makes a model use `grouped_attention` for a while, if its attention is torch's; leaves it alone otherwise."""
+def attention_for_decoding(model: PreTrainedModel, cache: RowCache) -> Iterator[None]:
+    """Makes a model's steps use the attention of this module, if theirs is torch's; leaves it alone otherwise."""
     config: Any = model.config.get_text_config()
     if config._attn_implementation != "sdpa":
         yield
         return
-    AttentionInterface.register(_NAME, grouped_attention)
-    with patched(config, "_attn_implementation", _NAME):
-        yield
+    AttentionInterface.register(_NAME, attention_by_kernel(cache) if _has_kernels(model) else grouped_attention)
+    try:
+        with patched(config, "_attn_implementation", _NAME):
+            yield
+    finally:
+        AttentionInterface.register(_NAME, grouped_attention)  # the other one would keep the cache
+
+
+def _has_kernels(model: PreTrainedModel) -> bool:
+    if model.device.type != "cuda" or find_spec(_KERNELS) is None:
+        return False
+    from verl_valgen.backends.fast.kernels import are_available
+
+    return are_available(model.device)

@@ -1,27 +1,38 @@
-"""Chooses between our own decoding loop and Hugging Face's, for requests and models that ours cannot serve."""
+"""Chooses between our own decoding loop and Hugging Face's, for requests and models that ours cannot serve.
+
+(Over 200 lines, as what fails in our loop goes on in Hugging Face's: the ways from one to the other are read together.)
+"""
 
 from __future__ import annotations
 
 import logging
+import math
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from verl_valgen.backends.base import UnsuitableError
-from verl_valgen.backends.batching import Group
+from verl_valgen.backends.batching import Group, group_requests, most_new_tokens, refilled_groups
+from verl_valgen.backends.fast.choice import CAPTURABLE
 from verl_valgen.backends.fast.fused import unfuse
 from verl_valgen.backends.fast.suitability import try_model, why_unsuitable
-from verl_valgen.backends.hf import HFBackend
-from verl_valgen.backends.padding import Sharing, next_batch
+from verl_valgen.backends.hf import WITHOUT_PROCESSORS, HFBackend
+from verl_valgen.backends.observers import NanObserver
+from verl_valgen.backends.padding import Sharing, left_pad, next_batch
+from verl_valgen.backends.sampling import GumbelNoise, logits_warpers
 from verl_valgen.backends.trial import model_key
+from verl_valgen.collectives import attempt
 from verl_valgen.records import Completion, Request
 from verl_valgen.text import describe
 
 if TYPE_CHECKING:
-    from verl_valgen.backends.fast.loop import DecodingLoop
+    from verl_valgen.backends.fast.loop import Asked, DecodingLoop
 
 logger = logging.getLogger(__name__)
 
@@ -32,53 +43,267 @@ _compile_failures: list[str] = []
 _failures: dict[tuple[str, str], str] = {}
 """Why our loop failed, by `model_key` and parameters, where Hugging Face's did not. It would fail in every round."""
 
+_IN_A_STEP = (WITHOUT_PROCESSORS | {"renormalize_logits", "remove_invalid_values"}) - {"max_time"}
+"""Parameters of which a step can hold all. (`max_time` is that of a batch.)"""
+
+
+def is_refillable(params: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether requests with these parameters may take rows from which others have gone."""
+    warpers = logits_warpers(params, device) if params["do_sample"] else []
+    return params.keys() <= _IN_A_STEP and all(isinstance(warper, CAPTURABLE) for warper in warpers)
+
 
 class FastBackend(HFBackend):
     """Generates with `DecodingLoop` where it can, on CUDA with one graph launch per token."""
 
     loop: DecodingLoop | None = None
-    """Kept from one batch for the next."""
+    """Kept from one kind of parameters for the next."""
     uses_own_loop = False
     """Whether the batch of the moment runs in our loop."""
     unsuitable: str | None = None
     """Why Hugging Face's loop runs instead, None where ours does."""
+    is_ready = False
+    """Whether `make_ready` has captured what `generate` needs, which then captures nothing."""
+
+    def make_ready(self, requests: Sequence[Request]) -> None:
+        self._begin(requests)
+        for groups in group_requests(requests, self.model.config):
+            _, error = attempt(partial(self._capture, requests, groups))
+            if isinstance(error, torch.OutOfMemoryError):
+                raise error
+            if error is not None:
+                self.unsuitable = str(error) if isinstance(error, UnsuitableError) else describe(error)
+            if self.unsuitable is not None:
+                super().sharing(requests)
+                self._reasons[_kind(requests[groups[0].indices[0]])] = self.unsuitable
+        self.is_ready = True
+
+    def _capture(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
+        """Captures what a kind of requests needs; sets `unsuitable` where that is nothing.
+
+        Raises:
+            torch.OutOfMemoryError: Not even for one row there is memory.
+        """
+        from verl_valgen.backends.fast.loop import Run
+        from verl_valgen.backends.fast.step import Method
+
+        self.prepare(requests, groups)
+        cached = [group for group in groups if group.use_cache and group.max_new_tokens > 0]
+        while self.unsuitable is None and cached:
+            params = requests[cached[0].indices[0]].params
+            try:
+                if is_refillable(params, self.model.device):
+                    for indices in refilled_groups(requests, cached, self.model.config):
+                        asked = self._asked(requests, indices, [])
+                        self._run(lambda asked=asked: Run(self._own_loop(), asked, captures_only=True), asked)
+                else:
+                    self._own_loop().capture("", Method(None, (), 0), [self._batch_rows])
+                return
+            except torch.OutOfMemoryError as e:
+                if not self._halve(self._own_loop().num_rows, e):
+                    raise
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         try:
+            if not self.is_ready:
+                self._begin(requests)
             return super().generate(requests)
         finally:
+            self.is_ready = False
             self.release()
 
     def restore(self) -> None:
         unfuse(self.model)
 
-    def prepare(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
+    def _begin(self, requests: Sequence[Request]) -> None:
+        """Notes how large the rows must be for all kinds of requests, so that one loop serves them."""
         self.release()
-        self.unsuitable = None
-        cached = [group for group in groups if group.use_cache]
+        self._reasons: dict[str, str] = {}  # why kinds are unsuitable, as found by `make_ready`
+        self.most_at_once = self.limits.batch_size
+        self._most_requests, self._cache_length, self._max_new_tokens = 1, 64, 1
+        for groups in group_requests(requests, self.model.config):
+            cached = [group for group in groups if group.use_cache]
+            reason, error = attempt(partial(self._why_unsuitable, requests, cached))
+            if cached and error is None and reason is None:
+                self._most_requests = max(self._most_requests, sum(len(group.indices) for group in cached))
+                self._cache_length = max(self._cache_length, _cache_length(requests, cached))
+                self._max_new_tokens = max(self._max_new_tokens, *(group.max_new_tokens for group in cached))
+
+    def _why_unsuitable(self, requests: Sequence[Request], cached: Sequence[Group]) -> str | None:
+        """Why our loop is not even tried for a kind of requests."""
         if not cached:
-            return  # `generate_batch` says why
-        # The longest of all batches, so that one loop serves them; a multiple of 64, so that attention reads the mask
-        # without a copy.
-        longest = max(len(requests[group.indices[-1]].input_ids) + group.max_new_tokens for group in cached)
-        self.cache_length = -(-longest // 64) * 64
-        params = requests[groups[0].indices[0]].params
-        self.unsuitable = why_unsuitable(self.model, params, self.cache_length) or self._earlier_failure(params)
-        if self.unsuitable is None:
+            return None  # `generate_batch` says why
+        params = requests[cached[0].indices[0]].params
+        earlier = _failures.get((model_key(self.model), repr(params)))
+        return why_unsuitable(self.model, params, _cache_length(requests, cached)) or earlier
+
+    def prepare(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
+        cached = [group for group in groups if group.use_cache]
+        found = self._reasons.get(_kind(requests[groups[0].indices[0]]))
+        self.unsuitable = found or self._why_unsuitable(requests, cached)
+        if cached and self.unsuitable is None:
+            self._batch_rows = max(len(group.indices) for group in cached)
             may_fuse = self.limits.fuse and self.model.device.type == "cuda"
             self.unsuitable = try_model(self.model, requests, may_fuse=may_fuse).unsuitable
         if self.unsuitable is not None:
             unfuse(self.model)
 
-    def _earlier_failure(self, params: Any) -> str | None:
-        return _failures.get((model_key(self.model), repr(params)))
-
     def release(self) -> None:
         self.loop = None
 
+    def _own_loop(self) -> DecodingLoop:
+        from verl_valgen.backends.fast.loop import DecodingLoop
+
+        if self.loop is None or self.loop.num_rows > self.batch_size:
+            self.release()  # before the next one is allocated
+            num_rows = min(self.batch_size, self._most_requests)
+            self.loop = DecodingLoop(
+                self.model,
+                num_rows,
+                self._cache_length,
+                self._max_new_tokens,
+                compile=self._compiles,
+                captures=not self.is_ready,
+            )
+        return self.loop
+
     def sharing(self, requests: Sequence[Request]) -> Sharing:
-        # The trial of our loop has a padded prompt.
+        # The trial of our loop has prompts of different lengths.
         return Sharing.ANY_LENGTHS if self.unsuitable is None else super().sharing(requests)
+
+    # Rows that are refilled
+
+    def generate_groups(
+        self, requests: Sequence[Request], groups: Sequence[Group], completions: list[Completion]
+    ) -> None:
+        params, failure = requests[groups[0].indices[0]].params, None
+        if self.unsuitable is None and is_refillable(params, self.model.device):
+            answered: set[int] = set()
+            for indices in refilled_groups(requests, groups, self.model.config):
+                failure = failure or self._generate_refilled(requests, indices, completions, answered)
+            groups = [group._replace(indices=[i for i in group.indices if i not in answered]) for group in groups]
+            if self.loop is not None and not self.is_ready:
+                self.loop.forget_steps()
+        super().generate_groups(requests, groups, completions)
+        # What fails in both loops is the fault of the parameters.
+        if failure is not None and time.time() <= self.limits.deadline:
+            _failures[model_key(self.model), repr(params)] = failure
+
+    def _generate_refilled(
+        self, requests: Sequence[Request], indices: list[int], completions: list[Completion], answered: set[int]
+    ) -> str | None:
+        """Fills in the completions of requests whose parameters are equal, as far as our loop serves them.
+
+        Returns:
+            What went wrong, where nobody knew that it could.
+        """
+        from verl_valgen.backends.fast.loop import Run
+
+        def take(answers: list[tuple[int, Completion]]) -> None:
+            for i, answer in answers:
+                completions[i] = answer
+                answered.add(i)
+            self.on_answers(len(answers))
+
+        while (todo := [i for i in indices if i not in answered]) and time.time() <= self.limits.deadline:
+            asked = self._asked(requests, todo, take)
+            try:
+                self._run(lambda asked=asked: Run(self._own_loop(), asked), asked)
+                break
+            except torch.OutOfMemoryError as e:
+                if not self._halve(min(self.batch_size, len(todo)), e):
+                    raise
+            except Exception as e:  # a class that we do not know may do anything with our cache
+                return self._give_up(e)
+        if requests[indices[0]].wants_logprob:
+            self._add_logprobs(requests, [i for i in indices if i in answered], completions)
+        return None
+
+    def _give_up(self, error: Exception) -> str | None:
+        """Our loop has failed: Hugging Face's goes on. Returns why, where nobody knew that it could."""
+        traceback.clear_frames(error.__traceback__)
+        is_known = isinstance(error, UnsuitableError)
+        self.unsuitable = str(error) if is_known else describe(error)
+        self.release()
+        return None if is_known else self.unsuitable
+
+    def _halve(self, num_rows: int, error: torch.OutOfMemoryError) -> bool:
+        """Goes on with half as many rows after running out of memory; False if there was one."""
+        if num_rows == 1:
+            return False
+        self.most_at_once = math.ceil(num_rows / 2)
+        logger.debug("out of memory with %d prompts at once: going on with %d", num_rows, self.most_at_once)
+        traceback.clear_frames(error.__traceback__)  # they hold what was allocated
+        self.release()
+        return True
+
+    def _add_logprobs(self, requests: Sequence[Request], indices: list[int], completions: list[Completion]) -> None:
+        for i in indices:
+            try:
+                (completions[i],) = self.with_logprobs([requests[i]], [completions[i]])
+            except torch.OutOfMemoryError as e:
+                traceback.clear_frames(e.__traceback__)
+                if self.loop is None or self.is_ready:
+                    raise
+                self.release()
+                (completions[i],) = self.with_logprobs([requests[i]], [completions[i]])
+
+    def _asked(self, requests: Sequence[Request], indices: list[int], take: Any) -> Asked:
+        from verl_valgen.backends.fast.loop import Asked
+
+        asked = [requests[i] for i in indices]
+        params, stops = asked[0].params, asked[0].params.get("stop_strings")
+        return Asked(
+            kind=repr(sorted(params.items())),
+            requests=asked,
+            limits=[most_new_tokens(request, self.model.config) for request in asked],
+            seed=self.seed,
+            draws=params["do_sample"],
+            stops=StopStringCriteria(self.tokenizer, stops) if stops else None,
+            deadline=self.limits.deadline,
+            on_answers=lambda answers: take([(indices[place], answer) for place, answer in answers]),
+        )
+
+    def _run(self, make_run: Any, asked: Asked) -> None:
+        """Enters `generate` for a run of our loop, with torch.compile if that is wanted and works."""
+        try:
+            self._enter(make_run(), asked)
+        except (UnsuitableError, torch.OutOfMemoryError):
+            raise
+        except Exception as e:
+            self._note_compile_failure(e)
+            self._enter(make_run(), asked)
+
+    def _enter(self, run: Any, asked: Asked) -> None:
+        first, device = asked.requests[0], self.model.device
+        processors = LogitsProcessorList()
+        if asked.draws:
+            processors += logits_warpers(first.params, device)
+            processors.append(GumbelNoise(self.seed, [first.key], len(first.input_ids), 1, device))
+        processors.append(NanObserver(1))
+        input_ids, attention_mask = left_pad([first.input_ids], device)
+        self.call_generate(
+            input_ids,
+            attention_mask=attention_mask,
+            generation_config=self._generation_config(first.params, asked.limits[0]),
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList(),
+            custom_generate=run,
+        )
+
+    def _note_compile_failure(self, error: Exception) -> None:
+        """Remembers that compiling fails; raises what has failed if nothing was compiled."""
+        if not self._compiles:
+            raise error
+        _compile_failures.append(describe(error))
+        logger.warning("generation.compile: going on without torch.compile, which failed: %s", _compile_failures[-1])
+        self.release()
+
+    @property
+    def _compiles(self) -> bool:
+        return self.limits.compile and not _compile_failures
+
+    # Batches that begin together
 
     def generate_batch(self, requests: Sequence[Request], group: Group) -> list[Completion]:
         reason = self.unsuitable
@@ -88,19 +313,23 @@ class FastBackend(HFBackend):
             return self._in_hugging_faces_loop(requests, group, reason)
         try:
             self.uses_own_loop = True
-            return self._generate_batch_compiled(requests, group)
+            try:
+                return super().generate_batch(requests, group)
+            except (UnsuitableError, torch.OutOfMemoryError):
+                raise
+            except Exception as e:
+                self._note_compile_failure(e)
+                return super().generate_batch(requests, group)
         except torch.OutOfMemoryError:
             raise
         except Exception as e:  # a class that we do not know may do anything with our cache
-            traceback.clear_frames(e.__traceback__)
-            is_known = isinstance(e, UnsuitableError)
-            self.unsuitable = str(e) if is_known else describe(e)
+            failure = self._give_up(e)
         finally:
             self.uses_own_loop = False
-        self.release()
+        assert self.unsuitable is not None
         answers = self._in_hugging_faces_loop(requests, group, self.unsuitable)
-        if not is_known:  # and what fails in both is the fault of the parameters
-            _failures[model_key(self.model), repr(requests[0].params)] = self.unsuitable
+        if failure is not None:  # and what fails in both is the fault of the parameters
+            _failures[model_key(self.model), repr(requests[0].params)] = failure
         return answers
 
     def _in_hugging_faces_loop(self, requests: Sequence[Request], group: Group, reason: str) -> list[Completion]:
@@ -115,30 +344,21 @@ class FastBackend(HFBackend):
             answers += super().generate_batch([requests[i] for i in rest], group)
         return answers
 
-    def _generate_batch_compiled(self, requests: Sequence[Request], group: Group) -> list[Completion]:
-        """Returns the completions of one batch, generated with torch.compile if that is wanted and works."""
-        try:
-            return super().generate_batch(requests, group)
-        except (UnsuitableError, torch.OutOfMemoryError):
-            raise
-        except Exception as e:
-            if not self._compiles:
-                raise
-            _compile_failures.append(describe(e))
-        logger.warning("generation.compile: going on without torch.compile, which failed: %s", _compile_failures[-1])
-        self.release()
-        return super().generate_batch(requests, group)
-
-    @property
-    def _compiles(self) -> bool:
-        return self.limits.compile and not _compile_failures
-
     def call_generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         if not self.uses_own_loop:
             return super().call_generate(input_ids, **kwargs)
-        from verl_valgen.backends.fast.loop import DecodingLoop
+        from verl_valgen.backends.fast.together import Batch
 
-        if self.loop is None or self.loop.batch_size < len(input_ids):
-            self.release()  # before the next one is allocated
-            self.loop = DecodingLoop(self.model, len(input_ids), self.cache_length, compile=self._compiles)
-        return super().call_generate(input_ids, custom_generate=self.loop, **kwargs)
+        loop = self._own_loop()
+        batch = Batch(loop, min(loop.num_rows, self._batch_rows))
+        return super().call_generate(input_ids, custom_generate=batch, **kwargs)
+
+
+def _kind(request: Request) -> str:
+    return repr((sorted(request.params.items()), request.wants_logprob))
+
+
+def _cache_length(requests: Sequence[Request], groups: Sequence[Group]) -> int:
+    """The most tokens of a prompt and its answer, as a multiple of 64: attention then reads a mask without a copy."""
+    longest = max(len(requests[group.indices[-1]].input_ids) + group.max_new_tokens for group in groups)
+    return math.ceil(longest / 64) * 64

@@ -1,84 +1,134 @@
-"""A key/value cache that is allocated once and written at a position that a tensor on the device holds.
+"""A key/value cache that is allocated once, whose rows are filled, read and replaced one by one.
 
-A CUDA graph can hold such a write. transformers' own `StaticCache` keeps its position in another way in each major
-version, and attends to the whole cache during the prefill.
+A row holds its tokens from slot 0 on, without padding. Where a step writes, a tensor on the device says, so that a CUDA
+graph can hold it. transformers' own `StaticCache` has one position for all rows.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class FixedCache(Cache):
-    """The key/value cache of all layers, of one length throughout.
+@dataclass
+class Place:
+    """What the next forward pass writes and reads; all layers of a cache share one."""
+
+    slots: Tensor
+    """(B,) int64 on the device: the number of tokens that a row holds, which is where a step writes the next."""
+    num_rows: int
+    """The rows of a step are the first so many."""
+    reach: int
+    """A step sees so many slots at most: more than any of its rows holds."""
+    row_ids: Tensor
+    """0..B-1 on the device."""
+    reported_length: int = 0
+    """What `get_seq_length` says in steps. It is a number of the host, so that a graph could hold but one."""
+    prompt_rows: Tensor | None = None
+    """(N,) int64, the rows that prompts are written to; None: what comes next is a step."""
+    prompt_lengths: Tensor | None = None
+    """(N,) int64."""
+
+
+class RowCache(Cache):
+    """The key/value cache of all layers.
+
+    What a row does not hold is finite at any time, as a mask hides it from sums, but not NaN.
 
     Args:
         num_layers: Number of the model's layers.
-        cache_length: L, the most tokens of a padded prompt and its answer.
-        slot: (1,) int64 on the device, the position that a step writes to. The caller advances it in place.
+        cache_length: L, the most tokens of a prompt and its answer.
+        slots: (B,) int64 on the device, see `Place`; the caller advances them in place. Each must be below L.
     """
 
-    def __init__(self, num_layers: int, cache_length: int, slot: Tensor) -> None:
-        super().__init__(layers=[FixedLayer(cache_length, slot) for _ in range(num_layers)])
+    def __init__(self, num_layers: int, cache_length: int, slots: Tensor) -> None:
+        num_rows = len(slots)
+        self.cache_length = cache_length
+        self.place = Place(slots, num_rows, cache_length, torch.arange(num_rows, device=slots.device))
+        super().__init__(layers=[RowLayer(num_rows, cache_length, self.place) for _ in range(num_layers)])
 
-    def set_prefill(self, prefill: bool) -> None:
-        """Sets what comes next: prompts, written from the beginning, or one token per sequence, written at the slot."""
+    def begin_prompts(self, rows: Tensor, lengths: Tensor) -> None:
+        """What comes next are N prompts, padded on the right, that become the contents of (N,) rows.
+
+        Args:
+            lengths: (N,) int64, without the padding.
+        """
+        self.place.prompt_rows, self.place.prompt_lengths = rows, lengths
+
+    def begin_steps(self, num_rows: int, reach: int) -> None:
+        """What comes next is one token for each of the first rows, written at their slots. See `Place`."""
+        self.place.prompt_rows = self.place.prompt_lengths = None
+        self.place.num_rows, self.place.reach = num_rows, reach
+
+    @property
+    def slots(self) -> Tensor:
+        """(B',) int64: where a step writes, and the last slot that it sees, for each of its rows."""
+        return self.place.slots[: self.place.num_rows]
+
+    def copy_rows(self, sources: Tensor, targets: Tensor, lengths: Tensor, longest: int) -> None:
+        """Makes the first (N,) `lengths` tokens of N rows the contents of others; a row may be its own source.
+
+        Args:
+            longest: The largest of the lengths, which are on the device.
+        """
         for layer in self.layers:
-            assert isinstance(layer, FixedLayer)
-            layer.prefill = prefill
-
-    def set_reported_length(self, length: int) -> None:
-        """Sets what `get_seq_length` says in steps. It is a number of the host, so that a graph could hold but one."""
-        for layer in self.layers:
-            assert isinstance(layer, FixedLayer)
-            layer.reported_length = length
+            assert isinstance(layer, RowLayer)
+            if not layer.is_initialized:  # nothing was written yet
+                continue
+            for states in (layer.keys, layer.values):
+                write_rows(states, targets, states[:, :, :longest].index_select(0, sources), lengths)
 
 
-class FixedLayer(CacheLayerMixin):
+class RowLayer(CacheLayerMixin):
     """Keys and values of one layer, (B, num_key_value_heads, L, head_dim) each, allocated at the first update."""
 
     keys: Tensor
     values: Tensor
-    is_compileable = True
     is_sliding = False
 
-    def __init__(self, cache_length: int, slot: Tensor) -> None:
+    def __init__(self, num_rows: int, cache_length: int, place: Place) -> None:
         super().__init__()
-        self.cache_length, self.slot = cache_length, slot
-        self.prefill = True
-        self.reported_length = 0
+        self.num_rows, self.cache_length, self.place = num_rows, cache_length, place
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether transformers must make a mask of a fixed size; prompts need none behind one another."""
+        return self.place.prompt_rows is None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # type: ignore[override]
         self.keys, self.values = (
-            states.new_zeros(*states.shape[:2], self.cache_length, states.shape[3])
+            states.new_zeros(self.num_rows, states.shape[1], self.cache_length, states.shape[3])
             for states in (key_states, value_states)
         )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes the keys and values of whole prompts, or of one token per sequence at the slot.
+        """Writes the keys and values of whole prompts, or of one token for each row of a step.
 
         Args:
-            key_states: (B, num_key_value_heads, N, head_dim), N = 1 for single tokens.
-            value_states: Of the same shape.
+            key_states: (N, num_key_value_heads, S, head_dim), S = 1 for single tokens.
+            value_states: Of the same shape, up to the last dimension.
 
         Returns:
-            The keys and values to attend to: those of the prompts, or the whole cache, whose unwritten part a mask must
-            hide.
+            The keys and values to attend to: those of the prompts, or the first slots of a step's rows, of which a mask
+            must hide those that are not written yet.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.prefill:
-            for cache, states in ((self.keys, key_states), (self.values, value_states)):
-                cache[:, :, : states.shape[2]] = states
-                cache[:, :, states.shape[2] :] = 0  # a mask hides what an earlier batch left there, but not NaN
+        place = self.place
+        if place.prompt_rows is not None and place.prompt_lengths is not None:
+            write_rows(self.keys, place.prompt_rows, key_states, place.prompt_lengths)
+            write_rows(self.values, place.prompt_rows, value_states, place.prompt_lengths)
             return key_states, value_states
-        self.keys.index_copy_(2, self.slot, key_states)
-        self.values.index_copy_(2, self.slot, value_states)
-        return self.keys, self.values
+        num_rows, reach = place.num_rows, place.reach
+        rows, slots = place.row_ids[:num_rows], place.slots[:num_rows]
+        self.keys[rows, :, slots] = key_states[:, :, 0]
+        self.values[rows, :, slots] = value_states[:, :, 0]
+        return self.keys[:num_rows, :, :reach], self.values[:num_rows, :, :reach]
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """Returns the length and offset that transformers builds the prompts' mask with; a step brings its own mask.
@@ -89,9 +139,24 @@ class FixedLayer(CacheLayerMixin):
         return (query_length if isinstance(query_length, int) else query_length.shape[0]), 0
 
     def get_seq_length(self, *args: Any) -> int:
-        return 0 if self.prefill else self.reported_length  # a step brings its own positions
+        return 0 if self.place.prompt_rows is not None else self.place.reported_length  # a step brings its positions
 
     def get_max_length(self) -> int:
         return self.cache_length
 
     get_max_cache_shape = get_max_length
+
+
+def write_rows(cache: Tensor, rows: Tensor, states: Tensor, lengths: Tensor) -> None:
+    """Makes states the contents of some rows of a cache, and zeros what follows them there.
+
+    Args:
+        cache: (B, num_key_value_heads, L, head_dim).
+        rows: (N,) int64, all different.
+        states: (N, num_key_value_heads, S, head_dim); behind its length a row's are padding.
+        lengths: (N,) int64.
+    """
+    size = states.shape[2]
+    is_padding = torch.arange(size, device=cache.device) >= lengths[:, None]  # (N, S)
+    cache[:, :, :size].index_copy_(0, rows, states.masked_fill(is_padding[:, None, :, None], 0))
+    cache[:, :, size:].index_fill_(0, rows, 0)  # a mask hides what another left there, but not NaN

@@ -6,6 +6,7 @@ import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +20,17 @@ class CudaGraph:
     Args:
         function: Without arguments; it reads and writes tensors that stay where they are. Must not hold this object:
             the graph's memory would be free only after a garbage collection.
+        pool: Of `torch.cuda.graph_pool_handle`: graphs with the same share their memory. They must not run at the same
+            time, and what one returns holds until the next one runs.
     """
 
-    def __init__(self, function: Callable[[], Tensor]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[[], Tensor | None], pool: Any = None) -> None:
+        self.function, self.pool = function, pool
         self.is_warm = False
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.output: Tensor
+        self.output: Tensor | None
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Tensor | None:
         """Returns the function's result; from the second call on always in the same tensor, written anew.
 
         Raises:
@@ -48,7 +51,7 @@ class CudaGraph:
         try:
             with _no_garbage_collection(), torch.cuda.stream(stream):
                 # "thread_local": other threads, NCCL's watchdog for one, may go on.
-                graph.capture_begin(capture_error_mode="thread_local")
+                graph.capture_begin(self.pool, capture_error_mode="thread_local")
                 try:
                     self.output = self.function()
                 finally:

@@ -1,7 +1,7 @@
 """Puts fused modules in the place of a model's own where they are proven to give the same, and takes them out again.
 
-Every module that is replaced is proven on what the model itself passes to it: prompts with padding in front of one,
-then single tokens with a mask and a cache. For our own copies only. modules.py has the fused modules, counterparts.py
+Every module that is replaced is proven on what the model itself passes to it: prompts with padding behind one, then
+single tokens with a mask and a cache. For our own copies only. modules.py has the fused modules, counterparts.py
 says which could be replaced.
 """
 
@@ -50,7 +50,7 @@ def fuse(
     parts of the joined ones, for `unfuse`.
 
     Args:
-        run: Runs the model over a few tokens with a `FixedCache`, for the proof. None for one that does.
+        run: Runs the model over a few tokens with a `RowCache`, for the proof. None for one that does.
         known: What an earlier call returned for a model of the same configuration; then nothing is run.
 
     Returns:
@@ -147,4 +147,4 @@ def _is_same(expected: Any, actual: Any) -> Tensor | bool:
 def _sequences(model: Any) -> list[list[int]]:
     """Returns sequences for a proof where nobody has any: ids from the middle of the vocabulary, no special tokens."""
     middle = model.config.get_text_config().vocab_size // 2
-    return [[middle + 7 * i % 23 for i in range(length + NUM_STEPS)] for length in (2, 8)]
+    return [[middle + 7 * i % 23 for i in range(length + NUM_STEPS)] for length in (2, 8, 8)]

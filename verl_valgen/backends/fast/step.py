@@ -1,134 +1,207 @@
-"""One step of decoding: the tensors of a batch, and the operations on them that add a token to every sequence.
+"""One step of decoding: the tensors of the rows, and the operations on them that add a token to each.
 
 Forward pass, logits processing, sampling, end-of-sequence bookkeeping and the cache's update are tensor operations on
 tensors that stay where they are, so that one CUDA graph can hold them. This module knows transformers' models and
-processors; loop.py has the loop.
+processors; loop.py has the loop, rows.py which request a row answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList
 
 from verl_valgen.backends.batching import as_id_set
-from verl_valgen.backends.fast.cache import FixedCache
+from verl_valgen.backends.fast.cache import RowCache
 from verl_valgen.backends.fast.choice import CAPTURABLE, Choice
 
 
+class State(NamedTuple):
+    """What is known of each row, (B,) int64 each; `NOTHING` for a row without a request."""
+
+    tokens: Any
+    """The next input of the model."""
+    slots: Any
+    """The number of tokens that the cache holds, and so the position of the next input; always below L."""
+    num_new_tokens: Any
+    limits: Any
+    """The largest number of new tokens."""
+    has_ended: Any
+    """Not 0: the row goes on in vain, until another request gets it."""
+    nan_lengths: Any
+    """The number of new tokens before the first that was chosen with NaN among the scores; -1 without one."""
+    stop_lengths: Any
+    """The number of new tokens up to and with the end of a stop string; 0 without one."""
+    had_ties: Any
+    """Not 0: too many tokens tied with the last of the top_k, so that the answer may be another."""
+
+
+NOTHING = State(0, 0, 0, 0, 1, -1, 0, 0)
+
+
+class Method(NamedTuple):
+    """How tokens are chosen and what ends an answer: the same for all requests of a kind."""
+
+    choice: Choice | None
+    """None: processors that a graph cannot hold choose between the steps."""
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+    @classmethod
+    def of(cls, processors: LogitsProcessorList, config: GenerationConfig, vocab_size: int) -> Method:
+        in_step = all(isinstance(processor, CAPTURABLE) for processor in processors)
+        choice = Choice(processors, vocab_size) if in_step else None
+        return cls(choice, tuple(sorted(as_id_set(config.eos_token_id))), int(config.pad_token_id or 0))
+
+
 class Decoder:
-    """The state of a batch that is being decoded, and the step that extends it.
+    """The rows, and the step that extends them.
 
     Besides the model it holds the cache, 2 * num_layers * B * num_key_value_heads * L * head_dim numbers of the model's
     dtype, and little else.
 
     Args:
         model: Unsharded, in eval mode, with torch's or transformers' own attention.
-        batch_size: B, the number of sequences in every batch.
-        cache_length: L, the most tokens of a padded prompt and its answer.
+        num_rows: B.
+        cache_length: L, the most tokens of a prompt and its answer.
+        max_new_tokens: T, the most tokens of an answer.
     """
 
-    def __init__(self, model: PreTrainedModel, batch_size: int, cache_length: int) -> None:
-        self.model = model
-        self.model_logits: Callable[..., Tensor] = model_logits
-        device = model.device
-        # The next input of the model: (B, 1) tokens at their positions, written into the cache at the slot.
-        self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-        self.position_ids = torch.zeros_like(self.tokens)
-        self.slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self.cache = FixedCache(model.config.get_text_config().num_hidden_layers, cache_length, self.slot)
-        # Added to the attention's scores: 0 where the cache holds a token, -inf elsewhere.
-        self.mask = torch.zeros(batch_size, 1, 1, cache_length, dtype=model.dtype, device=device)
-        # The output so far.
-        self.num_new_tokens = torch.zeros(1, dtype=torch.int64, device=device)
-        self.output_ids = torch.zeros(batch_size, cache_length, dtype=torch.int64, device=device)  # (B, T)
-        self.has_ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
-        self.had_nan = torch.zeros_like(self.has_ended)
-        self.has_too_many_ties = torch.zeros((), dtype=torch.bool, device=device)
-        self.noise_keys = torch.zeros(cache_length, batch_size, dtype=torch.int64, device=device)  # (T, B)
+    def __init__(self, model: Any, num_rows: int, cache_length: int, max_new_tokens: int) -> None:
+        self.model, self.device = model, model.device
+        self.num_rows, self.cache_length, self.max_new_tokens = num_rows, cache_length, max_new_tokens
+        self.model_logits: Any = model_logits
+        self.of_prompts = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        self.state = self._on_device(NOTHING)[:, None].repeat(1, num_rows)
+        self.fields = State(*(self.state[i] for i in range(len(NOTHING))))
+        # Rows that have ended write to the column behind their answer, and read noise from there.
+        self.output_ids = torch.zeros(num_rows, max_new_tokens + 1, dtype=torch.int64, device=self.device)
+        self.noise_keys = torch.zeros_like(self.output_ids)
+        self.cache = RowCache(model.config.get_text_config().num_hidden_layers, cache_length, self.fields.slots)
 
-    def set_parameters(self, processors: LogitsProcessorList, config: GenerationConfig) -> None:
-        """Sets how tokens are chosen. Every call must set the same, except for the noise: the step is captured once."""
-        self.processors = processors
-        self.chooses_in_step = all(isinstance(processor, CAPTURABLE) for processor in processors)
-        self.pad_id = config.pad_token_id
-        self.eos_ids = sorted(as_id_set(config.eos_token_id))
-        self.choice = Choice(processors, self.model.config.get_text_config().vocab_size)
+    def _on_device(self, values: Sequence[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor, ended: Tensor, **model_kwargs: Any) -> Tensor:
-        """Begins a new batch: runs the model over the prompts and resets all state.
+    def prefill(self, rows: Sequence[int], prefixes: Sequence[Sequence[int]]) -> int:
+        """Fills rows with the keys and values of prompts without their last tokens, of which there is at least one.
+
+        Returns:
+            The number of tokens that each was padded to, on the right: nothing looks at the padding, which comes later.
+        """
+        length = max(len(prefix) for prefix in prefixes)
+        # The padding repeats a token of the prompt, as any other could have an embedding with NaN.
+        input_ids = self._on_device([[*prefix, *[prefix[0]] * (length - len(prefix))] for prefix in prefixes])
+        position_ids = torch.arange(length, device=self.device).expand(len(rows), -1)
+        self.cache.begin_prompts(self._on_device(rows), self._on_device([len(prefix) for prefix in prefixes]))
+        self.model(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            **self.of_prompts,
+        )
+        return length
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int], lengths: Sequence[int]) -> None:
+        """Fills rows with the first tokens of others, so many of each; see `RowCache.copy_rows`."""
+        source, target, length = self._on_device([sources, targets, lengths])
+        self.cache.copy_rows(source, target, length, max(lengths))
+
+    def begin(self, rows: Sequence[int], states: Sequence[State], noise_keys: Tensor | None) -> None:
+        """Begins answers in rows that hold their prompts.
 
         Args:
-            input_ids: (B, S) int64, padded on the left.
-            attention_mask: (B, S) int64, 0 at the padding.
-            ended: (B,) bool, true for sequences that get no answer.
-            model_kwargs: Further arguments of the model's forward pass.
+            noise_keys: (N, T'), T' <= T, see `sampling.stream_keys`; None where nothing is drawn.
+        """
+        where = self._on_device(rows)
+        self.state.index_copy_(1, where, self._on_device(states).T)
+        if noise_keys is not None:
+            self.noise_keys[:, : noise_keys.shape[1]].index_copy_(0, where, noise_keys)
+
+    def end(self, rows: Sequence[int]) -> None:
+        """Ends answers of which no more is wanted."""
+        self.fields.has_ended.index_fill_(0, self._on_device(rows), 1)
+
+    def move(
+        self, sources: Sequence[int], targets: Sequence[int], lengths: Sequence[int], others: Sequence[int]
+    ) -> None:
+        """Moves answers into other rows.
+
+        Args:
+            lengths: The number of tokens that the cache holds of each.
+            others: The number of tokens of the targets that come into the rows that are left.
+        """
+        self.copy([*sources, *targets], [*targets, *sources], [*lengths, *others])
+        source, target = self._on_device([sources, targets])
+        for tensor, dim in ((self.state, 1), (self.output_ids, 0), (self.noise_keys, 0)):
+            tensor.index_copy_(dim, target, tensor.index_select(dim, source))
+        self.end(sources)
+
+    def step(self, method: Method, num_rows: int, reach: int) -> Tensor | None:
+        """Runs the model on the next inputs of the first rows, and accepts what is chosen.
+
+        Args:
+            reach: More than the number of tokens that any of them holds, if it goes on.
 
         Returns:
-            (B, V) float32 logits of the first new tokens.
+            (num_rows, V) float32 logits, where the step does not choose.
         """
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # (B, S)
-        self.cache.set_prefill(True)
-        logits = model_logits(self.model, self.cache, input_ids, position_ids, attention_mask, **model_kwargs)
-        self.cache.set_prefill(False)
-        prompt_length = input_ids.shape[1]
-        self.mask.fill_(-torch.inf)
-        self.mask[:, 0, 0, :prompt_length].masked_fill_(attention_mask.bool(), 0)
-        self.position_ids.copy_(position_ids[:, -1:])
-        self.slot.fill_(prompt_length - 1)
-        self.num_new_tokens.zero_()
-        self.has_ended.copy_(ended)
-        self.had_nan.zero_()
-        self.has_too_many_ties.zero_()
-        return logits
+        self.cache.begin_steps(num_rows, reach)
+        tokens, slots, num_new_tokens, _, has_ended, nan_lengths, _, had_ties = (f[:num_rows] for f in self.fields)
+        # A position of a row that has ended could choose the rotary table of all.
+        position_ids = slots.where(has_ended == 0, 0)[:, None]
+        is_hidden = torch.arange(reach, device=self.device) > slots[:, None]
+        mask = torch.zeros(num_rows, 1, 1, reach, dtype=self.model.dtype, device=self.device)
+        mask = mask.masked_fill(is_hidden[:, None, None], -torch.inf)
+        logits = self.model_logits(self.model, self.cache, tokens[:, None], position_ids, mask)
+        if method.choice is None:
+            return logits
+        chosen = method.choice(logits, self.noise_keys[:num_rows].gather(1, num_new_tokens[:, None])[:, 0])
+        is_live = has_ended == 0
+        is_first_nan = chosen.had_nan & is_live & (nan_lengths < 0)
+        nan_lengths.copy_(torch.where(is_first_nan, num_new_tokens, nan_lengths))
+        had_ties |= chosen.had_too_many_ties & is_live
+        self.accept(chosen.tokens, method)
+        return None
 
-    def step(self) -> Tensor:
-        """Runs the model on the tokens accepted last, and accepts the next ones if `chooses_in_step`.
+    def accept(self, chosen: Tensor, method: Method) -> None:
+        """Appends (num_rows,) tokens to the answers of the first rows, and notes which end with them."""
+        num_rows = len(chosen)
+        tokens, slots, num_new_tokens, limits, has_ended, *_ = (field[:num_rows] for field in self.fields)
+        is_live = has_ended == 0
+        chosen = torch.where(is_live, chosen, method.pad_id)
+        self.output_ids[self.cache.place.row_ids[:num_rows], num_new_tokens] = chosen
+        tokens.copy_(chosen)
+        slots.add_(is_live).clamp_(max=self.cache_length - 1)
+        num_new_tokens += is_live
+        for eos_id in method.eos_ids:
+            has_ended |= chosen == eos_id
+        has_ended |= num_new_tokens >= limits
 
-        Returns:
-            (B, V) float32 logits of the next tokens.
-        """
-        self.mask.index_fill_(3, self.slot, 0)
-        logits = self.model_logits(self.model, self.cache, self.tokens, self.position_ids, self.mask)
-        if self.chooses_in_step:
-            self.accept(self.choose(logits))
-        return logits
+    def look(self, num_rows: int) -> list[State]:
+        """Returns what is known of each of the first rows. Waits for the device."""
+        return [State(*row) for row in self.state[:, :num_rows].T.tolist()]
 
-    def compile(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Compiles the step with inductor: all of it, or the model alone where the choice sorts a whole vocabulary.
+    def answers(self, rows: Sequence[int], length: int) -> list[list[int]]:
+        """Returns the first tokens of these rows' answers, so many of each. Waits for the device."""
+        return self.output_ids[:, :length].index_select(0, self._on_device(rows)).tolist()
+
+    def compile(self, step: Callable[[], Tensor | None], method: Method) -> Callable[[], Tensor | None]:
+        """Compiles a step with inductor: all of it, or the model alone where the choice sorts a whole vocabulary.
 
         (Some versions of inductor with some of triton fail on a step with a `cumsum` over the whole vocabulary in it.)
         """
-        if not self.choice.sorts_the_vocabulary:
+        if method.choice is None or not method.choice.sorts_the_vocabulary:
             return torch.compile(step, dynamic=False)
         self.model_logits = torch.compile(model_logits, dynamic=False)
         return step
 
-    def choose(self, scores: Tensor) -> Tensor:
-        """Returns the best tokens of (B, V) scores, (B,) int64, and notes what was seen on the way."""
-        keys = self.noise_keys.index_select(0, self.num_new_tokens)[0]
-        chosen = self.choice(scores, keys)
-        self.had_nan |= chosen.had_nan & ~self.has_ended
-        self.has_too_many_ties |= (chosen.had_too_many_ties & ~self.has_ended).any()
-        return chosen.tokens
 
-    def accept(self, chosen: Tensor) -> None:
-        """Appends (B,) tokens to their sequences, padding to those that have ended, and notes which end with them."""
-        chosen = torch.where(self.has_ended, self.pad_id, chosen)
-        self.output_ids.index_copy_(1, self.num_new_tokens, chosen[:, None])
-        for eos_id in self.eos_ids:
-            self.has_ended |= chosen == eos_id
-        self.tokens.copy_(chosen[:, None])
-        for counter in (self.position_ids, self.slot, self.num_new_tokens):
-            counter += 1
-
-
-def model_logits(
-    model: Any, cache: FixedCache, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor, **model_kwargs: Any
-) -> Tensor:
+def model_logits(model: Any, cache: RowCache, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Runs the model on (B, N) tokens and returns the (B, V) float32 logits of the token after the last."""
     output = model(
         input_ids=tokens,
@@ -136,6 +209,5 @@ def model_logits(
         position_ids=position_ids,
         past_key_values=cache,
         use_cache=True,
-        **model_kwargs,
     )
     return output.logits[:, -1].float()

@@ -56,9 +56,10 @@ _findings: dict[tuple[str, bool], Finding] = {}
 def try_model(model: PreTrainedModel, requests: Sequence[Request], *, may_fuse: bool) -> Finding:
     """Compares our loop's logits, on a few tokens of the requests, with those of the model's forward pass.
 
-    There a prompt is padded, and the steps are a CUDA graph where they will be one. This shows positions that are taken
-    from the cache's length, masks of a shape that a model does not know, caches that it does not share, and what
-    nobody has thought of. Done once per process for models of one class and configuration.
+    There rows hold prompts of different lengths, one after another, and the steps are a CUDA graph where they will be
+    one. This shows positions that are taken from the cache's length, masks of a shape that a model does not know,
+    caches that it does not share, and what nobody has thought of. Done once per process for models of one class and
+    configuration.
 
     Args:
         may_fuse: Whether fused modules are wanted. Afterwards those that are proven are in place.
@@ -88,13 +89,13 @@ def _tried(model: PreTrainedModel, requests: Sequence[Request], may_fuse: bool) 
 
 
 class _Trial:
-    """Two sequences, one of them padded, and what the model says to them without a cache."""
+    """Sequences, and what the model says to the first two without a cache."""
 
     def __init__(self, model: PreTrainedModel, requests: Sequence[Request]) -> None:
         self.model = model
-        long, short, _ = sequences_for_trial(requests, even_length(model.config))
-        self.sequences = [short, long]
-        self.expected = torch.cat([full_logits(model, sequence) for sequence in self.sequences])
+        long, short, other = sequences_for_trial(requests, even_length(model.config))
+        self.sequences = [short, long, other]
+        self.expected = torch.cat([full_logits(model, sequence) for sequence in (short, long)])
         self.is_finite = bool(self.expected.isfinite().all())
 
     def outcome(self, may_fuse: bool) -> Finding:
@@ -140,7 +141,7 @@ def why_unsuitable(model: PreTrainedModel, params: Any, cache_length: int) -> st
 
     Args:
         params: `transformers.GenerationConfig` fields.
-        cache_length: The most tokens of a padded prompt and its answer.
+        cache_length: The most tokens of a prompt and its answer.
     """
     # 4.57 is the first that takes a callable as `custom_generate`, and has cache layers as they still are.
     if Version(transformers.__version__) < Version("4.57"):

@@ -1,0 +1,203 @@
+"""Rows that are refilled, without CUDA: an answer is that of its request alone, whatever its row held before."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import assets
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
+
+from verl_valgen.backends.base import Limits
+from verl_valgen.backends.fast.backend import FastBackend
+from verl_valgen.backends.fast.loop import CHECK_EVERY_ON_CPU
+from verl_valgen.backends.fast.step import Decoder
+from verl_valgen.backends.hf import HFBackend
+from verl_valgen.records import Completion, Request
+
+EOS = tuple(range(40, 48))
+"""Some tokens of ninety, so that answers end at very different times."""
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": list(EOS)}
+SAMPLING = GREEDY | {"do_sample": True, "temperature": 1.3, "top_k": 40, "top_p": 0.95}
+PARAMETERS = {
+    "greedy": GREEDY,
+    "sampling": SAMPLING,
+    "nucleus": SAMPLING | {"top_k": 0},
+    "stop": SAMPLING | {"stop_strings": ["a", "q7", " t"]},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    assets.write_model(directory, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    return AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.fixture
+def model() -> Any:
+    config = Qwen2Config(
+        vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            parameter.data = torch.randn_like(parameter) * 1.5 / parameter.shape[-1] ** 0.5
+    model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
+    return model.eval().requires_grad_(False)
+
+
+def requests(*lengths: int, **params: Any) -> list[Request]:
+    return [
+        Request([3 + (row * 7 + i * i) % 37 for i in range(length)], (row, 0), params)
+        for row, length in enumerate(lengths)
+    ]
+
+
+MIXED = (3, 40, 1, 17, 30, 5, 50, 2, 17, 1, 22, 9)
+
+
+@torch.no_grad()
+def answer(cls: type, model: Any, tokenizer: Any, asked: Any, params: Any = None, **limits: Any) -> list[Completion]:
+    asked = [replace(one, params=params or one.params) for one in asked]
+    return cls(model, tokenizer, 0, Limits(**({"batch_size": 3} | limits))).generate(asked)
+
+
+@pytest.mark.parametrize("params", PARAMETERS.values(), ids=PARAMETERS)
+def test_an_answer_is_that_of_its_request_alone(model, tokenizer, params):
+    asked = requests(*MIXED)
+    expected = answer(HFBackend, model, tokenizer, asked, params, batch_size=1)
+    assert params is GREEDY or len({len(one.output_ids) for one in expected}) > 4
+    refilled = answer(FastBackend, model, tokenizer, asked, params)
+    assert refilled == expected
+    assert sum(one.num_before > 0 for one in refilled) >= len(MIXED) - 3
+    assert [answer(FastBackend, model, tokenizer, [one], params)[0] for one in asked] == expected
+    assert answer(FastBackend, model, tokenizer, asked[::-1], params) == expected[::-1]
+
+
+def test_every_request_has_a_limit_of_its_own(model, tokenizer):
+    """The context ends at another place in each answer, and nothing is kept apart for it."""
+    asked = requests(120, 5, 127, 110, 128, 100, 124, eos_token_id=89, do_sample=False, max_new_tokens=20)
+    expected = answer(HFBackend, model, tokenizer, asked)
+    assert [len(one.output_ids) for one in expected] == [8, 20, 1, 18, 0, 20, 4]
+    assert answer(FastBackend, model, tokenizer, asked) == expected
+
+
+class Passes:
+    """Counts forward passes of a model, and the prompts that they read."""
+
+    def __init__(self, model: Any) -> None:
+        self.prompts: list[list[int]] = []
+        self.num_steps = 0
+        model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, module: Any, args: Any, kwargs: Any) -> None:
+        ids = kwargs["input_ids"]
+        if ids.shape[1] > 1:
+            self.prompts += ids.tolist()
+        else:
+            self.num_steps += 1
+
+
+def test_completions_and_strategies_share_the_reading_of_a_prompt(model, tokenizer):
+    prompts = requests(9, 14, 6, 20)
+    asked = [
+        replace(one, key=(one.key[0], completion), params=params)
+        for params, completion, one in itertools.product((SAMPLING, GREEDY, PARAMETERS["nucleus"]), range(3), prompts)
+    ]
+    expected = answer(HFBackend, model, tokenizer, asked, batch_size=1)
+    answer(FastBackend, model, tokenizer, asked[:1])  # what is tried is tried
+    passes = Passes(model)
+    assert answer(FastBackend, model, tokenizer, asked, batch_size=12) == expected
+    assert len(passes.prompts) == 4
+    passes.prompts.clear()
+    assert answer(FastBackend, model, tokenizer, asked, batch_size=5) == expected
+    assert len(passes.prompts) < 3 * 4
+
+
+def test_rows_are_not_idle_while_requests_wait(model, tokenizer):
+    """Nothing waits for the longest of a batch."""
+    asked = requests(*MIXED * 3)
+    answer(FastBackend, model, tokenizer, asked[:1], SAMPLING)
+    passes = Passes(model)
+    answers = answer(FastBackend, model, tokenizer, asked, SAMPLING, batch_size=4)
+    lengths = [len(one.output_ids) for one in answers]
+    until_a_look = sum(length + CHECK_EVERY_ON_CPU - 1 for length in lengths)
+    assert passes.num_steps < until_a_look / 4 + max(lengths)
+
+
+@pytest.mark.parametrize("place", [3, 4, 5, 8, 9])
+def test_a_stop_string_ends_an_answer_with_the_token_that_completes_it(model, tokenizer, place):
+    """Before, at and after a look of the host."""
+    asked = requests(*MIXED)
+    params = GREEDY | {"eos_token_id": 89}
+    whole = answer(HFBackend, model, tokenizer, asked, params)
+    text = tokenizer.decode(whole[0].output_ids[:place])
+    params |= {"stop_strings": [text[-2:]]}
+    expected = answer(HFBackend, model, tokenizer, asked, params, batch_size=1)
+    assert answer(FastBackend, model, tokenizer, asked, params) == expected
+    assert expected[0].finish_reason == "stop"
+
+
+def test_a_stop_string_may_begin_in_the_prompt(model, tokenizer):
+    asked = requests(*MIXED)
+    params = GREEDY | {"eos_token_id": 89}
+    whole = answer(HFBackend, model, tokenizer, asked, params)
+    params |= {"stop_strings": [tokenizer.decode([asked[1].input_ids[-1], whole[1].output_ids[0]])]}
+    expected = answer(HFBackend, model, tokenizer, asked, params, batch_size=1)
+    assert len(expected[1].output_ids) == 1
+    assert answer(FastBackend, model, tokenizer, asked, params) == expected
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLING, GREEDY | {"remove_invalid_values": True}])
+def test_nan_stays_in_its_row(model, tokenizer, params):
+    """And nothing of it is left for the next answer of that row, told or not."""
+    token = 60
+    model.get_input_embeddings().weight[token] = torch.nan
+    first, *others = requests(*MIXED)
+    asked = [replace(first, input_ids=[token, *first.input_ids]), *others]
+    expected = answer(HFBackend, model, tokenizer, asked, params, batch_size=1)
+    answers = answer(FastBackend, model, tokenizer, asked, params)
+    assert answers[1:] == expected[1:]
+    assert [one.had_nan for one in answers] == [one.had_nan for one in expected]
+
+
+def test_memory_that_ends_while_prompts_are_read_halves_the_rows(model, tokenizer, monkeypatch):
+    prefill, begun = Decoder.prefill, []
+
+    def limited(self: Decoder, rows: Any, prefixes: Any) -> int:
+        begun.append(self.num_rows)
+        if len(begun) == 3:
+            raise torch.OutOfMemoryError("planted")
+        return prefill(self, rows, prefixes)
+
+    asked = requests(*MIXED)
+    expected = answer(FastBackend, model, tokenizer, asked, SAMPLING)
+    monkeypatch.setattr(Decoder, "prefill", limited)
+    assert answer(FastBackend, model, tokenizer, asked, SAMPLING, batch_size=5) == expected
+    assert begun[:3] == [5] * 3
+    assert set(begun[3:]) == {3}
+
+
+def test_what_is_made_ready_is_tried_and_captured_once(model, tokenizer, monkeypatch):
+    """On CUDA tests/gpu counts captures."""
+    from verl_valgen.backends.fast import suitability
+
+    monkeypatch.setattr(suitability, "_findings", {})
+    kinds = (*PARAMETERS.values(), GREEDY | {"num_beams": 2}, SAMPLING | {"repetition_penalty": 1.3})
+    asked = [replace(one, params=params) for params, one in zip(itertools.cycle(kinds), requests(*MIXED), strict=False)]
+    expected = answer(FastBackend, copy.deepcopy(model), tokenizer, asked)
+    with torch.no_grad():
+        backend = FastBackend(model, tokenizer, 0, Limits(batch_size=3))
+        backend.make_ready(asked)
+        monkeypatch.setattr(suitability, "decoded_logits", None)
+        loop = backend.loop
+        assert loop is not None
+        assert backend.generate(asked) == expected
+    assert backend.loop is None
