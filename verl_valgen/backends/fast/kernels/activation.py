@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024
+_BLOCK = 512
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_HEADS = 4
+_HEADS = 8
 """Heads that one program treats."""
 
 

@@ -1,0 +1,72 @@
+"""Triton's kernels on CPU, by Triton's interpreter, and whether they can be had."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from verl_valgen.backends.fast import kernels
+
+CASES = Path(__file__).parents[2] / "kernel_cases.py"
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """Nothing is known of any device, before and afterwards."""
+    kernels._why_unavailable.cache_clear()
+    yield
+    kernels._why_unavailable.cache_clear()
+
+
+@pytest.mark.any_verl
+def test_kernels_give_what_torchs_operations_do():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(CASES)]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+
+
+def test_no_kernels_on_cpu():
+    assert not kernels.are_available(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+        ImportError("No module named 'triton'"),
+        OSError("libcuda.so.1: cannot open shared object file"),
+    ],
+)
+def test_why_there_are_none_is_said_once(monkeypatch, caplog, failure):
+    num_tries = 0
+
+    def try_kernel(device):
+        nonlocal num_tries
+        num_tries += 1
+        raise failure
+
+    monkeypatch.setattr(kernels, "_try_kernel", try_kernel)
+    with caplog.at_level(logging.DEBUG, logger=kernels.__name__):
+        assert not kernels.are_available(torch.device("cuda"))
+        assert not kernels.are_available(torch.device("cuda", 0))
+    [record] = caplog.records
+    assert str(failure) in record.message and record.levelno == logging.DEBUG
+    assert num_tries == 1
+
+
+def test_running_out_of_memory_says_nothing_about_kernels(monkeypatch):
+    def try_kernel(device):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(kernels, "_try_kernel", try_kernel)
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels.are_available(torch.device("cuda"))
+    monkeypatch.setattr(kernels, "_try_kernel", lambda device: None)
+    assert kernels.are_available(torch.device("cuda"))
