@@ -87,10 +87,8 @@ def measure_rotation(num_rows: int) -> None:
         keys[rows, :, slots], values[rows, :, slots] = query_key[:, NUM_HEADS:], value
         return query_key[:, :NUM_HEADS]
 
-    torchs = timed([lambda states=states: by_torch(states) for states in states])
-    ours = timed(
-        [lambda states=states: rotate_and_store(states, cos, sin, keys, values, slots, 28) for states in states]
-    )
+    torchs = timed([lambda x=x: by_torch(x) for x in states])
+    ours = timed([lambda x=x: rotate_and_store(x, cos, sin, keys, values, slots, NUM_HEADS) for x in states])
     report("rotation and cache", num_rows, torchs, ours)
 
 

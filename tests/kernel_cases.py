@@ -1,8 +1,8 @@
-"""What each Triton kernel must give: what torch's operations do. The same cases for Triton's interpreter and for a GPU.
+"""What each Triton kernel must give: what torch's operations do. The same for Triton's interpreter and for a GPU.
 
-`unit/backends/test_kernels.py` runs them on CPU in a process of its own, as the interpreter must be chosen before Triton
-is imported; `gpu/test_kernels.py` runs them on a GPU. The interpreter takes bfloat16 for integers in matrix products and
-cuts numbers off instead of rounding them to bfloat16.
+`unit/backends/test_kernels.py` runs these cases on CPU in a process of its own, as the interpreter must be chosen
+before Triton is imported; `gpu/test_kernels.py` runs them on a GPU. The interpreter takes bfloat16 for integers in
+matrix products, and cuts numbers off instead of rounding them to bfloat16.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def attention_inputs(
 def test_attention_for_each_head_dim(dtype, head_dim, value_dim, num_splits):
     inputs = attention_inputs(dtype, [0, 77, 199], head_dim=head_dim, value_dim=value_dim)
     output = decode_attention(*inputs, head_dim**-0.5, num_splits)
-    assert output.dtype == dtype and output.is_contiguous()
+    assert output.dtype == dtype
+    assert output.is_contiguous()
     assert close(output, expected_attention(*inputs, head_dim**-0.5), dtype)
 
 
@@ -100,7 +101,8 @@ def test_attention_to_a_cache_that_lies_in_another_order():
     query, keys, values, slots = attention_inputs(torch.float32, [3, 150])
     keys, values = (states.transpose(1, 2).contiguous().transpose(1, 2) for states in (keys, values))
     spread = torch.stack([query, query], dim=1)[:, 0]  # rows lie apart
-    assert not keys.is_contiguous() and not spread.is_contiguous()
+    assert not keys.is_contiguous()
+    assert not spread.is_contiguous()
     assert torch.equal(
         decode_attention(spread, keys, values, slots, 0.1), decode_attention(query, keys, values, slots, 0.1)
     )
@@ -128,7 +130,8 @@ def test_nan_that_a_row_holds_is_seen():
     query, keys, values, slots = attention_inputs(torch.float32, [150, 70])
     keys[0, :, 100] = torch.nan
     output = decode_attention(query, keys, values, slots, 0.1, 3)
-    assert output[0].isnan().all() and output[1].isfinite().all()
+    assert output[0].isnan().all()
+    assert output[1].isfinite().all()
 
 
 def test_attention_of_a_slot_behind_the_cache_is_that_of_the_last():
@@ -171,9 +174,11 @@ def test_rotation(dtype, head_dim, size, num_heads, num_kv_heads, has_norms):
     written = keys[rows, :, slots], values[rows, :, slots]
     expected = expected_rotation(query, cos, sin), expected_rotation(key, cos, sin)
     if has_norms:  # the sum of squares is taken in another order
-        assert close(queries, expected[0], dtype, units=16) and close(written[0], expected[1], dtype, units=16)
+        assert close(queries, expected[0], dtype, units=16)
+        assert close(written[0], expected[1], dtype, units=16)
     else:
-        assert torch.equal(queries, expected[0]) and torch.equal(written[0], expected[1])
+        assert torch.equal(queries, expected[0])
+        assert torch.equal(written[0], expected[1])
     assert torch.equal(written[1], value)
     for states in (keys, values):  # and nothing else was written
         states[rows, :, slots] = torch.nan
@@ -193,7 +198,8 @@ def test_nothing_is_written_outside_the_cache(slot):
     before = keys.clone(), values.clone()
     cos, sin = random(2, 1, 64, dtype=torch.float32)
     rotate_and_store(states, cos, sin, keys[1:2], values[1:2], torch.tensor([slot], device=DEVICE), 2)
-    assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
+    assert torch.equal(keys, before[0])
+    assert torch.equal(values, before[1])
 
 
 # --- activation
@@ -210,7 +216,8 @@ def test_activations(dtype, shape):
         (gelu_tanh_and_mul, F.gelu(gate, approximate="tanh")),
     ):
         output = kernel(gate_up)
-        assert output.dtype == dtype and close(output, activated * up, dtype, units=16 * 4)
+        assert output.dtype == dtype
+        assert close(output, activated * up, dtype, units=16 * 4)
         if kernel is silu_and_mul and dtype is not torch.float32:  # the exponential's errors vanish in the rounding
             assert (output != activated * up).float().mean() < 0.01
 

@@ -57,7 +57,8 @@ def test_why_there_are_none_is_said_once(monkeypatch, caplog, failure):
         assert not kernels.are_available(torch.device("cuda"))
         assert not kernels.are_available(torch.device("cuda", 0))
     [record] = caplog.records
-    assert str(failure) in record.message and record.levelno == logging.DEBUG
+    assert str(failure) in record.message
+    assert record.levelno == logging.DEBUG
     assert num_tries == 1
 
 
