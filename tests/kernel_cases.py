@@ -10,8 +10,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from verl_valgen.backends.fast import modules
+from verl_valgen.backends.fast.decoded import decoded_logits
+from verl_valgen.backends.fast.fused import fuse, unfuse
+from verl_valgen.backends.fast.kernels import activation, attention, norm, rotary
 from verl_valgen.backends.fast.kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from verl_valgen.backends.fast.kernels.attention import decode_attention
 from verl_valgen.backends.fast.kernels.norm import rms_norm
@@ -232,3 +238,83 @@ def test_rms_norm(dtype, shape):
     states[0] = 0
     expected = F.rms_norm(states.float(), shape[1:], weight.float(), 1e-6).to(dtype)
     assert close(rms_norm(states, weight, 1e-6), expected, dtype, units=8)
+
+
+# --- the modules that use them
+
+
+def tiny(name: str, **fields: object) -> PreTrainedModel:
+    shape = {
+        "vocab_size": 200, "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**shape, **fields)).to(DEVICE).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms of other weights than 1, and biases
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+SEQUENCES = [[3, 5, 7, 9, 11, 13], [*range(1, 90)], [*range(20, 110)]]
+
+
+@pytest.fixture
+def seen(monkeypatch) -> dict[str, int]:
+    """How often each kernel is called."""
+    numbers: dict[str, int] = {}
+
+    def counted(name, kernel):
+        def call(*args, **kwargs):
+            numbers[name] = numbers.get(name, 0) + 1
+            return kernel(*args, **kwargs)
+
+        return call
+
+    for module, name in ((attention, "decode_attention"), (rotary, "rotate_and_store"), (norm, "rms_norm"),
+                         (activation, "silu_and_mul"), (activation, "gelu_tanh_and_mul")):  # fmt: skip
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    return numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "kernels"),
+    [
+        ("Qwen2Config", {}, {"rotate_and_store", "decode_attention", "silu_and_mul", "rms_norm"}),
+        ("Qwen3Config", {"head_dim": 32}, {"rotate_and_store", "decode_attention", "silu_and_mul", "rms_norm"}),
+        ("GemmaConfig", {"head_dim": 16}, {"rotate_and_store", "decode_attention", "gelu_tanh_and_mul"}),
+        ("GlmConfig", {"head_dim": 16}, {"rms_norm"}),
+    ],
+)
+def test_modules_are_proven_with_their_kernels(name, fields, kernels, seen):
+    model = tiny(name, **fields)
+    expected = decoded_logits(model, SEQUENCES)
+    seen.clear()  # the loop's own attention of a step is a kernel too, where there is a GPU
+    proven = fuse(model)
+    assert proven and kernels <= seen.keys()
+    seen.clear()
+    logits = decoded_logits(model, SEQUENCES)
+    assert seen.keys() >= kernels
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+    unfuse(model)
+    assert torch.equal(decoded_logits(model, SEQUENCES), expected)
+
+
+@pytest.mark.parametrize("kernel", ["decode_attention", "rotate_and_store", "silu_and_mul", "rms_norm"])
+def test_a_module_whose_kernel_is_wrong_is_left_alone(kernel, monkeypatch):
+    module = {"decode_attention": attention, "rotate_and_store": rotary, "silu_and_mul": activation, "rms_norm": norm}
+    right = getattr(module[kernel], kernel)
+    monkeypatch.setattr(module[kernel], kernel, lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
+    model = tiny("LlamaConfig")
+    fuse(model)
+    fused = {type(child).__name__ for child in model.modules() if type(child).__module__ == modules.__name__}
+    left = {"silu_and_mul": "FusedMLP", "rms_norm": "FusedNorm"}.get(kernel, "FusedAttention")
+    assert fused == {"FusedAttention", "FusedMLP", "FusedNorm"} - {left}
+
+
+def test_prompts_and_other_caches_take_the_ordinary_way(seen):
+    model = tiny("LlamaConfig")
+    fuse(model)
+    seen.clear()
+    model(torch.tensor([[3, 5, 7]], device=DEVICE))
+    model.generate(torch.tensor([[3, 5, 7]], device=DEVICE), max_new_tokens=3)
+    assert seen.keys() == {"rms_norm", "silu_and_mul"}

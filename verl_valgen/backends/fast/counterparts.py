@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from verl_valgen.backends.fast.modules import FusedAttention, FusedMLP, fused_norm
+from verl_valgen.backends.fast.modules import FusedAttention, FusedMLP, FusedNorm
 
 _TENSOR_NAMES = {"shape", "view", "reshape", "transpose", "contiguous", "torch"}
 _ATTENTION_NAMES = _TENSOR_NAMES | {
@@ -34,10 +34,10 @@ are constants of the module.)"""
 
 def maker(module: nn.Module) -> Callable[[Any], nn.Module] | None:
     """Returns what makes the fused counterpart of a module, None where it has none."""
-    if type(module) in (FusedMLP, FusedAttention, nn.RMSNorm):
+    if type(module) in (FusedMLP, FusedAttention, FusedNorm, nn.RMSNorm):
         return None
     for fits, names, make in (
-        (_is_rms_norm, _NORM_NAMES, fused_norm),
+        (_is_rms_norm, _NORM_NAMES, FusedNorm),
         (_is_gated_mlp, _MLP_NAMES, FusedMLP),
         (_is_attention, _ATTENTION_NAMES, FusedAttention),
     ):

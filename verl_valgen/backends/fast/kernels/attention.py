@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -41,9 +43,10 @@ def decode_attention(
         query = query.contiguous()
     assert keys.stride(3) == values.stride(3) == 1, "a head's numbers must lie side by side"
     padded_dim, padded_value_dim = (max(16, triton.next_power_of_2(size)) for size in (head_dim, value_dim))
-    block, num_warps, num_stages = _block(max(padded_dim, padded_value_dim) * query.element_size())
+    num_multiprocessors, shared_bytes = _multiprocessors(query.device)
+    block, num_stages = _block(max(padded_dim, padded_value_dim) * query.element_size(), shared_bytes)
     if num_splits is None:
-        num_splits = _num_splits(batch_size * num_kv_heads, triton.cdiv(cache_length, block))
+        num_splits = _num_splits(batch_size * num_kv_heads, -(-cache_length // block), num_multiprocessors)
     output = query.new_empty(batch_size, num_heads, value_dim)
     if num_splits == 1:
         parts, part_stats = output, output  # not used
@@ -57,7 +60,7 @@ def decode_attention(
         NUM_GROUPS=num_heads // num_kv_heads,
         PADDED_GROUPS=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim, VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded_value_dim,
-        BLOCK=block, IS_SPLIT=num_splits > 1, num_warps=num_warps, num_stages=num_stages,
+        BLOCK=block, IS_SPLIT=num_splits > 1, num_warps=4, num_stages=num_stages,
     )  # fmt: skip
     if num_splits > 1:
         _combine[num_heads, batch_size](
@@ -68,26 +71,37 @@ def decode_attention(
     return output
 
 
-def _block(bytes_per_slot: int) -> tuple[int, int, int]:
-    """Returns how many slots are read at once, by how many warps, and how many such blocks are under way.
+def _block(bytes_per_slot: int, shared_bytes: int) -> tuple[int, int]:
+    """Returns how many slots are read at once, and how many such blocks are under way.
 
     Args:
         bytes_per_slot: Of a padded key or value.
+        shared_bytes: The device's memory for a program. An H100's has room for all that is best there.
     """
-    if bytes_per_slot <= 256:
-        return 64, 4, 3
-    return (32, 4, 3) if bytes_per_slot <= 512 else (16, 4, 2)
+    block = 64 if bytes_per_slot <= 256 else 32 if bytes_per_slot <= 512 else 16
+    num_stages = 3
+    while num_stages > 1 and num_stages * block * 2 * bytes_per_slot > 0.8 * shared_bytes:
+        num_stages -= 1
+    return block, num_stages
 
 
-def _num_splits(num_rows: int, num_blocks: int) -> int:
+def _num_splits(num_rows: int, num_blocks: int, num_multiprocessors: int) -> int:
     """Returns into how many parts a row is cut.
 
     Args:
         num_rows: Of keys: sequences times key/value heads.
         num_blocks: The most that a row has.
     """
-    most_programs = 2 * 132  # two for each multiprocessor of an H100
-    return max(1, min(most_programs // num_rows, num_blocks // 2, 32))
+    return max(1, min(2 * num_multiprocessors // num_rows, num_blocks // 2, 32))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> tuple[int, int]:
+    """Returns the number of a device's multiprocessors, and the bytes of memory that a program on one may share."""
+    if device.type != "cuda":
+        return 132, 232_448  # an H100's, for the interpreter
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 49_152)
 
 
 @triton.jit
@@ -133,7 +147,8 @@ def _attend(
             mask=is_held[:, None] & is_value_dim[None, :],
             other=0.0,
         )
-        scores = tl.dot(query_block, tl.trans(key), input_precision="ieee") * scaling
+        # inductor passes the factor as float64
+        scores = (tl.dot(query_block, tl.trans(key), input_precision="ieee") * scaling).to(tl.float32)
         scores = tl.where(is_held[None, :], scores, float("-inf"))
         now_largest = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.exp2(scores - now_largest[:, None])
