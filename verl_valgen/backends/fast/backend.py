@@ -36,6 +36,7 @@ _failures: dict[tuple[str, str], str] = {}
 class FastBackend(HFBackend):
     """Generates with `DecodingLoop` where it can, on CUDA with one graph launch per token."""
 
+    refills_rows = True
     loop: DecodingLoop | None = None
     """Kept from one batch for the next."""
     uses_own_loop = False
