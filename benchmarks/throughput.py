@@ -10,9 +10,9 @@ after the other: the package beside this file ("ours"), that under `--base`, and
 
 The model has the shape of Qwen2.5 and random weights in bfloat16 (float32 on CPU). "Answers": prompts of 60 to 200
 tokens, sampled with temperature 1 alone; the number of new tokens is geometric with a mean of 150, at most 512; timed
-once behind a warm-up. vLLM's engine is up, its graphs captured; of ours each call of `generate` captures its own.
-"Steps": prompts of 128 tokens and 128 new tokens each, medians; a step is the difference of two lengths, and a token
-the whole call with prefill and capture, divided by the number of tokens.
+once behind a warm-up; memory is that beside the weights. vLLM's engine is up, its graphs captured; of ours each call of
+`generate` captures its own. "Steps": prompts of 128 tokens and 128 new tokens each, medians; a step is the difference of
+two lengths, and a token the whole call with prefill and capture, divided by the number of tokens.
 
 Under torchrun it measures instead how one rank answers N prompts, two 2 N, four 4 N: rounds of an FSDP2 model, each
 rank with a copy of its own.
@@ -112,9 +112,12 @@ def measure_answers(arguments: argparse.Namespace, device: torch.device) -> None
     )
     for rows in arguments.rows:
         generate(model, requests[:rows], rows, EOS_ID)  # warms up
+        before = memory(peak=False)
         taken, completions = timed(lambda: generate(model, requests, rows, EOS_ID), device)  # noqa: B023
         num_tokens = sum(len(completion.output_ids) for completion in completions)
-        say("answers", rows=rows, seconds=taken, prompts=len(completions), tokens=num_tokens)
+        peak, left = memory(peak=True) - before, memory(peak=False) - before
+        figures = {"peak_gib": peak / 2**30, "left_bytes": left}
+        say("answers", rows=rows, seconds=taken, prompts=len(completions), tokens=num_tokens, **figures)
 
 
 def measure_steps(arguments: argparse.Namespace, device: torch.device) -> None:
@@ -189,6 +192,16 @@ def lengths_on(device: torch.device) -> tuple[int, int]:
 def step_lengths_on(device: torch.device) -> tuple[int, int, int]:
     """Numbers of tokens of the steps' prompts, and of new ones in the shorter and the longer run."""
     return (PROMPT_TOKENS, FEWER_TOKENS, NEW_TOKENS) if device.type == "cuda" else (16, 9, 16)
+
+
+def memory(*, peak: bool) -> int:
+    """Bytes that are allocated, or the most since this was last asked without `peak`. 0 on CPU."""
+    if not torch.cuda.is_available():
+        return 0
+    if peak:
+        return torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
@@ -272,12 +285,13 @@ def records(side: str, path: str, command: list[str], logs: Path) -> Iterator[di
 
 
 def show_answers(found: dict[str, list[dict[str, Any]]]) -> None:
-    print("\n| answers | rows | seconds | tokens | tokens/s |\n|---|---|---|---|---|")
+    print("\n| answers | rows | seconds | tokens | tokens/s | peak, GiB | left, bytes |\n|---|---|---|---|---|---|---|")
     for side, measured in found.items():
         for it in measured:
             if it["what"] == "answers":
                 per_second = it["tokens"] / it["seconds"]
                 figures = f"{it['seconds']:.2f} | {it['tokens']} | {per_second:.0f}"
+                figures += f" | {it['peak_gib']:.1f} | {it['left_bytes']}" if "peak_gib" in it else " | - | -"
                 print(f"| {side}, {it['prompts']} prompts | {it['rows']} | {figures} |")
 
 
