@@ -11,8 +11,8 @@ after the other: the package beside this file ("ours"), that under `--base`, and
 The model has the shape of Qwen2.5 and random weights in bfloat16 (float32 on CPU). "Answers": prompts of 60 to 200
 tokens, sampled with temperature 1 alone; the number of new tokens is geometric with a mean of 150, at most 512; timed
 once behind a warm-up; memory is that beside the weights. vLLM's engine is up, its graphs captured; of ours each call of
-`generate` captures its own. "Steps": prompts of 128 tokens and 128 new tokens each, medians; a step is the difference of
-two lengths, and a token the whole call with prefill and capture, divided by the number of tokens.
+`generate` captures its own. "Steps": prompts of 128 tokens and 128 new tokens each, medians; a step is the difference
+of two lengths, and a token the whole call with prefill and capture, divided by the number of tokens.
 
 Under torchrun it measures instead how one rank answers N prompts, two 2 N, four 4 N: rounds of an FSDP2 model, each
 rank with a copy of its own.
