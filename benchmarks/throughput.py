@@ -341,20 +341,20 @@ def measure_ranks(arguments: argparse.Namespace) -> None:
     gather = seconds(lambda: dropped(host.gather(dtype(host), keep=True)))
     say(f"\n| answers, rounds with gather ({gather:.2f} s) | prompts | seconds | tokens | of one rank's time |")
     say("|---|---|---|---|---|")
+    chosen = PARAMETERS["temperature"] | {"max_new_tokens": most}
     taken: dict[int, float] = {}
-    num_ranks = 1
-    while num_ranks <= world_size():
-        chosen = PARAMETERS["temperature"] | {"max_new_tokens": most}
-        requests = make_requests(prompts[: arguments.prompts * num_ranks], **chosen)
+
+    def answer(num_prompts: int, num_ranks: int) -> list[Any]:
         settings = GenerationSettings(enabled=True, backend="fast", ranks=num_ranks, console="none", **chosen)
-        answers: list[Any] = []
-        if num_ranks == 1:
-            Answerer(host, settings)(requests[: len(requests) // 4])
-        taken[num_ranks] = seconds(lambda: answers.extend(Answerer(host, settings)(requests) or []))  # noqa: B023
-        num_tokens = sum(len(answer.output_ids) for answer in answers)
+        return Answerer(host, settings)(make_requests(prompts[:num_prompts], **chosen)) or []
+
+    answer(min(64 * world_size(), len(prompts)), world_size())  # warms all ranks up
+    for num_ranks in [2**i for i in range(world_size().bit_length())]:
+        number, answers = arguments.prompts * num_ranks, []
+        taken[num_ranks] = seconds(lambda: answers.extend(answer(number, num_ranks)))  # noqa: B023
+        num_tokens = sum(len(it.output_ids) for it in answers)
         ratio = taken[num_ranks] / taken[1]
-        say(f"| {num_ranks} rank(s) | {len(requests)} | {taken[num_ranks]:.2f} | {num_tokens} | {ratio:.2f} |")
-        num_ranks *= 2
+        say(f"| {num_ranks} rank(s) | {number} | {taken[num_ranks]:.2f} | {num_tokens} | {ratio:.2f} |")
     dist.destroy_process_group()
 
 
