@@ -70,6 +70,7 @@ zoo: install  ## tries every causal model that transformers has, tiny, with both
 
 bench: $(ENGINE)/.installed  ## measures what a round costs, small, on CPU with two ranks: three minutes
 	$(ENGINE)/bin/python -m torch.distributed.run --standalone --nproc-per-node=2 benchmarks/rounds.py --growth
+	$(ENGINE)/bin/python benchmarks/throughput.py
 	$(ENGINE)/bin/python benchmarks/disabled.py
 
 compat:  ## tries every verl from 0.5.0 on, or VERSIONS="0.8.0 ...", and writes docs/compatibility.md: an hour or two

@@ -33,7 +33,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig
+from workload import SIZES, config_of, even_prompts, random_model
 
 from verl_valgen.backends import backend_class
 from verl_valgen.backends.base import Limits
@@ -48,20 +49,6 @@ from verl_valgen.settings.load import GenerationSettings
 from verl_valgen.trackers import open_trackers
 from verl_valgen.trackers.base import TrackedRun
 
-SIZES: dict[str, dict[str, Any]] = {
-    "small": {
-        "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
-    },
-    "0.5B": {
-        "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
-    },
-    "7.6B": {
-        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
     "through the sharded model": {"gather": "sharded"},
     "Hugging Face's loop on a copy": {"backend": "hf"},
@@ -107,11 +94,12 @@ def main() -> None:
     bandwidth = copy_bandwidth(device)
     for size in arguments.sizes:
         for strategy in arguments.strategies:
-            host = BenchmarkHost(wrapped(size, strategy, device), OmegaConf.create({}), device)
+            model = random_model(config_of(size), device, torch.float32)
+            host = BenchmarkHost(sharded(model, strategy, device), OmegaConf.create({}), device)
             compare(host, size, strategy, arguments, bandwidth)
             if arguments.growth and strategy == arguments.strategies[0]:
                 show_growth(host, size, arguments.repetitions)
-            del host
+            del model, host
     dist.destroy_process_group()
 
 
@@ -133,13 +121,8 @@ def start() -> torch.device:
     return device
 
 
-def wrapped(size: str, strategy: str, device: torch.device) -> nn.Module:
-    """Builds a model with random float32 weights, sharded as verl does it: a unit per decoder layer, bfloat16 mixed
-    precision."""
-    torch.manual_seed(0)
-    with device:
-        model = Qwen2ForCausalLM(Qwen2Config(**SIZES[size], use_sliding_window=False))
-    model.eval().requires_grad_(False)
+def sharded(model: nn.Module, strategy: str, device: torch.device) -> nn.Module:
+    """Shards a float32 model as verl does it: a unit per decoder layer, bfloat16 mixed precision."""
     mesh = init_device_mesh(device.type, (world_size(),), mesh_dim_names=("fsdp",))
     if strategy == "fsdp":
         from verl.utils.fsdp_utils import get_fsdp_wrap_policy
@@ -155,7 +138,7 @@ def wrapped(size: str, strategy: str, device: torch.device) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    for layer in model.model.layers:
+    for layer in model.model.layers:  # type: ignore[union-attr]
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
@@ -303,9 +286,7 @@ def show_growth(host: BenchmarkHost, size: str, repetitions: int) -> None:
 
 
 def requests(number: int, params: Mapping[str, Any]) -> list[Request]:
-    return [
-        Request([5 + (row * 37 + i) % 1000 for i in range(PROMPT_TOKENS)], (row, 0), params) for row in range(number)
-    ]
+    return [Request(prompt, (row, 0), params) for row, prompt in enumerate(even_prompts(number, PROMPT_TOKENS))]
 
 
 def answer(host: BenchmarkHost, num_prompts: int, settings: GenerationSettings) -> None:

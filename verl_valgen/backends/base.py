@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +44,9 @@ class Backend(ABC):
         seed: In [0, 2**64); the seed of the sampled tokens, see `sampling.stream_keys`.
         limits: Batch size, deadline, and whether to compile.
     """
+
+    refills_rows: ClassVar[bool] = False
+    """Whether a request that waits takes the place of one that has ended; else batches run until all have."""
 
     def __init__(
         self,

@@ -20,6 +20,11 @@ UNAFFECTED_BY_PADDING = SAMPLING_ONLY | {
 }
 """Parameters under which padding that the attention mask hides changes nothing. With any other it may."""
 
+MOST_PROMPT_TOKENS = 4096
+"""The most tokens, padding included, of prompts that are read at once to fill rows, but for a longer prompt."""
+ROW_MULTIPLE = 64
+"""The number of tokens that a row has room for is a multiple of this."""
+
 
 class Group(NamedTuple):
     """Requests that may run together, by their indices, the shortest prompts first."""

@@ -25,7 +25,8 @@ from verl_valgen.collectives import OtherRankError, attempt, broadcast, rank, ru
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Completion, Request, pack, unpack
 from verl_valgen.rounds.answers_bar import AnswersBar
-from verl_valgen.rounds.plan import Needs, Plan, free_bytes, largest_sequence_bytes, logprobs_bytes, make_plan, shares
+from verl_valgen.rounds.needs import free_bytes, largest_sequence_bytes, logprobs_bytes, rows_need
+from verl_valgen.rounds.plan import Needs, Plan, make_plan, shares
 from verl_valgen.rounds.restore import preserved_blas_workspaces
 from verl_valgen.settings.generation_config import special_tokens as of_model
 from verl_valgen.settings.load import GenerationSettings
@@ -185,6 +186,7 @@ class Answerer:
         """The same on all ranks, or the same exception: MemoryError where a round does not fit."""
         host, settings = self.host, self.settings
         gather = "sharded" if way is SHARDED else settings.gather
+        row, prompts = self._rows_need(requests, way)
         plan = make_plan(
             len(requests),
             Needs(
@@ -192,6 +194,8 @@ class Answerer:
                 unit=host.largest_unit_bytes,
                 sequence=self._sequence_bytes(requests),
                 logprobs=self._logprobs_bytes(requests),
+                row=row,
+                prompts=prompts,
             ),
             free,
             world_size(),
@@ -207,6 +211,14 @@ class Answerer:
                 "every layer for every token"
             )
         return plan
+
+    def _rows_need(self, requests: Sequence[Request], way: Way) -> tuple[int | None, int]:
+        """What a row takes, and what is read at once to fill some; None and 0 where a copy answers in batches."""
+        # Several rows would be one request's.
+        has_beams = any(request.params.get("num_beams", 1) > 1 for request in requests)
+        if way is SHARDED or has_beams or not backend_class(way.backend, self.host.device.type).refills_rows:
+            return None, 0
+        return rows_need(requests, self.host.model_config.get_text_config(), self.dtype)
 
     def _sequence_bytes(self, requests: Sequence[Request]) -> int:
         return largest_sequence_bytes(requests, self.host.model_config.get_text_config(), self.dtype)

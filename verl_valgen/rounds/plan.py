@@ -1,34 +1,33 @@
-"""The plan of a round, and the memory that it needs: with a copy or without, on how many ranks, in what batches.
+"""The plan of a round: with a copy or without, on how many ranks, how many requests at once.
 
-`make_plan` and `shares` are pure functions on numbers that are the same on all ranks, so that all come to the same plan
-without a message.
+Pure functions on numbers that are the same on all ranks, so that all come to the same plan without a message. needs.py
+estimates the memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import NamedTuple
 
-import torch
 
-from verl_valgen.backends.batching import most_new_tokens
-from verl_valgen.records import Request
+class Bounds(NamedTuple):
+    """Bounds of `generation.batch_size: auto`."""
 
-FULL_BATCH, LARGEST_BATCH = 32, 64
-"""Bounds of `generation.batch_size: auto`.
+    full: int
+    """Up to so many sequences a further rank gains little: a step takes about as long as for one."""
+    most: int
+    """So many at once are faster than fewer one after the other; more gain little, for their memory."""
 
-Up to FULL_BATCH sequences a decoding step takes as long as for one, so a second rank gains nothing. Up to LARGEST_BATCH
-it takes less than twice as long, so one batch beats two on the same rank. (Measured: docs/performance.md.)
-"""
+
+BATCHES = Bounds(32, 64)
+"""Of batches that run until their longest answer has ended. (Measured: docs/performance.md.)"""
+ROWS = Bounds(64, 256)
+"""Of rows that the next request takes when an answer ends. (Measured: docs/performance.md.)"""
 
 # The rest is for what nobody counts: fragmentation, workspaces, other processes.
 _SHARE_OF_FREE = 0.9
-
-_JUDGING_BYTES = 2**28
-"""What judging.py makes of some rows of logits at a time."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,13 @@ class Needs:
     unit: int
     """The largest unit that is whole at any one time during the gather, on every rank."""
     sequence: int
-    """The longest sequence, prompt and answer."""
+    """The longest sequence, prompt and answer, in a batch."""
     logprobs: int = 0
     """The log-probability of one answer; they are computed one at a time."""
+    row: int | None = None
+    """The longest sequence in a row that is refilled; None where a copy answers in batches."""
+    prompts: int = 0
+    """What is read at once to fill rows."""
 
 
 @dataclass(frozen=True)
@@ -82,20 +85,21 @@ def make_plan(
     """
     free *= _SHARE_OF_FREE
     sharded_takes = needs.unit + needs.logprobs
-    copy_takes = needs.copy + sharded_takes
-    if gather != "sharded" and copy_takes + needs.sequence <= free:
+    copy_takes = needs.copy + sharded_takes + needs.prompts
+    bounds, sequence = (BATCHES, needs.sequence) if needs.row is None else (ROWS, needs.row)
+    if gather != "sharded" and copy_takes + sequence <= free:
         max_ranks = min(world_size if ranks == "auto" else int(ranks), world_size, num_requests)
-        size = _batch_size(batch_size, num_requests, max_ranks, (free - copy_takes) / needs.sequence)
+        num_that_fit = (free - copy_takes) / sequence
+        size = _batch_size(batch_size, bounds, num_requests / max_ranks, num_that_fit)
         num_ranks = min(max_ranks, max(1, num_requests // size)) if ranks == "auto" else max_ranks
-        return Plan(False, num_ranks, size)
+        return Plan(False, num_ranks, _batch_size(batch_size, bounds, num_requests / num_ranks, num_that_fit))
     if gather != "copy" and why_not_sharded is None and sharded_takes + needs.sequence <= free:
-        return Plan(
-            True, world_size, _batch_size(batch_size, num_requests, world_size, (free - sharded_takes) / needs.sequence)
-        )
+        num_that_fit = (free - sharded_takes) / needs.sequence
+        return Plan(True, world_size, _batch_size(batch_size, BATCHES, num_requests / world_size, num_that_fit))
     if gather == "sharded" and why_not_sharded is not None:
         raise ValueError(f"generation.gather=sharded: {why_not_sharded}")
-    least = sharded_takes if gather == "sharded" else copy_takes
-    message = f"a round needs {_gib(least + needs.sequence)} on each device that answers, and {_gib(free)} can be had"
+    least = sharded_takes + needs.sequence if gather == "sharded" else copy_takes + sequence
+    message = f"a round needs {_gib(least)} on each device that answers, and {_gib(free)} can be had"
     if gather == "auto":
         message += f" (without a copy: {why_not_sharded or _gib(sharded_takes + needs.sequence)})"
     raise MemoryError(message)
@@ -107,77 +111,15 @@ def shares(num_requests: int, num_ranks: int) -> list[range]:
     return [range(begin, end) for begin, end in pairwise(bounds)]
 
 
-def _batch_size(setting: int | str, num_requests: int, num_ranks: int, num_that_fit: float) -> int:
-    """The batch size that is asked for, as far as it fits: a larger one would be halved anyway."""
-    share = math.ceil(num_requests / num_ranks)
-    wanted = min(max(share, FULL_BATCH), LARGEST_BATCH) if setting == "auto" else int(setting)
+def _batch_size(setting: int | str, bounds: Bounds, share: float, num_that_fit: float) -> int:
+    """The batch size that is asked for, as far as it fits: a larger one would be halved anyway.
+
+    Args:
+        share: The number of requests of a rank, on average.
+    """
+    wanted = min(max(math.ceil(share), bounds.full), bounds.most) if setting == "auto" else int(setting)
     return max(1, int(min(wanted, num_that_fit)))
 
 
 def _gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.1f} GiB"
-
-
-def free_bytes(device: torch.device) -> float:
-    """Bytes that this process can still allocate on a device; infinity except on CUDA, where it is known."""
-    if device.type != "cuda":
-        return math.inf
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def sequence_bytes(config: Any, prompt_length: int, max_new_tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that one sequence takes while it is answered, estimated on the large side.
-
-    Keys and values, the widest activations of the prompt's forward pass, and what logits processors make of the logits.
-
-    Args:
-        config: transformers' configuration of the text model.
-    """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    num_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * num_key_value_heads * head_dim * (prompt_length + max_new_tokens)
-    intermediate_size = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    activations = prompt_length * (6 * config.hidden_size + 3 * intermediate_size)
-    # A sort in float32 with its int64 indices, once more for what it gives, and a handful of temporary tensors.
-    logits = 48 * config.vocab_size
-    return (cache + activations) * dtype.itemsize + logits
-
-
-def reading_bytes(config: Any, num_tokens: int, num_read: int, dtype: torch.dtype) -> int:
-    """Bytes that a forward pass over one sequence takes beside the weights, estimated on the large side.
-
-    Args:
-        config: transformers' configuration of the text model.
-        num_tokens: The sequence's length.
-        num_read: The number of tokens whose logits are looked at.
-    """
-    logits = (num_tokens + num_read) * config.vocab_size * dtype.itemsize
-    return sequence_bytes(config, num_tokens, 0, dtype) + logits + _JUDGING_BYTES
-
-
-def largest_sequence_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> int:
-    """`sequence_bytes` of the request that takes the most, with all of its beams; 0 without requests."""
-    return max(
-        (
-            sequence_bytes(config, len(request.input_ids), most_new_tokens(request, config), dtype)
-            * request.params.get("num_beams", 1)
-            for request in requests
-        ),
-        default=0,
-    )
-
-
-def logprobs_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> int:
-    """Bytes that the log-probability of an answer takes, for the request that takes the most; 0 where none asks for it.
-
-    The logits of all its tokens, and in float32 three times those of the new ones.
-    """
-    return max(
-        (
-            config.vocab_size * (len(request.input_ids) * dtype.itemsize + most_new_tokens(request, config) * 12)
-            for request in requests
-            if request.wants_logprob
-        ),
-        default=0,
-    )

@@ -28,7 +28,7 @@ from verl_valgen.backends.memory import fits
 from verl_valgen.collectives import agree, attempt, broadcast, gather_values, rank, world_size
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Completion, Request
-from verl_valgen.rounds.plan import reading_bytes
+from verl_valgen.rounds.needs import reading_bytes
 from verl_valgen.text import describe
 
 logger = logging.getLogger(__name__)

@@ -189,7 +189,7 @@ class GenerationSettings:
     batch_size: int | str = setting(
         "auto",
         checks.auto_or(checks.at_least(1)),
-        "most prompts that one rank answers at once; auto: up to 64, by free memory",
+        "most prompts that one rank answers at once; auto: by free memory up to 256 (`fast`) or 64",
     )
     ranks: int | str = setting(
         "auto",

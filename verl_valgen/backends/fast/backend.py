@@ -56,6 +56,7 @@ def is_refillable(params: Mapping[str, Any], device: torch.device) -> bool:
 class FastBackend(HFBackend):
     """Generates with `DecodingLoop` where it can, on CUDA with one graph launch per token."""
 
+    refills_rows = True
     loop: DecodingLoop | None = None
     """Kept from one kind of parameters for the next."""
     uses_own_loop = False

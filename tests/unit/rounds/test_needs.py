@@ -1,0 +1,48 @@
+"""What a round needs of a device's memory, from numbers alone."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig
+
+from verl_valgen.records import Request
+from verl_valgen.rounds.needs import (
+    largest_sequence_bytes,
+    logprobs_bytes,
+    prompt_bytes,
+    row_bytes,
+    rows_need,
+    sequence_bytes,
+)
+
+CONFIG = LlamaConfig(
+    vocab_size=100, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=128, max_position_embeddings=2**20,
+)  # fmt: skip
+
+
+def test_more_tokens_than_the_model_has_places_for_need_no_memory():
+    config = LlamaConfig(max_position_embeddings=2048)
+    requests = [Request([1] * 48, (0, 0), {"max_new_tokens": number}, wants_logprob=True) for number in (2000, 10**9)]
+    for takes in (largest_sequence_bytes, logprobs_bytes):
+        few, many = (takes([request], config, torch.bfloat16) for request in requests)
+        assert 0 < few == many
+
+
+def test_a_sequence_takes_at_least_its_keys_and_values():
+    cache = 2 * 3 * 2 * 16 * (10 + 20) * 2
+    assert cache < sequence_bytes(CONFIG, 10, 20, torch.bfloat16) < cache + 2 * 10 * 1000 + 48 * 101
+
+
+def test_rows_are_as_long_as_the_longest_and_prompts_are_read_a_few_at_a_time():
+    def needs(*lengths: tuple[int, int]) -> tuple[int, int]:
+        requests = [Request([1] * prompt, (i, 0), {"max_new_tokens": new}) for i, (prompt, new) in enumerate(lengths)]
+        return rows_need(requests, CONFIG, torch.bfloat16)
+
+    def bytes_of(row: int, at_once: int) -> tuple[int, int]:
+        return row_bytes(CONFIG, row, torch.bfloat16), prompt_bytes(CONFIG, at_once, torch.bfloat16)
+
+    assert needs((10, 20)) == bytes_of(64, 10)
+    assert needs((10, 54), (64, 1)) == bytes_of(128, 2 * 64)
+    assert needs(*[(100, 100)] * 1000) == bytes_of(256, 4096)
+    assert needs(*[(100, 100)] * 10, (8000, 1)) == bytes_of(8064, 8000)  # which is read alone

@@ -1,0 +1,114 @@
+"""The memory that a round needs on a device, estimated on the large side. plan.py makes a plan of it.
+
+Pure functions, but for `free_bytes`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from verl_valgen.backends.batching import MOST_PROMPT_TOKENS, ROW_MULTIPLE, most_new_tokens
+from verl_valgen.records import Request
+
+_JUDGING_BYTES = 2**28
+"""What judging.py makes of some rows of logits at a time."""
+
+
+def free_bytes(device: torch.device) -> float:
+    """Bytes that this process can still allocate on a device; infinity except on CUDA, where it is known."""
+    if device.type != "cuda":
+        return math.inf
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def sequence_bytes(config: Any, prompt_length: int, max_new_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that one sequence takes while it is answered in a batch, estimated on the large side.
+
+    Keys and values, the widest activations of the prompt's forward pass, and what logits processors make of the logits.
+
+    Args:
+        config: transformers' configuration of the text model.
+    """
+    return row_bytes(config, prompt_length + max_new_tokens, dtype) + prompt_bytes(config, prompt_length, dtype)
+
+
+def row_bytes(config: Any, num_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that a sequence of so many tokens takes in steps, estimated on the large side.
+
+    Keys and values, and what logits processors make of the logits: a sort in float32 with its int64 indices, once more
+    for what it gives, and a handful of temporary tensors.
+
+    Args:
+        config: transformers' configuration of the text model.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * num_key_value_heads * head_dim * num_tokens
+    return cache * dtype.itemsize + 48 * config.vocab_size
+
+
+def prompt_bytes(config: Any, num_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the widest activations of a forward pass over so many tokens, without logits, on the large side.
+
+    Args:
+        config: transformers' configuration of the text model.
+    """
+    intermediate_size = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return num_tokens * (6 * config.hidden_size + 3 * intermediate_size) * dtype.itemsize
+
+
+def reading_bytes(config: Any, num_tokens: int, num_read: int, dtype: torch.dtype) -> int:
+    """Bytes that a forward pass over one sequence takes beside the weights, estimated on the large side.
+
+    Args:
+        config: transformers' configuration of the text model.
+        num_tokens: The sequence's length.
+        num_read: The number of tokens whose logits are looked at.
+    """
+    logits = (num_tokens + num_read) * config.vocab_size * dtype.itemsize
+    return sequence_bytes(config, num_tokens, 0, dtype) + logits + _JUDGING_BYTES
+
+
+def largest_sequence_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> int:
+    """`sequence_bytes` of the request that takes the most, with all of its beams; 0 without requests."""
+    return max(
+        (
+            sequence_bytes(config, len(request.input_ids), most_new_tokens(request, config), dtype)
+            * request.params.get("num_beams", 1)
+            for request in requests
+        ),
+        default=0,
+    )
+
+
+def rows_need(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> tuple[int, int]:
+    """`Needs.row` and `Needs.prompts` of requests, of which there is at least one.
+
+    All rows are as long as the longest sequence. Prompts are padded to the longest of those that are read at once.
+    """
+    prompts = [len(request.input_ids) for request in requests]
+    longest = max(length + most_new_tokens(request, config) for length, request in zip(prompts, requests, strict=True))
+    at_once = min(len(prompts) * max(prompts), max(MOST_PROMPT_TOKENS, *prompts))
+    return row_bytes(config, ROW_MULTIPLE * math.ceil(longest / ROW_MULTIPLE), dtype), prompt_bytes(
+        config, at_once, dtype
+    )
+
+
+def logprobs_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> int:
+    """Bytes that the log-probability of an answer takes, for the request that takes the most; 0 where none asks for it.
+
+    The logits of all its tokens, and in float32 three times those of the new ones.
+    """
+    return max(
+        (
+            config.vocab_size * (len(request.input_ids) * dtype.itemsize + most_new_tokens(request, config) * 12)
+            for request in requests
+            if request.wants_logprob
+        ),
+        default=0,
+    )
