@@ -16,7 +16,8 @@ from verl_valgen.collectives import attempt
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import ProvenAnswers, Request
 from verl_valgen.rounds.generation import Answerer, GatheredRound
-from verl_valgen.rounds.verification import Finding, Reading, verify
+from verl_valgen.rounds.reading import Finding, Reading
+from verl_valgen.rounds.verification import verify
 from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import OnceLogger, describe
 
