@@ -53,7 +53,7 @@ def texts_to_read(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase)
     texts = []
     for prompt in list({id(prompt): prompt for prompt in prompts}.values())[:_NUM_TEXTS]:
         reference = prompt.reference_raw or prompt.reference or ""
-        ids, error = attempt(partial(tokenizer.encode, reference, add_special_tokens=False))
+        ids, error = attempt(lambda: tokenizer.encode(reference, add_special_tokens=False))  # noqa: B023  (at once)
         if error is not None:
             logger.debug("a reference could not be read: %s", describe(error))
         texts.append([*prompt.input_ids, *(ids or [])])
@@ -77,10 +77,12 @@ def first_link(reading: Reading, sequences: Sequence[Sequence[int]]) -> Finding:
         The same on all ranks. Nothing is known (`verified` is None) where the comparison was not possible.
     """
     host = reading.host
-    texts, error = attempt(lambda: [[int(i) for i in ids][-_MAX_TOKENS:] for ids in sequences if len(ids) > 1])
-    received = broadcast((texts or [])[:_NUM_TEXTS], host.is_logging_rank, host.device)
+    texts, error = attempt(lambda: [[int(i) for i in ids][-_MAX_TOKENS:] for ids in sequences[:_NUM_TEXTS]])
+    readable = [ids for ids in texts or [] if len(ids) > 1]
+    reason = "no row that could be read" if error is None else describe(error)
+    received, reason = broadcast([readable, reason], host.is_logging_rank, host.device)
     if not received:
-        return Finding(None, "no row that could be read" if error is None else describe(error))
+        return Finding(None, reason)
     compare = _compared_logits if host.why_not_sharded() is None else _compared_logprobs
     objections, error = attempt(lambda: compare(reading, received))
     reports = gather_values([objections, None if error is None else describe(error)], host.device)
@@ -108,6 +110,13 @@ def _bytes_to_read(host: Host, texts: Sequence[_Text]) -> int:
     return max(reading_bytes(config, len(ids), len(output_ids), host.compute_dtype) for ids, output_ids in texts)
 
 
+def _value(value: Any, error: Exception | None) -> Any:
+    """What `attempt` returned, or raises what it raised."""
+    if error is not None:
+        raise error
+    return value
+
+
 def _compared_logits(reading: Reading, sequences: Sequence[list[int]]) -> list[str | None]:
     """What the logits of the copy show, on the rank that has it; [] elsewhere. Collective: all ranks must call.
 
@@ -118,7 +127,9 @@ def _compared_logits(reading: Reading, sequences: Sequence[list[int]]) -> list[s
     host, texts = reading.host, [_Text.of(ids) for ids in sequences]
     with loaded(host):
         agree_on_memory(host, _bytes_to_read(host, texts))
-        expected = [host.read(text.input_ids, len(text.output_ids)) for text in texts]
+        # What fails between two passes on one rank must not keep it from the next, in which the others wait for it.
+        read = [attempt(partial(host.read, text.input_ids, len(text.output_ids))) for text in texts]
+    expected = [_value(*outcome) for outcome in read]
     if not host.is_logging_rank:
         return []
     allowed = closeness((reading.dtype, host.compute_dtype), has_experts(reading.copy), host.device)
@@ -136,7 +147,8 @@ def _compared_logprobs(reading: Reading, sequences: Sequence[list[int]]) -> list
     """As `_compared_logits`, with verl's own forward, which gives log-probabilities alone."""
     host, texts = reading.host, [_Text.of(ids) for ids in sequences]
     agree_on_memory(host, _bytes_to_read(host, texts))
-    of_trainer = [host.mean_logprob(*text) for text in texts]
+    read = [attempt(partial(host.mean_logprob, *text)) for text in texts]
+    of_trainer = [_value(*outcome) for outcome in read]
     if not host.is_logging_rank:
         return []
 
