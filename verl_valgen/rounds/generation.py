@@ -71,12 +71,6 @@ class GatheredRound:
     gathered_at: float = 0.0
     """`time.monotonic()` when the weights were gathered."""
 
-    def stop(self) -> None:
-        """Has the answers of another thread end as at their deadline, wherever that is looked at next."""
-        self.deadline = 0.0
-        if self.backend is not None:
-            self.backend.limits = replace(self.backend.limits, deadline=0.0)
-
     def discard(self) -> None:
         """Frees what was gathered, on the trainer's thread."""
         self.model = self.backend = None

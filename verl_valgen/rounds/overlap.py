@@ -7,6 +7,7 @@ done on the trainer's thread, between two steps.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import threading
@@ -94,6 +95,15 @@ class BesideTraining(Generic[T]):
             torch.cuda.current_stream(self._device).wait_stream(own_stream(self._device))
         self._job = None
         return self._value, self._error
+
+    def stop(self) -> None:
+        """Ends the job, as an exit within its thread would, at the next operation that is Python's own.
+
+        No loop has to look for it, be it transformers' or a model's. For a process that is to end: a thread that still
+        computes then may take it down.
+        """
+        thread_id, exit = ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(SystemExit)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, exit)
 
     def _run(self) -> None:
         try:

@@ -107,6 +107,9 @@ class ValidationRounds:
                 if error_type is not None:
                     self._abandon()
                 self.record_under_way()
+            except BaseException:  # Ctrl-C while it waits
+                self._abandon()
+                raise
             finally:
                 if self.recorder is not None:
                     self.recorder.close()
@@ -272,8 +275,8 @@ class ValidationRounds:
         """Gives up the round that is under way, unless it is done: training has failed, or somebody wants it to end."""
         if self.under_way is None or self.under_way.answers.is_done:
             return
-        opened, gathered, answers = self.under_way
-        gathered.stop()
+        opened, _, answers = self.under_way
+        answers.stop()
         logger.warning("no samples of the validation at step %d: training ended before they were there", opened.step)
         if answers.wait(_MAX_WAIT_S):
             answers.result()
