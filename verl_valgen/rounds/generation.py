@@ -22,12 +22,22 @@ from transformers import GenerationConfig
 
 from verl_valgen.backends import LOCKSTEP_BACKEND, SHARDED, Way, backend_class, ways
 from verl_valgen.backends.base import Backend, Limits
+from verl_valgen.backends.batching import most_new_tokens
 from verl_valgen.collectives import OtherRankError, agree, attempt, broadcast, rank, run_on_all_ranks, world_size
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Completion, Request, pack, unpack
 from verl_valgen.rounds.answers_bar import AnswersBar
 from verl_valgen.rounds.overlap import on_own_stream
-from verl_valgen.rounds.plan import Needs, Plan, free_bytes, largest_sequence_bytes, logprobs_bytes, make_plan, shares
+from verl_valgen.rounds.plan import (
+    Needs,
+    Plan,
+    free_bytes,
+    largest_sequence_bytes,
+    logprobs_bytes,
+    make_plan,
+    reading_bytes,
+    shares,
+)
 from verl_valgen.rounds.restore import preserved_blas_workspaces
 from verl_valgen.settings.generation_config import special_tokens as of_model
 from verl_valgen.settings.load import GenerationSettings
@@ -263,12 +273,15 @@ class Answerer:
             free: The bytes that are free on each rank now, and beside training.
         """
         _, beside_training = free[logging_rank]
-        least = min(beside_training, *(now for now, _ in free))
+        least = min(beside_training, *(now for now, _ in free)) - self._reading_bytes(requests)
         try:
+            if any(request.params.get("cache_implementation") for request in requests):
+                raise ValueError("transformers may compile and capture what runs with generation.cache_implementation")
             return self._plan(requests, least, way, replace(self.settings, gather="copy", ranks=1))
-        except MemoryError as e:
+        except (MemoryError, ValueError) as e:
             if self.host.is_logging_rank:
-                self.warnings.warn(f"generation.overlap: training waits for the answers: beside training {e}")
+                where = "beside training " if isinstance(e, MemoryError) else ""
+                self.warnings.warn(f"generation.overlap: training waits for the answers: {where}{e}")
             return None
 
     def _plan(
@@ -305,6 +318,15 @@ class Answerer:
 
     def _logprobs_bytes(self, requests: Sequence[Request]) -> int:
         return logprobs_bytes(requests, self.host.model_config.get_text_config(), self.dtype)
+
+    def _reading_bytes(self, requests: Sequence[Request]) -> int:
+        """What it takes that the copy reads the longest answer, if any is to be read."""
+        if self.settings.verify is False:
+            return 0
+        config = self.host.model_config.get_text_config()
+        nums_new = [most_new_tokens(request, config) for request in requests]
+        longest = max(len(request.input_ids) + num for request, num in zip(requests, nums_new, strict=True))
+        return reading_bytes(config, longest, max(nums_new), self.dtype)
 
     def _gather(self, share: Sequence[Request], offloading: ExitStack) -> PreTrainedModel | None:
         """The copy, on a rank that answers. Collective: all ranks must call."""

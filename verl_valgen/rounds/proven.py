@@ -78,7 +78,7 @@ class ProvenAnswerer:
 
     def _why_not_beside_training(self) -> str | None:
         """Why answers of the way in use cannot be made while training goes on; None where they can, memory apart."""
-        if self.ways[0] is SHARDED:
+        if self.ways[0] is SHARDED or self.settings.gather == "sharded":
             return "the model that is trained answers itself"
         if self.is_doubted:
             return "the last answers failed the check"
