@@ -43,8 +43,9 @@ from verl_valgen.collectives import gather_values, rank, world_size
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Request, Round, RoundNumbers, Sample
 from verl_valgen.rounds.generation import Answerer
+from verl_valgen.rounds.reading import Finding, Reading
 from verl_valgen.rounds.restore import preserved_blas_workspaces
-from verl_valgen.rounds.verification import Finding, Reading, verify
+from verl_valgen.rounds.verification import verify
 from verl_valgen.settings.load import GenerationSettings
 from verl_valgen.trackers import open_trackers
 from verl_valgen.trackers.base import TrackedRun

@@ -54,7 +54,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "granite": {},
     "cohere2": {"sliding_window": 16},
     "phi3": {},
-    "phi3, longrope": {"rope_parameters": LONGROPE},
+    # Its configuration has the length in a field of its own, which prevails.
+    "phi3, longrope": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 40},
     "smollm3": {},
     "exaone4": {"sliding_window": 16},
     "diffllama": {},

@@ -117,19 +117,16 @@ def test_attention_to_a_cache_that_lies_in_another_order():
 @in_every_dtype
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_attention_of_a_row_does_not_depend_on_the_others(dtype, num_splits):
-    query, keys, values, slots = attention_inputs(dtype, [150, 3, 199, 64])
+    query, keys, values, slots = attention_inputs(dtype, [150, 3, 199, 64], 2, 1)
     expected = decode_attention(query, keys, values, slots, 0.1, num_splits)
     order = torch.tensor([2, 0, 3, 1], device=DEVICE)
     moved = decode_attention(query[order], keys[order], values[order], slots[order], 0.1, num_splits)
     assert torch.equal(moved, expected[order])
-    for others in (1, [0, 2, 3]):
-        neighbours = [states.clone() for states in (query, keys, values)]
-        for states in neighbours:
-            states[others] = torch.nan
-        output = decode_attention(*neighbours, slots, 0.1, num_splits)
-        rows = expected.isfinite() & output.isfinite()
-        assert torch.equal(output[rows], expected[rows])
-        assert output.isnan().all(-1).all(-1).tolist() == [row in torch.arange(4)[others] for row in range(4)]
+    keys, values = keys.clone(), values.clone()
+    query[[0, 2]] = keys[[0, 2]] = values[[0, 2]] = torch.nan
+    output = decode_attention(query, keys, values, slots, 0.1, num_splits)
+    assert output[[0, 2]].isnan().all()
+    assert torch.equal(output[[1, 3]], expected[[1, 3]])
 
 
 def test_nan_that_a_row_holds_is_seen():
@@ -245,7 +242,7 @@ def test_rms_norm(dtype, shape):
 
 def tiny(name: str, **fields: object) -> PreTrainedModel:
     shape = {
-        "vocab_size": 200, "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2,
+        "vocab_size": 200, "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 1,
         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
     }  # fmt: skip
     model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**shape, **fields)).to(DEVICE).eval()
@@ -255,7 +252,7 @@ def tiny(name: str, **fields: object) -> PreTrainedModel:
     return model
 
 
-SEQUENCES = [[3, 5, 7, 9, 11, 13], [*range(1, 90)], [*range(20, 110)]]
+SEQUENCES = [[*range(3, 10)], [*range(1, 14)], [*range(20, 33)]]
 
 
 @pytest.fixture
@@ -282,7 +279,6 @@ def seen(monkeypatch) -> dict[str, int]:
         ("Qwen2Config", {}, {"rotate_and_store", "decode_attention", "silu_and_mul", "rms_norm"}),
         ("Qwen3Config", {"head_dim": 32}, {"rotate_and_store", "decode_attention", "silu_and_mul", "rms_norm"}),
         ("GemmaConfig", {"head_dim": 16}, {"rotate_and_store", "decode_attention", "gelu_tanh_and_mul"}),
-        ("GlmConfig", {"head_dim": 16}, {"rms_norm"}),
     ],
 )
 def test_modules_are_proven_with_their_kernels(name, fields, kernels, seen):
@@ -290,7 +286,8 @@ def test_modules_are_proven_with_their_kernels(name, fields, kernels, seen):
     expected = decoded_logits(model, SEQUENCES)
     seen.clear()  # the loop's own attention of a step is a kernel too, where there is a GPU
     proven = fuse(model)
-    assert proven and kernels <= seen.keys()
+    assert proven
+    assert kernels <= seen.keys()
     seen.clear()
     logits = decoded_logits(model, SEQUENCES)
     assert seen.keys() >= kernels

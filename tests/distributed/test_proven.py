@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.collectives import agree
 from verl_valgen.records import WITHHELD, Request
-from verl_valgen.rounds import verification as verification_module
+from verl_valgen.rounds import reading as reading_module
 from verl_valgen.rounds.proven import ProvenAnswerer
 from verl_valgen.rounds.rounds import ValidationRounds
 from verl_valgen.settings.load import GenerationSettings
@@ -72,7 +72,7 @@ def planted(*faults: str) -> Iterator[None]:
         if "weights" in faults:
             patch.setattr(PlainCopy, "finish", wrong_weights)
         if "reader" in faults and dist.get_rank() == 1:
-            patch.setattr(verification_module, "objection", fail)
+            patch.setattr(reading_module, "objection", fail)
         yield
 
 

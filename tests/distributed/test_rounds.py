@@ -58,8 +58,11 @@ class SmallHost(Host):
         return None
 
     @contextmanager
-    def hooked(self, hook: Callable[[int], None], *, before_train: bool) -> Iterator[None]:
+    def hooked(
+        self, hook: Callable[[int], None], *, before_train: bool, at_batch: Callable[[], None] | None = None
+    ) -> Iterator[None]:
         self.rounds = hook
+        self.at_batch = at_batch or (lambda: None)
         yield
 
     has_accelerator = launch_support = None  # type: ignore[assignment]

@@ -166,6 +166,7 @@ BOUNDS: dict[str, Any] = {
     "dtype": _one_of("auto", "float32", "bfloat16", "float16"),
     "backend": _one_of("auto", "hf", "fast"),
     "gather": _one_of("auto", "copy", "sharded"),
+    "overlap": _is_boolean,
     "turn": _one_of("last", "first", "all"),
     "prompts_mode": _one_of("replace", "append"),
     "best_mode": _one_of("max", "min"),

@@ -179,14 +179,18 @@ class Host(ABC):
         return OmegaConf.select(self.config, "data.apply_chat_template_kwargs") or {}
 
     @contextmanager
-    def hooked(self, hook: Callable[[int], None], *, before_train: bool) -> Iterator[None]:
+    def hooked(
+        self, hook: Callable[[int], None], *, before_train: bool, at_batch: Callable[[], None] | None = None
+    ) -> Iterator[None]:
         """While open, `fit()` calls `hook(step)` at the end of every validation, on all ranks in step.
 
         Args:
             before_train: Whether `fit()` also calls it before the first training batch.
+            at_batch: Called before each training batch, on the thread of `fit()`.
         """
         self.verl_loggers.clear()  # the same object: whoever records the rounds has it already
-        with loggers_remembered(self.verl_loggers), hooked(self.trainer, hook, before_train=before_train):
+        hooks = hooked(self.trainer, hook, before_train=before_train, at_batch=at_batch)
+        with loggers_remembered(self.verl_loggers), hooks:
             yield
 
     # The program: what a trainer needs before it exists.

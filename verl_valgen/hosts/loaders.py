@@ -46,16 +46,19 @@ def _num_left(loader: Any, state: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def hooked(trainer: Any, hook: Callable[[int], None], *, before_train: bool) -> Iterator[None]:
+def hooked(
+    trainer: Any, hook: Callable[[int], None], *, before_train: bool, at_batch: Callable[[], None] | None = None
+) -> Iterator[None]:
     """While it is open, every validation of the trainer's `fit()` ends with `hook(step)`.
 
     Args:
         trainer: Has `train_dataloader`, `val_dataloader` and `resume_global_step`.
         before_train: Whether it is called before the first training batch as well, with the step that the run starts
             from. verl has opened its trackers by then.
+        at_batch: Called before each training batch is handed out, on the trainer's thread.
     """
     start = trainer.resume_global_step
-    counter = CountingLoader(trainer.train_dataloader, start, (lambda: hook(start)) if before_train else None)
+    counter = CountingLoader(trainer.train_dataloader, start, (lambda: hook(start)) if before_train else None, at_batch)
     notifier = NotifyingLoader(trainer.val_dataloader, lambda: hook(counter.count))
     with patched(trainer, "train_dataloader", counter), patched(trainer, "val_dataloader", notifier):
         yield
@@ -77,17 +80,25 @@ class _LoaderProxy:
 class CountingLoader(_LoaderProxy):
     """Counts the batches it has yielded over all epochs; a batch in use is counted."""
 
-    def __init__(self, loader: Any, start: int, at_start: Callable[[], None] | None = None) -> None:
-        """`count` begins at `start`; `at_start` is called once, before the very first batch."""
+    def __init__(
+        self,
+        loader: Any,
+        start: int,
+        at_start: Callable[[], None] | None = None,
+        at_batch: Callable[[], None] | None = None,
+    ) -> None:
+        """`count` begins at `start`; `at_start` is called once, before the very first batch, `at_batch` before each."""
         super().__init__(loader)
         self.count = start
-        self.at_start = at_start
+        self.at_start, self.at_batch = at_start, at_batch
 
     def __iter__(self) -> Iterator[Any]:
         at_start, self.at_start = self.at_start, None
         if at_start is not None:
             at_start()
         for batch in self.loader:
+            if self.at_batch is not None:
+                self.at_batch()
             self.count += 1
             yield batch
 

@@ -6,13 +6,14 @@ gathers the weights, `finish` generates with them. Both stay in one file, as the
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import astuple, dataclass
-from functools import partial
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property, partial
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,19 @@ from transformers import GenerationConfig
 
 from verl_valgen.backends import LOCKSTEP_BACKEND, SHARDED, Way, backend_class, ways
 from verl_valgen.backends.base import Backend, Limits
-from verl_valgen.collectives import OtherRankError, attempt, broadcast, rank, run_on_all_ranks, world_size
+from verl_valgen.backends.batching import most_new_tokens
+from verl_valgen.collectives import OtherRankError, agree, attempt, broadcast, rank, run_on_all_ranks, world_size
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Completion, Request, pack, unpack
 from verl_valgen.rounds.answers_bar import AnswersBar
-from verl_valgen.rounds.needs import free_bytes, largest_sequence_bytes, logprobs_bytes, rows_need
+from verl_valgen.rounds.needs import (
+    free_bytes,
+    largest_sequence_bytes,
+    logprobs_bytes,
+    reading_bytes,
+    rows_need,
+)
+from verl_valgen.rounds.overlap import on_own_stream
 from verl_valgen.rounds.plan import Needs, Plan, make_plan, shares
 from verl_valgen.rounds.restore import preserved_blas_workspaces
 from verl_valgen.settings.generation_config import special_tokens as of_model
@@ -61,6 +70,19 @@ class GatheredRound:
     """The gathered copy, on a rank that answers with one."""
     error: Exception | None = None
     """Why this rank has no copy."""
+    is_beside_training: bool = False
+    """Whether the logging rank answers alone, by `answer_alone`, while training goes on; the same on all ranks."""
+    backend: Backend | None = None
+    """Made ready, on the rank that answers beside training."""
+    ready_at: float = 0.0
+    """`time.monotonic()` when it was."""
+    gathered_at: float = 0.0
+    """`time.monotonic()` when the weights were gathered."""
+
+    def discard(self) -> None:
+        """Frees what was gathered, on the trainer's thread."""
+        self.model = self.backend = None
+        self.cleanup.close()
 
 
 class Answerer:
@@ -92,7 +114,11 @@ class Answerer:
         return self.finish(self.begin(requests))
 
     def begin(
-        self, requests: Sequence[Request] | None, way: Way | None = None, deadline: float | None = None
+        self,
+        requests: Sequence[Request] | None,
+        way: Way | None = None,
+        deadline: float | None = None,
+        free_beside_training: Callable[[], float] | None = None,
     ) -> GatheredRound | None:
         """Shares the requests out and gathers the weights. Collective: all ranks must call.
 
@@ -101,9 +127,13 @@ class Answerer:
                 What the other ranks pass is not looked at.
             way: One of `ways`, the same on all ranks; None: the first.
             deadline: `time.time()` at which answering ends; None: as `generation.max_round_time_s` says.
+            free_beside_training: Gives the bytes that the round may take of this rank's device while training goes on.
+                Where they suffice on the logging rank, the round is made ready for `answer_alone`, and all that must
+                not be done beside training is done. None, on all ranks: training waits.
 
         Returns:
-            What `finish` wants; None where there is nothing to answer, and where another rank failed.
+            What `finish` (or `answer_alone`) wants; None where there is nothing to answer, and where another rank
+            failed.
 
         Raises:
             Exception: On the logging rank alone, after the last collective: what failed there, or `OtherRankError` for
@@ -120,11 +150,16 @@ class Answerer:
         with ExitStack() as stack:
             stack.enter_context(preserved_blas_workspaces(host.device))
             offloading = stack.enter_context(ExitStack())
-            free = run_on_all_ranks(lambda: self._prepare(offloading), host.is_logging_rank, host.device)
+            prepare = partial(self._prepare, offloading, free_beside_training)
+            free = run_on_all_ranks(prepare, host.is_logging_rank, host.device)
             if free is None:
                 return None
             try:
-                plan = self._plan(all_requests, min(free), way)
+                plan = None
+                if free_beside_training is not None:
+                    plan = self._plan_beside_training(all_requests, free, logging_rank, way)
+                is_beside_training = plan is not None
+                plan = plan or self._plan(all_requests, min(now for now, _ in free), way)
             except Exception:  # on all ranks alike
                 if host.is_logging_rank:
                     raise
@@ -135,9 +170,14 @@ class Answerer:
             share = [all_requests[i] for i in indices]
             dtype = host.compute_dtype if plan.is_sharded else self.dtype
             model, error = (None, None) if plan.is_sharded else attempt(lambda: self._gather(share, offloading))
-            return GatheredRound(
-                way, plan, all_requests, share, logging_rank, deadline, dtype, began_at, stack.pop_all(), model, error
+            gathered = GatheredRound(
+                way, plan, all_requests, share, logging_rank, deadline, dtype, began_at, ExitStack(), model, error
             )
+            del model
+            if is_beside_training and not self._is_ready(gathered):
+                return None
+            gathered.cleanup = stack.pop_all()
+            return gathered
 
     def finish(self, gathered: GatheredRound | None) -> list[Completion] | None:
         """Answers the requests of a gathered round on all ranks that have a share. Collective: all ranks must call.
@@ -164,6 +204,14 @@ class Answerer:
         in_order = [results[(gathered.logging_rank + position) % len(results)] for position in range(plan.num_ranks)]
         return [Completion(*fields) for completions in in_order for fields in completions]
 
+    def answer_alone(self, gathered: GatheredRound) -> list[Completion]:
+        """Answers a round that was made ready, one completion per request, while training goes on. Not collective.
+
+        To be called on the logging rank, in a thread of its own. Frees nothing that training has ever used.
+        """
+        assert gathered.backend is not None
+        return self._timed(gathered.backend, gathered)
+
     def _hand_out(self, requests: Sequence[Request] | None) -> tuple[int, list[Request]]:
         """Returns the logging rank and its requests on every rank. Collective: all ranks must call."""
         packed, error = None, None
@@ -177,14 +225,68 @@ class Answerer:
             raise error
         return logging_rank, [] if received is None else unpack(received)
 
-    def _prepare(self, offloading: ExitStack) -> float:
-        """Moves the parameters to where they can be gathered from. Returns the number of bytes that are free then."""
+    def _prepare(self, offloading: ExitStack, free_beside_training: Callable[[], float] | None) -> tuple[float, float]:
+        """Moves the parameters to where they can be gathered from. Returns the numbers of bytes that are free then, and
+        beside training."""
+        beside_training = free_beside_training() if free_beside_training is not None else 0.0
         offloading.enter_context(self.host.on_device())
-        return free_bytes(self.host.device)
+        return free_bytes(self.host.device), beside_training
 
-    def _plan(self, requests: Sequence[Request], free: float, way: Way) -> Plan:
+    def _is_ready(self, gathered: GatheredRound) -> bool:
+        """Whether the logging rank can answer beside training. Collective: all ranks must call.
+
+        Raises:
+            Exception: On the logging rank alone, after the last collective: why not.
+        """
+        gathered.is_beside_training, gathered.gathered_at = True, time.monotonic()
+        error = gathered.error
+        if error is None and gathered.model is not None:
+            _, error = attempt(lambda: self._make_ready(gathered))
+        gathered.ready_at = time.monotonic()
+        if agree(error is None, self.host.device):
+            return True
+        if self.host.is_logging_rank:
+            raise error or OtherRankError("another rank could not take part in the gather")
+        return False
+
+    def _make_ready(self, gathered: GatheredRound) -> None:
+        with torch.no_grad(), on_own_stream(self.host.device):
+            backend = self._backend(gathered, self._own_tokenizer)
+            backend.make_ready(gathered.share)
+        gathered.backend = backend
+
+    @cached_property
+    def _own_tokenizer(self) -> Any:
+        """A tokenizer for the thread that answers: one that is in use refuses what the data set's own thread may ask of
+        it ("Already borrowed")."""
+        own, error = attempt(lambda: copy.deepcopy(self.host.tokenizer))
+        return own if error is None else self.host.tokenizer
+
+    def _plan_beside_training(
+        self, requests: Sequence[Request], free: Sequence[tuple[float, float]], logging_rank: int, way: Way
+    ) -> Plan | None:
+        """The plan with which the logging rank answers alone; None where that does not fit beside training.
+
+        Args:
+            free: The bytes that are free on each rank now, and beside training.
+        """
+        _, beside_training = free[logging_rank]
+        least = min(beside_training, *(now for now, _ in free)) - self._reading_bytes(requests)
+        try:
+            if any(request.params.get("cache_implementation") for request in requests):
+                raise ValueError("transformers may compile and capture what runs with generation.cache_implementation")
+            return self._plan(requests, least, way, replace(self.settings, gather="copy", ranks=1))
+        except (MemoryError, ValueError) as e:
+            if self.host.is_logging_rank:
+                where = "beside training " if isinstance(e, MemoryError) else ""
+                self.warnings.warn(f"generation.overlap: training waits for the answers: {where}{e}")
+            return None
+
+    def _plan(
+        self, requests: Sequence[Request], free: float, way: Way, settings: GenerationSettings | None = None
+    ) -> Plan:
         """The same on all ranks, or the same exception: MemoryError where a round does not fit."""
-        host, settings = self.host, self.settings
+        host, settings = self.host, settings or self.settings
         gather = "sharded" if way is SHARDED else settings.gather
         row, prompts = self._rows_need(requests, way)
         plan = make_plan(
@@ -226,6 +328,15 @@ class Answerer:
     def _logprobs_bytes(self, requests: Sequence[Request]) -> int:
         return logprobs_bytes(requests, self.host.model_config.get_text_config(), self.dtype)
 
+    def _reading_bytes(self, requests: Sequence[Request]) -> int:
+        """What it takes that the copy reads the longest answer, if any is to be read."""
+        if self.settings.verify is False:
+            return 0
+        config = self.host.model_config.get_text_config()
+        nums_new = [most_new_tokens(request, config) for request in requests]
+        longest = max(len(request.input_ids) + num for request, num in zip(requests, nums_new, strict=True))
+        return reading_bytes(config, longest, max(nums_new), self.dtype)
+
     def _gather(self, share: Sequence[Request], offloading: ExitStack) -> PreTrainedModel | None:
         """The copy, on a rank that answers. Collective: all ranks must call."""
         model = self.host.gather(self.dtype, keep=bool(share))
@@ -246,15 +357,18 @@ class Answerer:
         # Where the trainer's model gives no logits the copy is wanted for the check of the answers.
         if self.settings.verify is False or self.host.why_not_sharded() is None:
             gathered.model = None  # to be free when the answers are exchanged
-        model.generation_config = self.special_tokens()
-        limits = Limits(gathered.plan.batch_size, gathered.deadline, self.settings.compile)
-        backend = backend_class(gathered.way.backend, self.host.device.type)(
-            model, self.host.tokenizer, self.settings.seed, gathered.way.within(limits)
-        )
+        backend = self._backend(gathered, self.host.tokenizer, model)
         answers = self._timed(backend, gathered)
         if gathered.model is not None:
             backend.restore()
-        return answers
+        return _as_lists(answers)
+
+    def _backend(self, gathered: GatheredRound, tokenizer: Any, model: Any = None) -> Backend:
+        """The backend of a round's way, for the round's copy or for `model`."""
+        model = gathered.model if model is None else model
+        model.generation_config = self.special_tokens()
+        limits = gathered.way.within(Limits(gathered.plan.batch_size, gathered.deadline, self.settings.compile))
+        return backend_class(gathered.way.backend, self.host.device.type)(model, tokenizer, self.settings.seed, limits)
 
     def _generate_through_the_sharded_model(self, gathered: GatheredRound) -> list[list[Any]]:
         """Collective: all ranks must call."""
@@ -270,11 +384,11 @@ class Answerer:
                 sequence_bytes=self._sequence_bytes(gathered.share),
                 logprobs_bytes=self._logprobs_bytes(gathered.share),
             )
-            return self._timed(backend, gathered)
+            return _as_lists(self._timed(backend, gathered))
 
-    def _timed(self, backend: Backend, gathered: GatheredRound) -> list[list[Any]]:
+    def _timed(self, backend: Backend, gathered: GatheredRound) -> list[Completion]:
         start, requests = time.perf_counter(), gathered.share
-        is_wanted = self.host.is_logging_rank and self.settings.console != "none"
+        is_wanted = self.host.is_logging_rank and self.settings.console != "none" and not gathered.is_beside_training
         bar = AnswersBar(len(requests), len(gathered.requests), gathered.began_at, is_wanted=is_wanted)
         backend.on_answers = bar.add
         with torch.no_grad(), bar:
@@ -282,7 +396,12 @@ class Answerer:
         num_tokens = sum(len(completion.output_ids) for completion in completions)
         seconds = time.perf_counter() - start
         logger.debug("generated %d tokens for %d prompts in %.3f s", num_tokens, len(requests), seconds)
-        return [list(astuple(completion)) for completion in completions]
+        return completions
+
+
+def _as_lists(completions: Sequence[Completion]) -> list[list[Any]]:
+    """The fields of each, to be sent."""
+    return [list(astuple(completion)) for completion in completions]
 
 
 def _why_not_in_step(requests: Sequence[Request]) -> str | None:

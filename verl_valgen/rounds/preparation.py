@@ -141,6 +141,11 @@ def _announce(queries: Sequence[Query], settings: GenerationSettings, schedule: 
     logger.info("%d samples%s %s, in %s", num_samples, shape, schedule, directory)
     if schedule.shortfall is not None and schedule.round_steps():
         logger.info("%s", schedule.shortfall)
+    steps = schedule.round_steps()
+    if settings.overlap and steps and not any(step > schedule.start_step for step in steps[:-1]):
+        logger.info(
+            "generation.overlap has no effect: training waits for its first and its last round, and has no more"
+        )
     in_use = {
         "strategies": list(settings.strategies),
         "metrics": settings.metrics,

@@ -8,19 +8,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 from verl_valgen.backends import SHARDED, Way
-from verl_valgen.collectives import attempt
+from verl_valgen.collectives import attempt, broadcast
 from verl_valgen.hosts.base import Host
-from verl_valgen.records import ProvenAnswers, Request
+from verl_valgen.records import Prompt, ProvenAnswers, Request
 from verl_valgen.rounds.generation import Answerer, GatheredRound
-from verl_valgen.rounds.verification import Finding, Reading, verify
+from verl_valgen.rounds.links import first_link, second_link, texts_to_read
+from verl_valgen.rounds.reading import Finding, Reading
+from verl_valgen.rounds.verification import verify
 from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import OnceLogger, describe
 
 logger = logging.getLogger(__name__)
+
+NOT_CHECKED = Finding(None, "generation.verify switches it off")
 
 
 class ProvenAnswerer:
@@ -41,15 +47,87 @@ class ProvenAnswerer:
         """Whether answers of the way in use have passed."""
         self.failed: set[Way] = set()
         """The safer ways that have failed, too. (One that could not be taken, for want of time, say, has not.)"""
+        self.first_finding = NOT_CHECKED
+        """What the copy of the round under way was found to be, before training went on."""
+        self.is_doubted = False
+        """Whether the last answers failed: then the next ones are waited for, to be made again if need be."""
+        self.told: set[str] = set()
+        """Why training waits, as far as it was said."""
         self.warnings = OnceLogger(logger)
+
+    @property
+    def is_checking(self) -> bool:
+        """Whether answers of the way in use are checked."""
+        return self.settings.verify is True or (self.settings.verify == "first" and not self.is_proven)
 
     def __call__(self, requests: Sequence[Request] | None) -> ProvenAnswers | None:
         """Answers requests in one go: gathers the weights, then generates. Collective: all ranks must call."""
         return self.finish(self.begin(requests))
 
-    def begin(self, requests: Sequence[Request] | None) -> GatheredRound | None:
+    def begin(
+        self, requests: Sequence[Request] | None, free_beside_training: Callable[[], float] | None = None
+    ) -> GatheredRound | None:
         """See `Answerer.begin`. Collective: all ranks must call."""
-        return self.answerer.begin(requests, self.ways[0])
+        self.first_finding = NOT_CHECKED
+        if free_beside_training is not None and (reason := self._why_not_beside_training()) is not None:
+            free_beside_training = None
+            if reason not in self.told and self.host.is_logging_rank:
+                logger.info("generation.overlap: training waits for the answers: %s", reason)
+            self.told.add(reason)
+        return self.answerer.begin(requests, self.ways[0], None, free_beside_training)
+
+    def _why_not_beside_training(self) -> str | None:
+        """Why answers of the way in use cannot be made while training goes on; None where they can, memory apart."""
+        if self.ways[0] is SHARDED or self.settings.gather == "sharded":
+            return "the model that is trained answers itself"
+        if self.is_doubted:
+            return "the last answers failed the check"
+        return None
+
+    def may_go_on(self, gathered: GatheredRound, prompts: Sequence[Prompt]) -> bool:
+        """Whether training may go on while a round that was made ready is answered: not where the copy reads otherwise
+        than the trainer's model. `finish` then takes the safer ways. Collective: all ranks must call.
+
+        Args:
+            prompts: Those of the round, on the logging rank.
+        """
+        if self.is_checking:
+            texts = texts_to_read(prompts, self.host.tokenizer)
+            self.first_finding = first_link(self._reading(gathered), texts)
+            self._log("the copy beside the trainer's model: %s", self.first_finding)
+        return self.first_finding.verified is not False
+
+    def answer_alone(self, gathered: GatheredRound) -> tuple[ProvenAnswers, Finding]:
+        """Answers on the logging rank, in a thread of its own, and has its own copy read two answers. Not collective.
+
+        Returns:
+            The answers, and what `note` is to be told of them.
+        """
+        completions = self.answerer.answer_alone(gathered)
+        finding = self.first_finding
+        if self.is_checking:
+            second = second_link(self._reading(gathered), gathered.requests, completions)
+            self._log("the answers beside the copy: %s", second)
+            # Right are those answers of which both links are.
+            finding = min(finding, second, key=lambda link: {False: 0, None: 1, True: 2}[link.verified])
+        return ProvenAnswers(completions, finding.verified, _name(gathered.dtype), gathered.deadline), finding
+
+    def note(self, finding: Finding | None) -> None:
+        """Takes note, on all ranks, of what came of answers that were made beside training. Collective: all must call.
+
+        Args:
+            finding: On the logging rank; None there where no answers came.
+        """
+        verified, reason = broadcast(finding or [None, ""], self.host.is_logging_rank, self.host.device) or [None, ""]
+        self.is_proven = self.is_proven or verified is True
+        if verified is False:
+            way, self.ways = self.ways[0], self.ways[1:]
+            self.is_proven, self.is_doubted = False, True
+            self._warn(
+                way,
+                f"{reason}; those answers are in the JSONL files alone, without scores, and the next ones are waited "
+                f"for, and made another way: {self.ways[0].name}",
+            )
 
     def finish(self, gathered: GatheredRound | None) -> ProvenAnswers | None:
         """Answers the requests of a gathered round, and has the answers checked. Collective: all ranks must call.
@@ -67,7 +145,14 @@ class ProvenAnswerer:
         """
         if gathered is None:
             return None
-        answers, verified, reason = self._checked(gathered)
+        answers: ProvenAnswers | None = None
+        verified, reason = self.first_finding
+        self.is_doubted = False  # on all ranks, whatever is raised on one
+        if self.first_finding.verified is False:
+            gathered.discard()
+        else:
+            answers, verified, reason = self._checked(gathered)
+        self.is_doubted = verified is False
         if verified is not False:
             self.is_proven = self.is_proven or verified is True
             return answers
@@ -78,6 +163,7 @@ class ProvenAnswerer:
             self._log("%s: %s", way.name, found or "passed")
             if verified:
                 self.ways, self.is_proven = self.ways[self.ways.index(way) :], True
+                self.is_doubted = False
                 self._warn(gathered.way, f"{reason}; the answers were made again, and will be from now on: {way.name}")
                 return again
             if verified is False:
@@ -99,18 +185,21 @@ class ProvenAnswerer:
             return None, None, "another rank failed"
         completions, error = attempt(lambda: self.answerer.finish(gathered))
         copy, gathered.model = gathered.model, None
-        finding = Finding(None, "generation.verify switches it off")
-        if self.settings.verify is True or (self.settings.verify == "first" and not self.is_proven):
-            reading = Reading(self.host, self.answerer.special_tokens(), self.settings.seed, gathered.dtype, copy)
-            finding = verify(reading, gathered.requests, completions)
+        finding = NOT_CHECKED
+        if self.is_checking:
+            finding = verify(self._reading(gathered, copy), gathered.requests, completions)
         if error is not None:
             raise error
         if finding.verified is None:
             self._log("the answers are not checked against the trainer's model: %s", finding.reason)
         if completions is None:
             return None, *finding
-        dtype = str(gathered.dtype).removeprefix("torch.")
-        return ProvenAnswers(completions, finding.verified, dtype, gathered.deadline), *finding
+        return ProvenAnswers(completions, finding.verified, _name(gathered.dtype), gathered.deadline), *finding
+
+    def _reading(self, gathered: GatheredRound, copy: Any = None) -> Reading:
+        """What reads a round's answers, with the round's copy or with `copy`."""
+        copy = gathered.model if copy is None else copy
+        return Reading(self.host, self.answerer.special_tokens(), self.settings.seed, gathered.dtype, copy)
 
     def _made_again(self, gathered: GatheredRound, way: Way) -> tuple[ProvenAnswers | None, bool | None, str]:
         """`_checked` for the same requests, answered another way. Collective: all ranks must call."""
@@ -131,3 +220,7 @@ class ProvenAnswerer:
         if self.host.is_logging_rank:
             name = self.host.model_class.__name__
             self.warnings.warn(f"the answers of {name} ({way.name}) failed the check: {problem}", cause=problem[-40:])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

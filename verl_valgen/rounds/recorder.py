@@ -67,14 +67,10 @@ class Recorder:
         self.trackers: CompositeTracker | None = None
         self.warnings = OnceLogger(logging.getLogger(__name__))
 
-    def record(
-        self,
-        queries: Sequence[Query],
-        proven: ProvenAnswers,
-        step: int,
-        seconds: float,
-    ) -> None:
-        """Scores the answers of a round, and hands it to the trackers. Unverified ones have no scores and no numbers.
+    def judge(self, queries: Sequence[Query], proven: ProvenAnswers, step: int, seconds: float) -> Round:
+        """Scores the answers of a round. Unverified ones have no scores and no numbers.
+
+        May run beside training, in a thread of its own; one round comes after the other.
 
         Args:
             queries: What was asked in this round.
@@ -94,7 +90,11 @@ class Recorder:
         else:
             samples = self._scored(samples, proven.deadline)
             numbers = self._numbers(samples, step, seconds, num_tokens)
-        self._open_trackers().log(Round(step, samples, numbers))
+        return Round(step, samples, numbers)
+
+    def record(self, round: Round) -> None:
+        """Hands a round to the trackers, on the trainer's thread, in which some of them have their run."""
+        self._open_trackers().log(round)
 
     def close(self) -> None:
         self.scoring.close()

@@ -2,6 +2,10 @@
 
 All ranks take part in a round; it ends with samples in the trackers on the logging rank (`recorder.py`). Whatever fails
 costs a warning: `run` catches what answering raises.
+
+With `generation.overlap` training goes on between the two ends: the logging rank answers in a thread, and what has come
+of it is recorded by the trainer's thread, at the next training batch, or before whatever comes next. No collective may
+stand in between, as training has its own. (Over 200 lines, as both kinds of rounds have the same two ends.)
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,11 +25,13 @@ from verl_valgen.hosts.base import Host
 from verl_valgen.prompts.datasets import mask_is_shifted
 from verl_valgen.prompts.files import OwnPrompt
 from verl_valgen.prompts.masks import prompts_from_batch
-from verl_valgen.records import Prompt, Query
+from verl_valgen.records import Prompt, Query, Round
 from verl_valgen.rounds.generation import GatheredRound
+from verl_valgen.rounds.overlap import BesideTraining, TrainingMemory
 from verl_valgen.rounds.preparation import prepare, vocab_size
 from verl_valgen.rounds.proven import ProvenAnswerer
 from verl_valgen.rounds.queries import make_queries, make_requests, pair
+from verl_valgen.rounds.reading import Finding
 from verl_valgen.rounds.recorder import GOES_ON, Recorder
 from verl_valgen.rounds.restore import preserved_random_state
 from verl_valgen.rounds.wording import Wording
@@ -33,6 +40,9 @@ from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import OnceLogger
 
 logger = logging.getLogger(__name__)
+
+_MAX_WAIT_S = 5.0
+"""For answers that nobody will see, when the program is to end: a thread that still computes then may take it down."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,14 @@ class OpenRound:
     queries: Sequence[Query]
     """The queries that were asked, on the logging rank: their parameters may be given up before this round ends."""
     gathered: GatheredRound | None
+
+
+class RoundUnderWay(NamedTuple):
+    """A round that the logging rank answers while training goes on."""
+
+    opened: OpenRound
+    gathered: GatheredRound
+    answers: BesideTraining[tuple[Round, Finding]]
 
 
 class ValidationRounds:
@@ -66,17 +84,36 @@ class ValidationRounds:
         """The steps of the rounds that took place, whether they gave samples or not."""
         self.warnings = OnceLogger(logger)
         self.stack = ExitStack()
+        self.memory = TrainingMemory(host.device)
+        self.num_batches = 0
+        """The training batches that `fit()` has been given."""
+        self.under_way: RoundUnderWay | None = None
+        """The logging rank's alone."""
+        self.is_unsettled = False
+        """Whether the ranks still have to hear what came of the last answers beside training; the same on all."""
+        self.found: Finding | None = None
+        """That, on the logging rank."""
 
     def __enter__(self) -> None:
         """Prepares the rounds, and hooks them into validation. Collective: all ranks must call."""
         if self._prepare():
-            self.stack.enter_context(self.host.hooked(self.run, before_train=self.settings.before_train))
+            at_batch = self.at_batch if self.settings.overlap else None
+            hooks = self.host.hooked(self.run, before_train=self.settings.before_train, at_batch=at_batch)
+            self.stack.enter_context(hooks)
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *exc_info: object) -> None:
         with self.stack:  # verl's runs are open until it is closed
-            if self.recorder is not None:
-                self.recorder.close()
-                self.recorder = None  # another `fit()` has runs of its own
+            try:
+                if error_type is not None:
+                    self._abandon()
+                self.record_under_way()
+            except BaseException:  # Ctrl-C while it waits
+                self._abandon()
+                raise
+            finally:
+                if self.recorder is not None:
+                    self.recorder.close()
+                    self.recorder = None  # another `fit()` has runs of its own
 
     @contextmanager
     def told_if_missing(self) -> Iterator[None]:
@@ -125,14 +162,28 @@ class ValidationRounds:
         if self.settings.every > 1 and step not in self.steps:
             return
         self.asked_at.add(step)
+        self.record_under_way()
+        with self._failures_told("no samples at this validation"):
+            self._settle()
+            self._go_on_or_end(self.begin(step))
+
+    def at_batch(self) -> None:
+        """Before each training batch, on all ranks: records the answers that have been made meanwhile. Never raises."""
+        self.num_batches += 1
+        self.memory.note()
+        if self.under_way is not None and self.under_way.answers.is_done:
+            self.record_under_way()
+
+    @contextmanager
+    def _failures_told(self, problem: str) -> Iterator[None]:
         try:
-            self.end(self.begin(step))
+            yield
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as e:  # a panic of what is written in Rust is no Exception
             out_of_memory = isinstance(e, torch.OutOfMemoryError | MemoryError)
             advice = ["lower generation.max_new_tokens, or set generation.gather=sharded"] if out_of_memory else []
-            self.warnings.warn_of_error("no samples at this validation", e, *advice, GOES_ON)
+            self.warnings.warn_of_error(problem, e, *advice, GOES_ON)
 
     def begin(self, step: int) -> OpenRound:
         """Gathers the weights of this moment for a round. Collective: all ranks must call.
@@ -142,8 +193,95 @@ class ValidationRounds:
         """
         started_at = time.time()
         queries = [] if self.recorder is None else self.recorder.queries
+        self.memory.before_gather()
+        free = self.memory.free_bytes if self._may_overlap(step) else None
         with preserved_random_state(self.host.device):
-            return OpenRound(step, started_at, queries, self.answerer.begin(make_requests(queries)))
+            return OpenRound(step, started_at, queries, self.answerer.begin(make_requests(queries), free))
+
+    def _may_overlap(self, step: int) -> bool:
+        """Whether training may go on while a round is answered, as far as the round's step tells; on all ranks alike.
+
+        Before the first training step nobody knows what memory training takes. After the last validation nothing is
+        left of it, and all ranks may answer.
+        """
+        return self.settings.overlap and self.num_batches > 0 and self.steps[-1:] != [step]
+
+    def _go_on_or_end(self, opened: OpenRound) -> None:
+        """Lets training go on while the round is answered, or answers it now. Collective: all ranks must call.
+
+        Raises:
+            Exception: As for `end`.
+        """
+        gathered = opened.gathered
+        if gathered is None or not gathered.is_beside_training:
+            self.end(opened)
+            return
+        with preserved_random_state(self.host.device):
+            may_go_on = self.answerer.may_go_on(gathered, [query.prompt for query in opened.queries])
+        if not may_go_on:
+            self.end(opened)
+            return
+        self.is_unsettled = True
+        if self.recorder is None:
+            gathered.discard()
+            return
+        self.memory.begin_holding()
+        try:
+            job = partial(self._answers_and_scores, opened, gathered, self.recorder)
+            self.under_way = RoundUnderWay(opened, gathered, BesideTraining(job, self.host.device))
+        except RuntimeError:  # no more threads
+            gathered.discard()
+            raise
+        _log_waits(opened, gathered)
+
+    def _answers_and_scores(
+        self, opened: OpenRound, gathered: GatheredRound, recorder: Recorder
+    ) -> tuple[Round, Finding]:
+        """What the thread does."""
+        proven, finding = self.answerer.answer_alone(gathered)
+        seconds = time.time() - opened.started_at
+        logger.debug("the answers of step %d took %.3f s beside training", opened.step, seconds)
+        return recorder.judge(opened.queries, proven, opened.step, seconds), finding
+
+    def record_under_way(self) -> None:
+        """Waits for the round that is under way, if any, records it, and frees what it held. Never raises. Not
+        collective."""
+        if self.under_way is None:
+            return
+        with self._failures_told(f"no samples of the validation at step {self.under_way.opened.step}"):
+            result, error = self.under_way.answers.result()
+            self._let_go()
+            if error is not None:
+                raise error
+            assert result is not None
+            assert self.recorder is not None
+            round, self.found = result
+            with preserved_random_state(self.host.device):
+                self.recorder.record(round)
+
+    def _let_go(self) -> None:
+        """Frees what the round held that was under way, and is done."""
+        if self.under_way is not None:
+            self.under_way.gathered.discard()
+            self.under_way, self.memory.held = None, 0
+
+    def _settle(self) -> None:
+        """Tells all ranks what came of the answers that were made beside training. Collective: all ranks must call."""
+        if self.is_unsettled:
+            found, self.found, self.is_unsettled = self.found, None, False
+            self.answerer.note(found)
+
+    def _abandon(self) -> None:
+        """Gives up the round that is under way, unless it is done: training has failed, or somebody wants it to end."""
+        if self.under_way is None or self.under_way.answers.is_done:
+            return
+        opened, _, answers = self.under_way
+        answers.stop()
+        logger.warning("no samples of the validation at step %d: training ended before they were there", opened.step)
+        if answers.wait(_MAX_WAIT_S):
+            answers.result()
+            self._let_go()
+        self.under_way = None
 
     def end(self, round: OpenRound) -> None:
         """Answers with the gathered weights and records. Collective: all ranks must call.
@@ -154,14 +292,17 @@ class ValidationRounds:
         with preserved_random_state(self.host.device):
             answers = self.answerer.finish(round.gathered)
             if self.recorder is not None and answers is not None:
-                self.recorder.record(round.queries, answers, round.step, time.time() - round.started_at)
+                seconds = time.time() - round.started_at
+                self.recorder.record(self.recorder.judge(round.queries, answers, round.step, seconds))
 
     def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
         """See `ValidationGenerationMixin.generate_samples`. Collective: all ranks must call."""
         prompts: list[Prompt] = []
         queries: list[Query] = []
         error: Exception | None = None
+        self.record_under_way()
         with preserved_random_state(self.host.device):
+            self._settle()
             if self.host.is_logging_rank:
                 try:
                     prompts = self._prompts_in(batch)
@@ -198,3 +339,15 @@ class ValidationRounds:
                 "only text is generated from: left out"
             )
         return prompts
+
+
+def _log_waits(opened: OpenRound, gathered: GatheredRound) -> None:
+    now, began_at = time.monotonic(), gathered.began_at
+    logger.debug(
+        "step %d: training waited %.3f s: gather %.3f, until ready %.3f, comparison with the trainer's model %.3f",
+        opened.step,
+        now - began_at,
+        gathered.gathered_at - began_at,
+        gathered.ready_at - gathered.gathered_at,
+        now - gathered.ready_at,
+    )

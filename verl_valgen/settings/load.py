@@ -120,6 +120,8 @@ def _check_together(settings: GenerationSettings, mistakes: Mistakes, *, values_
     if values_are_right:
         with mistakes.noted():
             generation_config.check(settings.parameters)
+        with mistakes.noted():
+            _check_overlap(settings)
     is_right_so_far = values_are_right and len(mistakes.lines) == num_before
     for name, params in settings.strategies.items():
         source = f"generation.strategies.{name}"
@@ -128,6 +130,22 @@ def _check_together(settings: GenerationSettings, mistakes: Mistakes, *, values_
                 settings.overridden(params, source)
             else:
                 check_overrides(params, source)
+
+
+def _check_overlap(settings: GenerationSettings) -> None:
+    """Refuses what would have more than one rank answer while training goes on: they would meet in collectives."""
+    if not settings.overlap:
+        return
+    if settings.gather == "sharded":
+        raise ConfigError(
+            "generation.overlap=true answers with a copy of the model, as the sharded one is in training then: "
+            "generation.gather must be auto or copy, got 'sharded'"
+        )
+    if settings.ranks not in ("auto", 1):
+        raise ConfigError(
+            "generation.overlap=true answers on one rank: generation.ranks must be auto (rounds for which training "
+            f"waits may take more) or 1, got {settings.ranks}"
+        )
 
 
 def _variables_in(environ: Mapping[str, str], mistakes: Mistakes) -> dict[str, str]:

@@ -208,6 +208,13 @@ class GenerationSettings:
         "whether the trainer's own model reads two answers of a round and must have chosen (nearly) the same tokens: "
         "`true`: in every round; `first`: in the first, and after a change of the way that answers are made; `false`",
     )
+    overlap: bool = setting(
+        False,
+        checks.boolean(),
+        "whether training goes on while a round is answered, on the logging rank alone. `true`: training waits for the "
+        "gather, a copy stays in memory until the answers are there, and samples come "
+        "[later](how-it-works.md#training-goes-on)",
+    )
     max_round_time_s: float = setting(
         0.0,
         checks.number("a number of seconds >= 0 (0: no limit)", lambda x: x >= 0),

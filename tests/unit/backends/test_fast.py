@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
-LLAMA_LIKE = {"FusedAttention", "FusedMLP", "RMSNorm"}
+LLAMA_LIKE = {"FusedAttention", "FusedMLP", "FusedNorm"}
 # Configuration class and fields; the modules that are fused; why Hugging Face's loop runs, None where ours does.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], set[str], str | None]] = {
     "llama": ("LlamaConfig", {}, LLAMA_LIKE, None),
@@ -36,8 +36,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], set[str], str | None]] = {
     "short-window": ("MistralConfig", {"sliding_window": 20}, LLAMA_LIKE, "the sliding_attention reaches back 20 tok"),
     "gemma": ("GemmaConfig", {"head_dim": 16}, {"FusedAttention", "FusedMLP"}, None),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 128}, {"FusedAttention", "FusedMLP"}, None),
-    "phi3": ("Phi3Config", {}, {"RMSNorm"}, None),
-    "olmo2": ("Olmo2Config", {}, {"RMSNorm", "FusedMLP"}, None),
+    "phi3": ("Phi3Config", {}, {"FusedNorm"}, None),
+    "olmo2": ("Olmo2Config", {}, {"FusedNorm", "FusedMLP"}, None),
     "gpt2": ("GPT2Config", {}, set(), None),
     "neox": ("GPTNeoXConfig", {}, set(), None),
 }

@@ -55,6 +55,15 @@ def test_the_beginning_is_told_once_before_the_first_batch():
     assert events == [7, "a", "b", "a", "b"]
 
 
+def test_each_batch_is_announced_before_it_is_in_use():
+    events = []
+    loader = CountingLoader(Loader("ab"), 7, None, lambda: events.append(loader.count))
+    for _ in range(2):
+        for batch in loader:
+            events.append(batch)
+    assert events == [7, "a", 8, "b", 9, "a", 10, "b"]
+
+
 def verls_loader(batch_size=3, num_workers=0):
     """verl's loader of 13 rows."""
     rows = range(13)

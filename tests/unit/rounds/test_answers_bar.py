@@ -153,7 +153,7 @@ def test_the_logging_rank_counts_what_its_backend_tells(monkeypatch, is_logging_
     answerer.host = SimpleNamespace(is_logging_rank=is_logging_rank)  # type: ignore[assignment]
     answerer.settings = GenerationSettings(enabled=True, console=console)
     share = [Request([1], (0, 0), {})] * 4
-    gathered = SimpleNamespace(share=share, requests=share * 2, began_at=7.0)
+    gathered = SimpleNamespace(share=share, requests=share * 2, began_at=7.0, is_beside_training=False)
     assert len(answerer._timed(TwoBatches(None, None, 0), gathered)) == 4  # type: ignore[arg-type]
     (bar,) = made
     assert (bar.was_wanted, bar.num_done, bar.num_answers, bar.num_in_all, bar.since) == (is_wanted, 4, 4, 8, 7.0)

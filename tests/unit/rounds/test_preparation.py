@@ -103,3 +103,17 @@ def test_prompts_that_close_the_reasoning_and_own_ones_are_not_named(tokenizer, 
     own = [OwnPrompt(talk("7+7?"), "14", {}, RowData())]
     prepared(dataset, own=own, prompts="own.jsonl", prompts_mode="append", reasoning="strip")
     assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("start_step", "settings", "is_told"), [(3, {}, True), (2, {}, False), (2, {"every": 4}, True)]
+)
+def test_overlap_without_a_round_that_training_could_go_on_beside_is_told(
+    tmp_path, tokenizer, prepared, caplog, start_step, settings, is_told
+):
+    caplog.set_level(logging.INFO, "verl_valgen")
+    prepared(
+        multi_turn(tmp_path, tokenizer, [talk("a?", "A")]), start_step, overlap=True, before_train=True, **settings
+    )
+    told = [record.getMessage() for record in caplog.records if "generation.overlap" in record.getMessage()]
+    assert len(told) == is_told

@@ -328,3 +328,20 @@ def test_any_yaml_value_parses_or_is_refused(data):
     block = data.draw(VALUES | st.dictionaries(st.sampled_from(names) | st.text(), VALUES, max_size=3))
     trainer = data.draw(st.just({}) | st.fixed_dictionaries({"max_val_samples": VALUES}) | VALUES)
     parses_or_refuses({"generation": block, "trainer": trainer}, {})
+
+
+class TestOverlap:
+    @pytest.mark.parametrize("chosen", [{}, {"ranks": 1}, {"ranks": "auto"}, {"gather": "copy"}])
+    def test_one_rank_with_a_copy_may_answer_beside_training(self, chosen):
+        assert load({"overlap": True, **chosen}).overlap
+
+    @pytest.mark.parametrize(
+        ("chosen", "wrong"),
+        [
+            ({"gather": "sharded"}, "generation.gather must be auto or copy, got 'sharded'"),
+            ({"ranks": 2}, "generation.ranks must be auto (rounds for which training waits may take more) or 1, got 2"),
+        ],
+    )
+    def test_more_ranks_may_not(self, chosen, wrong):
+        assert message({"overlap": True, **chosen}).endswith(wrong)
+        assert not load({"overlap": False, **chosen}).overlap

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from verl_valgen.backends.fast.counterparts import maker
 from verl_valgen.backends.fast.decoded import decoded_logits
-from verl_valgen.backends.fast.modules import fused_norm
+from verl_valgen.backends.fast.modules import FusedNorm
 from verl_valgen.backends.trial import NUM_STEPS
 
 Proven = Set[tuple[str, type]]
@@ -67,7 +67,7 @@ def fuse(
     else:
         slots = [slot for slot in slots if (slot.name, type(slot.module)) in known]
     # Norms first: the replacement of an attention takes over the norms that are within it.
-    for slot in sorted(slots, key=lambda slot: slot.make is not fused_norm):
+    for slot in sorted(slots, key=lambda slot: slot.make is not FusedNorm):
         module = slot.module
         replacement = slot.make(module)
         vars(replacement)[_REPLACED] = module

@@ -1,0 +1,123 @@
+"""The thread beside training, and the memory that training leaves."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+
+from verl_valgen.rounds.overlap import BesideTraining, TrainingMemory, on_own_stream
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+class Weights:
+    """What a job holds."""
+
+
+def test_the_job_runs_without_gradients_and_the_trainer_goes_on_with_them():
+    began, may_end = threading.Event(), threading.Event()
+
+    def job() -> bool:
+        began.set()
+        assert may_end.wait(60)
+        return torch.is_grad_enabled()
+
+    beside = BesideTraining(job, CPU)
+    assert began.wait(60)
+    assert torch.is_grad_enabled()
+    assert not beside.is_done
+    may_end.set()
+    assert beside.result() == (False, None)
+    assert beside.is_done
+
+
+@pytest.mark.parametrize("planted", [ValueError("planted"), SystemExit(3), KeyboardInterrupt()], ids=type)
+def test_what_a_job_raises_is_a_value(planted):
+    def job() -> None:
+        raise planted
+
+    value, error = BesideTraining(job, CPU).result()
+    assert value is None
+    assert isinstance(error, Exception)
+
+
+def test_what_a_job_holds_is_let_go_of_on_the_thread_that_asks_for_its_result():
+    weights, freed_on = Weights(), []
+    weakref.finalize(weights, lambda: freed_on.append(threading.current_thread()))
+    beside = BesideTraining(lambda held=weights: None, CPU)
+    del weights
+    assert beside.wait(60)
+    beside._thread.join()
+    gc.collect()
+    assert freed_on == []
+    beside.result()
+    assert freed_on == [threading.main_thread()]
+
+
+def test_a_loop_that_never_ends_can_be_ended():
+    began = threading.Event()
+
+    def job() -> None:
+        while True:
+            began.set()
+
+    beside = BesideTraining(job, CPU)
+    assert began.wait(60)
+    beside.stop()
+    assert beside.wait(60)
+    assert isinstance(beside.result()[1], RuntimeError)
+
+
+def test_without_cuda_there_are_no_streams_and_memory_is_not_counted():
+    with on_own_stream(CPU):
+        memory = TrainingMemory(CPU)
+    memory.before_gather()
+    memory.begin_holding()
+    assert (memory.held, memory.free_bytes()) == (0, float("inf"))
+
+
+class Device:
+    """What PyTorch says of a device, in GiB."""
+
+    total, allocated, reserved, peak = 80, 30, 40, 50
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def replace(name, value):
+            monkeypatch.setattr(torch.cuda, name, lambda device: value() * 2**30)
+
+        replace("max_memory_allocated", lambda: self.peak)
+        replace("memory_allocated", lambda: self.allocated)
+        replace("memory_reserved", lambda: self.reserved)
+        free = lambda device: ((self.total - self.reserved) * 2**30, self.total * 2**30)  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+
+
+def test_what_is_free_beside_the_highest_level_of_training(monkeypatch):
+    device, memory = Device(monkeypatch), TrainingMemory(CUDA)
+
+    def free() -> float:
+        memory.note()
+        return memory.free_bytes() / 2**30
+
+    assert free() == 80 - 50 - 1
+    device.reserved = 75  # what the allocator keeps can be had
+    assert free() == 80 - 50 - 1
+    device.peak = 20  # the trainer has reset it
+    assert free() == 80 - 50 - 1
+    device.peak = 60
+    assert free() == 80 - 60 - 1
+    memory.before_gather()
+    device.allocated += 10
+    memory.begin_holding()
+    device.peak = 70  # training beside 10 GiB of a round
+    assert free() == 80 - 60 - 1
+    device.peak = 73
+    assert free() == 80 - 63 - 1
+    memory.held = 0
+    assert free() == 80 - 63 - 1
+    device.peak = 90
+    assert free() == 0

@@ -1,0 +1,182 @@
+"""What reads a round's answers and the rows of its prompts: the model in training, and its copy.
+
+Shared by the proof of the answers (verification.py) and by the two links that prove what is answered while training
+goes on (links.py). judging.py and comparing.py have the rules.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PretrainedConfig
+
+from verl_valgen.backends.batching import table_boundaries
+from verl_valgen.backends.beams import beam_objection
+from verl_valgen.backends.judging import objection, shortfalls, tolerance
+from verl_valgen.backends.memory import fits
+from verl_valgen.collectives import agree, attempt
+from verl_valgen.records import Completion, Request
+
+if TYPE_CHECKING:
+    from verl_valgen.hosts.base import Host
+
+MAX_LOGPROB_GAP = 0.3
+"""Nats. By so much the mean log-probability of a text may differ between the copy and verl's own forward."""
+
+
+class Finding(NamedTuple):
+    """What a check of a round has found."""
+
+    verified: bool | None
+    """None where no check was possible."""
+    reason: str = ""
+    """What was seen, or why no check was possible."""
+
+
+class Excerpt(NamedTuple):
+    """An answer that is read."""
+
+    request: Request
+    output_ids: list[int]
+    sum_logprob: float | None
+    """See `Completion.sum_logprob`."""
+
+    @property
+    def input_ids(self) -> list[int]:
+        """What is read. Of the answer's last token nothing is asked: the model never saw it when it answered."""
+        return [*self.request.input_ids, *self.output_ids[:-1]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is needed to read."""
+
+    host: Host
+    special_tokens: GenerationConfig
+    """With the ids that end answers."""
+    seed: int
+    """`generation.seed`"""
+    dtype: torch.dtype
+    """The dtype that the answers are computed in."""
+    copy: Any = None
+    """This rank's copy of the model, if it has one."""
+
+
+# What is read
+
+
+def chosen_excerpts(
+    requests: Sequence[Request], completions: Sequence[Completion], config: PretrainedConfig
+) -> list[tuple[Any, ...]]:
+    """The answers to read, at most two: the one behind the most padding, and the longest together with its prompt.
+
+    What is sensitive to padding shows in the first, what is sensitive to length in the second. Each is the index of its
+    request, and the other fields of its `Excerpt`.
+    """
+    readable = [i for i, (r, c) in enumerate(zip(requests, completions, strict=False)) if _is_readable(r, c, config)]
+    if not readable:
+        return []
+    most_padded = max(readable, key=lambda i: (completions[i].num_padding, len(completions[i].output_ids)))
+    others = [i for i in readable if i != most_padded]
+    longest = max(others, key=lambda i: len(requests[i].input_ids) + len(completions[i].output_ids), default=None)
+    chosen = [most_padded] if longest is None else [most_padded, longest]
+    return [
+        (i, completions[i].output_ids[: _num_readable(requests[i], config)], completions[i].sum_logprob) for i in chosen
+    ]
+
+
+def _num_readable(request: Request, config: PretrainedConfig) -> int | None:
+    """How many of an answer's tokens one forward pass can judge; None: all.
+
+    Beyond a length at which the rotary tables change it computes the tokens before with the tables of the longer
+    sequence: other ones than they were chosen by.
+    """
+    boundary = min((length for length in table_boundaries(config) if length >= len(request.input_ids)), default=None)
+    return None if boundary is None else boundary - len(request.input_ids) + 1
+
+
+def _is_readable(request: Request, completion: Completion, config: PretrainedConfig) -> bool:
+    """Whether an answer is words of the model, chosen in a way that a reader can follow: not by NaN, say."""
+    params = request.params
+    if params.get("guidance_scale") not in (None, 1.0):
+        return False  # its processor runs the model, for every token
+    if params.get("watermarking_config") and (params["do_sample"] or params.get("num_beams", 1) > 1):
+        return False  # transformers applies it behind our noise, and behind what the beams' sums are taken from
+    num_readable = _num_readable(request, config)
+    is_whole = num_readable is None or len(completion.output_ids) <= num_readable
+    follows = params.get("num_beams", 1) == 1 or (completion.sum_logprob is not None and is_whole)
+    return follows and bool(completion.output_ids) and not completion.error and not completion.had_nan
+
+
+# Who reads
+
+
+@contextmanager
+def loaded(host: Host) -> Iterator[None]:
+    """While open, the parameters are on the device. Entering is collective: all ranks must.
+
+    Raises:
+        Exception: On all ranks, where one could not load its parameters.
+    """
+    with ExitStack() as stack:
+        _, error = attempt(lambda: stack.enter_context(host.on_device()))
+        if not agree(error is None, host.device):
+            raise error or RuntimeError("another rank could not load its parameters")
+        yield
+
+
+def agree_on_memory(host: Host, num_bytes: int) -> None:
+    """Raises MemoryError on all ranks where one has no room for its reading. Collective: all ranks must call.
+
+    Args:
+        num_bytes: That this rank's reading takes, see `plan.reading_bytes`.
+    """
+    # While one unit computes the next is gathered. Its size is that in float32.
+    units = 2 * host.largest_unit_bytes * host.compute_dtype.itemsize // torch.float32.itemsize
+    if not agree(fits(num_bytes + units, host.device), host.device):
+        raise MemoryError("there is no room for a forward pass of the trainer's model")
+
+
+@torch.no_grad()
+def read_by_copy(model: Any, input_ids: Sequence[int], num_last: int) -> Tensor:
+    """A copy's logits (N, V) at the last N positions of a text, without a cache and without padding. Not collective."""
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    ids = torch.tensor([list(input_ids)], device=model.device)
+    extra = {"logits_to_keep": num_last} if keeps else {}
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **extra)
+    return output.logits[0, -num_last:]
+
+
+# What they have against an answer
+
+
+def objection_to(
+    excerpt: Excerpt,
+    logits: Tensor,
+    processors: LogitsProcessorList,
+    seed: int,
+    dtypes: Iterable[torch.dtype],
+    has_experts: bool,
+) -> str | None:
+    """What a reader has against an answer by its logits; `dtypes` are the answer's and the reader's."""
+    request, output_ids = excerpt.request, excerpt.output_ids
+    if excerpt.sum_logprob is None:
+        tolerated = tolerance(dtypes, has_experts)
+        return objection(shortfalls(logits, request, output_ids, seed, processors), tolerated)
+    return beam_objection(logits, request, output_ids, excerpt.sum_logprob, processors)
+
+
+def each(judgements: Iterable[Callable[[], str | None]]) -> list[str | None]:
+    """The outcomes of all; raises what one has raised only where none objects."""
+    outcomes = [attempt(judge) for judge in judgements]
+    objections = [text for text, error in outcomes if error is None]
+    errors = [error for _, error in outcomes if error is not None]
+    if errors and not any(objections):
+        raise errors[0]
+    return objections
