@@ -71,7 +71,7 @@ class Decoder:
     """
 
     def __init__(self, model: Any, num_rows: int, cache_length: int, max_new_tokens: int) -> None:
-        self.model, self.device = model, model.device
+        self.model, self.device, self.is_on_cuda = model, model.device, model.device.type == "cuda"
         self.num_rows, self.cache_length, self.max_new_tokens = num_rows, cache_length, max_new_tokens
         self.model_logits: Any = model_logits
         self.of_prompts = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
@@ -83,7 +83,8 @@ class Decoder:
         self.cache = RowCache(model.config.get_text_config().num_hidden_layers, cache_length, self.fields.slots)
 
     def _on_device(self, values: Sequence[Any]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        # From pinned memory, so that the host goes on meanwhile.
+        return torch.tensor(values, dtype=torch.int64, pin_memory=self.is_on_cuda).to(self.device, non_blocking=True)
 
     def prefill(self, rows: Sequence[int], prefixes: Sequence[Sequence[int]]) -> int:
         """Fills rows with the keys and values of prompts without their last tokens, of which there is at least one.
@@ -184,7 +185,7 @@ class Decoder:
 
     def look(self, num_rows: int) -> list[State]:
         """Returns what is known of each of the first rows. Waits for the device."""
-        return [State(*row) for row in self.state[:, :num_rows].T.tolist()]
+        return [State(*row) for row in zip(*self.state[:, :num_rows].tolist(), strict=True)]
 
     def answers(self, rows: Sequence[int], length: int) -> list[list[int]]:
         """Returns the first tokens of these rows' answers, so many of each. Waits for the device."""
