@@ -154,7 +154,7 @@ class Decoder:
         self.cache.begin_steps(num_rows, reach)
         tokens, slots, num_new_tokens, _, has_ended, nan_lengths, _, had_ties = (f[:num_rows] for f in self.fields)
         # A position of a row that has ended could choose the rotary table of all.
-        position_ids = slots.where(has_ended == 0, 0)[:, None]
+        position_ids = (slots * (has_ended == 0))[:, None]
         is_hidden = torch.arange(reach, device=self.device) > slots[:, None]
         mask = torch.zeros(num_rows, 1, 1, reach, dtype=self.model.dtype, device=self.device)
         mask = mask.masked_fill(is_hidden[:, None, None], -torch.inf)
