@@ -10,18 +10,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from verl_valgen.backends.fast.kernels.sampling_noise import EXACT, LARGEST_NOISE, gumbel_noise, scaled
+from verl_valgen.backends.fast.kernels.sampling_noise import EXACT, gumbel_of, may_exceed, random_words, scaled
 from verl_valgen.backends.fast.kernels.sampling_nucleus import PART, Nucleus
 
 _CHUNK = 1024
 """Tokens that a program looks at together: it makes noise for all or none of them."""
+_MANY_PROGRAMS, _RATIO = 2048, 4
+"""Beyond so many programs each looks at more tokens: the further it is, the more seldom noise changes its best."""
+_LARGEST_NOISE = tl.constexpr(37.0)
+"""No noise is as large (`sampling.gumbel_noise`)."""
 
 
 @triton.jit
 def _best_of_parts(
-    logits, row_stride, vocab_size, num_parts, temperature, noise_keys, limits, ties,
+    logits, row_stride, vocab_size, num_parts, temperature, noise_keys, limits, ties, num_tie_parts,
     best_scores, best_tokens, nan_tokens,
-    PART: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, DIVIDES: tl.constexpr, HAS_NOISE: tl.constexpr,
+    PART: tl.constexpr, CHUNK: tl.constexpr, TIE_PARTS: tl.constexpr, RATIO: tl.constexpr, DIVIDES: tl.constexpr, HAS_NOISE: tl.constexpr,
     HAS_LIMITS: tl.constexpr, CUTS_TIES: tl.constexpr,
 ):  # fmt: skip
     """For each part of each row: the best score, the first token that has it, and the first NaN (V where none is)."""
@@ -32,10 +36,11 @@ def _best_of_parts(
         top, least_weight = tl.load(limits + row * 8), tl.load(limits + row * 8 + 1)
         kept_below, ties_below = tl.load(limits + row * 8 + 2), tl.load(limits + row * 8 + 3)
     if CUTS_TIES:  # the first of the tokens that tie at the edge are removed, as after a stable sort
-        others = tl.arange(0, PARTS)
-        num_ties = tl.load(ties + row * num_parts + others, others < num_parts, other=0)
+        others = tl.arange(0, TIE_PARTS)
+        num_ties = tl.load(ties + row * num_tie_parts + others, others < num_tie_parts, other=0)
         num_removed = tl.sum(num_ties) - tl.load(limits + row * 8 + 6).to(tl.int32)
-        rank = tl.sum(tl.where(others < part, num_ties, 0))
+        rank = tl.sum(tl.where(others < part * RATIO, num_ties, 0))
+        has_ties = tl.sum(tl.where(others < (part + 1) * RATIO, num_ties, 0)) > rank
     best = float("-inf")
     best_token = part * PART
     nan_token = vocab_size
@@ -52,17 +57,21 @@ def _best_of_parts(
             distances = top - scores
             kept = distances <= kept_below
             if CUTS_TIES:
-                is_tie = ((distances <= ties_below) & (distances > kept_below)).to(tl.int32)
-                ranks = rank + tl.cumsum(is_tie, 0) - is_tie
-                kept = kept | ((is_tie == 1) & (ranks >= num_removed))
-                rank += tl.sum(is_tie)
+                if has_ties:
+                    is_tie = ((distances <= ties_below) & (distances > kept_below)).to(tl.int32)
+                    ranks = rank + tl.cumsum(is_tie, 0) - is_tie
+                    kept = kept | ((is_tie == 1) & (ranks >= num_removed))
+                    rank += tl.sum(is_tie)
             kept = kept & (tl.exp(-distances) >= least_weight)
             scores = tl.where(kept, scores, float("-inf"))
         chunk_best = tl.max(scores)
-        if HAS_NOISE:  # else `chunk_best` is too small anyway
-            if chunk_best + LARGEST_NOISE > best:
-                scores += gumbel_noise(key, ids)
-                chunk_best = tl.max(scores)
+        if HAS_NOISE:
+            if chunk_best + _LARGEST_NOISE > best:
+                words = random_words(key, ids)
+                # Where none may exceed the best, none does without noise either.
+                if tl.max(may_exceed(words, scores, best).to(tl.int32)) > 0:
+                    scores += gumbel_of(words)
+                    chunk_best = tl.max(scores)
         chunk_token = tl.min(tl.where((scores == chunk_best) & inside, ids, vocab_size))
         best_token = tl.where(chunk_best > best, chunk_token, best_token)
         best = tl.maximum(chunk_best, best)
@@ -101,21 +110,23 @@ def best_tokens(
         (B,) int64 tokens; (B,) bool, whether NaN is among the logits.
     """
     batch_size, vocab_size = logits.shape
-    num_parts = triton.cdiv(vocab_size, PART)
-    padded = triton.next_power_of_2(num_parts)
+    num_tie_parts = triton.cdiv(vocab_size, PART)
+    ratio = _RATIO if batch_size * num_tie_parts > _MANY_PROGRAMS else 1
+    num_parts = triton.cdiv(num_tie_parts, ratio)
     scores = torch.empty(batch_size, num_parts, dtype=torch.float32, device=logits.device)
     part_tokens, nan_tokens = (torch.empty_like(scores, dtype=torch.int32) for _ in range(2))
     number, divides = temperature
     _best_of_parts[num_parts, batch_size](
         logits, logits.stride(0), vocab_size, num_parts, number, noise_keys,
-        None if nucleus is None else nucleus.limits, None if nucleus is None else nucleus.ties,
+        None if nucleus is None else nucleus.limits, None if nucleus is None else nucleus.ties, num_tie_parts,
         scores, part_tokens, nan_tokens,
-        PART=PART, CHUNK=_CHUNK, PARTS=padded, DIVIDES=divides, HAS_NOISE=noise_keys is not None,
+        PART=PART * ratio, CHUNK=_CHUNK, TIE_PARTS=triton.next_power_of_2(num_tie_parts), RATIO=ratio, DIVIDES=divides, HAS_NOISE=noise_keys is not None,
         HAS_LIMITS=nucleus is not None, CUTS_TIES=nucleus is not None and nucleus.ties is not None, **EXACT,
     )  # fmt: skip
     tokens = torch.empty(batch_size, dtype=torch.int64, device=logits.device)
     had_nan = torch.empty(batch_size, dtype=torch.int8, device=logits.device)
     _best_of_rows[(batch_size,)](
-        scores, part_tokens, nan_tokens, vocab_size, num_parts, tokens, had_nan, PARTS=padded, **EXACT
-    )
+        scores, part_tokens, nan_tokens, vocab_size, num_parts, tokens, had_nan,
+        PARTS=triton.next_power_of_2(num_parts), **EXACT,
+    )  # fmt: skip
     return tokens, had_nan.view(torch.bool)

@@ -1,8 +1,8 @@
 """top-k without a topk over the whole vocabulary, and what follows it over the candidates alone.
 
-The C blocks with the largest maxima hold the C largest logits. A kernel makes the maxima in one pass, torch.topk takes
-the best of these few, and then of the tokens in these blocks. All the rest of a choice is one kernel, a program per
-row, which compares each candidate with each other one instead of sorting them.
+The C blocks with the largest maxima hold the C largest logits. A kernel makes the maxima in one pass, a second one takes
+the best of these few, a third the best of the tokens in these blocks. All the rest of a choice is one kernel, a program
+per row, which compares each candidate with each other one instead of sorting them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ _BLOCK = 64
 """Tokens of a block."""
 _BLOCKS = 64
 """Blocks for one program."""
+_MAX_CHOSEN_BY_KERNEL, _MAX_BLOCKS = 256, 8192
+"""What one program can hold."""
+_NUM_UNUSED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+"""The last bits of a float32 that came from another type are zero."""
 
 
 @triton.jit
@@ -38,16 +42,52 @@ def _store_maxima(
 
 
 @triton.jit
-def _gather_blocks(
-    logits, row_stride, vocab_size, num_chosen, chosen, values, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
+def _sortable(values, NUM_UNUSED_BITS: tl.constexpr):
+    """int32 in the order of float32 values, NaN the largest, without bits that say nothing."""
+    bits = values.to(tl.int32, bitcast=True)
+    keys = tl.where(values != values, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return keys >> NUM_UNUSED_BITS
+
+
+@triton.jit
+def _places_of_largest(keys, number, NUM_UNUSED_BITS: tl.constexpr):
+    """Which are the `number` largest of (N,) keys, the first of those that tie; and a place in 0..number-1 for each."""
+    # The number-th largest, bit by bit: how many are as large?
+    num_bits = 31 - NUM_UNUSED_BITS
+    threshold = tl.where(tl.sum((keys >= 0).to(tl.int32)) >= number, 0, -1 << num_bits)
+    for i in range(1, num_bits + 1):
+        larger = threshold + (1 << (num_bits - i))
+        threshold = tl.where(tl.sum((keys >= larger).to(tl.int32)) >= number, larger, threshold)
+    is_larger = (keys > threshold).to(tl.int32)
+    is_equal = (keys == threshold).to(tl.int32)
+    is_wanted = tl.cumsum(is_equal, 0) <= number - tl.sum(is_larger)
+    is_chosen = is_larger | (is_equal & is_wanted.to(tl.int32))
+    return is_chosen == 1, tl.cumsum(is_chosen, 0) - 1
+
+
+@triton.jit
+def _choose_blocks(maxima, num_blocks, num_chosen, chosen, SIZE: tl.constexpr, NUM_UNUSED_BITS: tl.constexpr):
+    row, blocks = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    values = tl.load(maxima + row * num_blocks + blocks, blocks < num_blocks, other=float("-inf"))
+    keys = tl.where(blocks < num_blocks, _sortable(values, NUM_UNUSED_BITS), -1 << (31 - NUM_UNUSED_BITS))
+    is_chosen, places = _places_of_largest(keys, num_chosen, NUM_UNUSED_BITS)
+    tl.store(chosen + row * num_chosen + places, blocks, is_chosen)
+
+
+@triton.jit
+def _choose_tokens(
+    logits, row_stride, vocab_size, blocks, num_chosen, values, tokens,
+    BLOCK: tl.constexpr, SIZE: tl.constexpr, NUM_UNUSED_BITS: tl.constexpr,
 ):  # fmt: skip
-    row, places = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    inside = places < num_chosen
-    blocks = tl.load(chosen + row * num_chosen + places, inside, other=0)
-    offsets = tl.arange(0, BLOCK)[None, :]
-    ids = blocks[:, None] * BLOCK + offsets
+    """Of the tokens in the chosen blocks as many as there are blocks."""
+    row, places = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    block = tl.load(blocks + row * num_chosen + places // BLOCK, places < num_chosen * BLOCK, other=2147483647 // BLOCK)
+    ids = block * BLOCK + places % BLOCK
     found = tl.load(logits + row * row_stride + ids, ids < vocab_size, other=float("-inf")).to(tl.float32)
-    tl.store(values + (row * num_chosen + places[:, None]) * BLOCK + offsets, found, inside[:, None])
+    keys = tl.where(ids < vocab_size, _sortable(found, NUM_UNUSED_BITS), -1 << (31 - NUM_UNUSED_BITS))
+    is_chosen, places = _places_of_largest(keys, num_chosen, NUM_UNUSED_BITS)
+    tl.store(values + row * num_chosen + places, found, is_chosen)
+    tl.store(tokens + row * num_chosen + places, ids.to(tl.int64), is_chosen)
 
 
 def largest_logits(logits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
@@ -58,24 +98,31 @@ def largest_logits(logits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]
         num_candidates: C < V.
 
     Returns:
-        (B, C) float32 and their tokens, int64 (those of -inf may lie beyond the vocabulary).
+        (B, C) float32 and their tokens, int64.
     """
     batch_size, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
-    if num_blocks < 2 * num_candidates:
+    if num_candidates > _MAX_CHOSEN_BY_KERNEL or not num_candidates < num_blocks <= _MAX_BLOCKS:
         values, tokens = logits.topk(num_candidates, sorted=False)
         return values.float(), tokens
     maxima = torch.empty(batch_size, num_blocks, dtype=torch.float32, device=logits.device)
-    sizes = {"BLOCKS": _BLOCKS, "BLOCK": _BLOCK}
+    blocks = torch.empty(batch_size, num_candidates, dtype=torch.int32, device=logits.device)
+    values = torch.empty(batch_size, num_candidates, dtype=torch.float32, device=logits.device)
+    tokens = torch.empty_like(values, dtype=torch.int64)
     row = (logits, logits.stride(0), vocab_size)
-    _store_maxima[triton.cdiv(num_blocks, _BLOCKS), batch_size](*row, num_blocks, maxima, **sizes, **EXACT)
-    blocks = maxima.topk(num_candidates, sorted=False).indices  # (B, C)
-    values = torch.empty(batch_size, num_candidates * _BLOCK, dtype=torch.float32, device=logits.device)
-    _gather_blocks[triton.cdiv(num_candidates, _BLOCKS), batch_size](
-        *row, num_candidates, blocks, values, **sizes, **EXACT
+    unused = {"NUM_UNUSED_BITS": _NUM_UNUSED_BITS[logits.dtype]}
+    _store_maxima[triton.cdiv(num_blocks, _BLOCKS), batch_size](
+        *row, num_blocks, maxima, BLOCKS=_BLOCKS, BLOCK=_BLOCK, **EXACT
     )
-    values, places = values.topk(num_candidates, sorted=False)
-    return values, blocks.gather(1, places // _BLOCK) * _BLOCK + places % _BLOCK
+    _choose_blocks[(batch_size,)](
+        maxima, num_blocks, num_candidates, blocks, SIZE=triton.next_power_of_2(num_blocks), num_warps=8, **unused,
+        **EXACT,
+    )  # fmt: skip
+    _choose_tokens[(batch_size,)](
+        *row, blocks, num_candidates, values, tokens, BLOCK=_BLOCK,
+        SIZE=triton.next_power_of_2(num_candidates) * _BLOCK, num_warps=16, **unused, **EXACT,
+    )  # fmt: skip
+    return values, tokens
 
 
 @triton.jit
@@ -98,9 +145,7 @@ def _choose(
     for start in range(0, SIZE, CHUNK):
         others = start + tl.arange(0, CHUNK)
         other_values = tl.load(logits + others, others < num_candidates, other=float("-inf"))
-        other_scores = scaled(
-            tl.where(other_values != other_values, float("inf"), other_values), temperature, DIVIDES
-        )
+        other_scores = scaled(tl.where(other_values != other_values, float("inf"), other_values), temperature, DIVIDES)
         num_larger += tl.sum((other_scores[None, :] > scores[:, None]).to(tl.int32), 1)
     kept = inside & (num_larger < top_k)
     least = tl.min(tl.where(kept, scores, float("inf")))

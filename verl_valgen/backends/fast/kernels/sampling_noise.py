@@ -19,9 +19,6 @@ _GOLDEN_GAMMA, _MIX_1, _MIX_2 = (
 _MASK_33, _MASK_34, _MASK_37, _MASK_52 = (tl.constexpr(2**num_bits - 1) for num_bits in (33, 34, 37, 52))
 _UNIT = tl.constexpr(2.0**-52)
 
-LARGEST_NOISE = tl.constexpr(37.0)
-"""No noise is as large (`sampling.gumbel_noise`)."""
-
 EXACT = {"enable_fp_fusion": False}
 """Options of every kernel here: a product and a sum are rounded one after the other, as tensor operations are."""
 
@@ -36,11 +33,31 @@ def split_mix_64(key, index):
 
 
 @triton.jit
-def gumbel_noise(key, token_ids):
-    """See `sampling.gumbel_noise`. `token_ids` are of any integer type."""
-    words = (split_mix_64(key, token_ids.to(tl.int64)) >> 12) & _MASK_52
+def random_words(key, token_ids):
+    """The 52 bits, as int64, of which a token's noise is made. `token_ids` are of any integer type."""
+    return (split_mix_64(key, token_ids.to(tl.int64)) >> 12) & _MASK_52
+
+
+@triton.jit
+def gumbel_of(words):
     uniform = (words.to(tl.float64) + 0.5) * _UNIT
     return (-tl.log(-tl.log(uniform))).to(tl.float32)
+
+
+@triton.jit
+def gumbel_noise(key, token_ids):
+    """See `sampling.gumbel_noise`."""
+    return gumbel_of(random_words(key, token_ids))
+
+
+@triton.jit
+def may_exceed(words, scores, best):
+    """Whether a score plus the noise of these words may be larger than `best`; if so, it says so. Needs no logarithm.
+
+    Noise of a uniform u exceeds x only if u > exp(-exp(-x)) >= 1 - exp(-x). `slack` is for rounding, of sums too.
+    """
+    slack = 1e-3 + 1e-5 * (tl.abs(scores) + tl.abs(best))
+    return (words ^ _MASK_52).to(tl.float32) * _UNIT <= tl.exp(scores - best + slack)
 
 
 @triton.jit

@@ -89,19 +89,24 @@ def _sum_weights(
     logits, row_stride, vocab_size, num_parts, temperature, limits, sums,
     PART: tl.constexpr, DIVIDES: tl.constexpr, FANOUT: tl.constexpr,
 ):  # fmt: skip
-    """The weights of a part within each of the distances that divide a row's interval."""
+    """The weights of a part from the begin of a row's interval to each of the distances that divide it."""
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     top = tl.load(limits + row * 8)
     below, above = tl.load(limits + row * 8 + 2), tl.load(limits + row * 8 + 3)
     ids = part * PART + tl.arange(0, PART)
     scores = tl.load(logits + row * row_stride + ids, ids < vocab_size, other=float("-inf")).to(tl.float32)
     distances = top - scaled(tl.where(scores == scores, scores, float("-inf")), temperature, DIVIDES)
-    weights = tl.exp(-distances)
+    is_in_doubt = (distances > below) & (distances <= above)
     place = sums + (row * num_parts + part) * FANOUT
-    for i in tl.static_range(1, FANOUT):
-        distance = below + (above - below) * (i / FANOUT)
-        tl.store(place + i - 1, tl.sum(tl.where(distances <= distance, weights, 0.0)))
-    tl.store(place + FANOUT - 1, tl.sum(tl.where(distances <= above, weights, 0.0)))
+    # Later passes find nothing in most parts.
+    if tl.max(is_in_doubt.to(tl.int32)) > 0:
+        weights = tl.where(is_in_doubt, tl.exp(-distances), 0.0)
+        for i in tl.static_range(1, FANOUT):
+            distance = below + (above - below) * (i / FANOUT)
+            tl.store(place + i - 1, tl.sum(tl.where(distances <= distance, weights, 0.0)))
+        tl.store(place + FANOUT - 1, tl.sum(weights))
+    else:
+        tl.store(place + tl.arange(0, FANOUT), tl.zeros((FANOUT,), tl.float32))
 
 
 @triton.jit
@@ -109,18 +114,18 @@ def _narrow(sums, limits, num_parts, PARTS: tl.constexpr, FANOUT: tl.constexpr):
     """Goes on in that part of a row's interval in which the weight is reached."""
     row, parts, steps = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS), tl.arange(0, FANOUT)
     places = sums + (row * num_parts + parts[:, None]) * FANOUT + steps[None, :]
-    totals = tl.sum(tl.load(places, (parts < num_parts)[:, None], other=0.0), 0)  # (FANOUT,) within each distance
     place = limits + row * 8
-    below, above, to_reach = tl.load(place + 2), tl.load(place + 3), tl.load(place + 4)
+    below, above, to_reach, weight = tl.load(place + 2), tl.load(place + 3), tl.load(place + 4), tl.load(place + 5)
+    totals = weight + tl.sum(tl.load(places, (parts < num_parts)[:, None], other=0.0), 0)  # (FANOUT,)
     # The first distance that reaches it. The last one does, but for rounding.
     step = tl.minimum(tl.sum((totals < to_reach).to(tl.int32)), FANOUT - 1)
-    weight = tl.sum(tl.where(steps == step - 1, totals, 0.0))
+    new_weight = tl.sum(tl.where(steps == step - 1, totals, 0.0))
     new_below = below + (above - below) * (step / FANOUT)
     new_above = tl.where(step == FANOUT - 1, above, below + (above - below) * ((step + 1) / FANOUT))
     is_finite = below < float("inf")
     tl.store(place + 2, tl.where(is_finite & (step > 0), new_below, below))
     tl.store(place + 3, tl.where(is_finite, new_above, above))
-    tl.store(place + 5, tl.where(step > 0, weight, tl.load(place + 5)))
+    tl.store(place + 5, tl.where(step > 0, new_weight, weight))
 
 
 @triton.jit
@@ -140,9 +145,7 @@ def _count_ties(
         tl.store(place + 6, tl.where(below < float("inf"), tl.minimum(tl.maximum(tl.ceil(missing), 1.0), 1e9), 0.0))
 
 
-def find_nucleus(
-    logits: Tensor, temperature: tuple[float, bool], top_p: float | None, min_p: float | None
-) -> Nucleus:
+def find_nucleus(logits: Tensor, temperature: tuple[float, bool], top_p: float | None, min_p: float | None) -> Nucleus:
     """Finds what `TopPLogitsWarper` and then `MinPLogitsWarper` keep.
 
     Args:
