@@ -2,8 +2,8 @@
 
     python benchmarks/choice.py [--vocab-size 152064] [--spread 3] [--output choice.json]
 
-Prints ms per step, the median over replays, for random bfloat16 logits with a standard deviation of `--spread` (3: about
-a thousand tokens in top_p 0.95; 0.02: a model without training).
+Prints ms per step, the median over replays, for random bfloat16 logits with a standard deviation of `--spread` (0.02: a
+model without training).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the kernels that choose tokens must give: what transformers' processors give, for Triton's interpreter and a GPU.
+"""What the kernels that choose tokens must give: what transformers' processors do. For Triton's interpreter and a GPU.
 
 `unit/backends/test_choice.py` runs these cases on CPU in a process of its own, as the interpreter must be chosen before
 Triton is imported; `gpu/test_choice.py` runs them on a GPU.
@@ -44,7 +44,7 @@ by_each_way = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def seeded_and_stable(monkeypatch):
-    """On CPU, torch.sort puts equal numbers in any order, and transformers keeps the last ones; on CUDA it is stable."""
+    """On CPU, torch.sort puts equals in any order, and of them transformers keeps the last; on CUDA it is stable."""
     monkeypatch.setattr(torch, "sort", functools.partial(torch.sort, stable=True))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)

@@ -25,8 +25,8 @@ _LARGEST_NOISE = tl.constexpr(37.0)
 def _best_of_parts(
     logits, row_stride, vocab_size, num_parts, temperature, noise_keys, limits, ties, num_tie_parts,
     best_scores, best_tokens, nan_tokens,
-    PART: tl.constexpr, CHUNK: tl.constexpr, TIE_PARTS: tl.constexpr, RATIO: tl.constexpr, DIVIDES: tl.constexpr, HAS_NOISE: tl.constexpr,
-    HAS_LIMITS: tl.constexpr, CUTS_TIES: tl.constexpr,
+    PART: tl.constexpr, CHUNK: tl.constexpr, TIE_PARTS: tl.constexpr, RATIO: tl.constexpr, DIVIDES: tl.constexpr,
+    HAS_NOISE: tl.constexpr, HAS_LIMITS: tl.constexpr, CUTS_TIES: tl.constexpr,
 ):  # fmt: skip
     """For each part of each row: the best score, the first token that has it, and the first NaN (V where none is)."""
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -56,7 +56,7 @@ def _best_of_parts(
         if HAS_LIMITS:
             distances = top - scores
             kept = distances <= kept_below
-            if CUTS_TIES:
+            if CUTS_TIES:  # noqa: SIM102 (when it is compiled; the next when it runs)
                 if has_ties:
                     is_tie = ((distances <= ties_below) & (distances > kept_below)).to(tl.int32)
                     ranks = rank + tl.cumsum(is_tie, 0) - is_tie
@@ -65,7 +65,7 @@ def _best_of_parts(
             kept = kept & (tl.exp(-distances) >= least_weight)
             scores = tl.where(kept, scores, float("-inf"))
         chunk_best = tl.max(scores)
-        if HAS_NOISE:
+        if HAS_NOISE:  # noqa: SIM102
             if chunk_best + _LARGEST_NOISE > best:
                 words = random_words(key, ids)
                 # Where none may exceed the best, none does without noise either.
@@ -120,7 +120,8 @@ def best_tokens(
         logits, logits.stride(0), vocab_size, num_parts, number, noise_keys,
         None if nucleus is None else nucleus.limits, None if nucleus is None else nucleus.ties, num_tie_parts,
         scores, part_tokens, nan_tokens,
-        PART=PART * ratio, CHUNK=_CHUNK, TIE_PARTS=triton.next_power_of_2(num_tie_parts), RATIO=ratio, DIVIDES=divides, HAS_NOISE=noise_keys is not None,
+        PART=PART * ratio, CHUNK=_CHUNK, TIE_PARTS=triton.next_power_of_2(num_tie_parts), RATIO=ratio,
+        DIVIDES=divides, HAS_NOISE=noise_keys is not None,
         HAS_LIMITS=nucleus is not None, CUTS_TIES=nucleus is not None and nucleus.ties is not None, **EXACT,
     )  # fmt: skip
     tokens = torch.empty(batch_size, dtype=torch.int64, device=logits.device)

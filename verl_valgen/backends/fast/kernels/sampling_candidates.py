@@ -1,8 +1,8 @@
 """top-k without a topk over the whole vocabulary, and what follows it over the candidates alone.
 
-The C blocks with the largest maxima hold the C largest logits. A kernel makes the maxima in one pass, a second one takes
-the best of these few, a third the best of the tokens in these blocks. All the rest of a choice is one kernel, a program
-per row, which compares each candidate with each other one instead of sorting them.
+The C blocks with the largest maxima hold the C largest logits. A kernel makes the maxima in one pass, a second takes the
+best of these few, a third the best of the tokens in these blocks. All the rest of a choice is one kernel, a program per
+row, which compares each candidate with each other one instead of sorting them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from verl_valgen.backends.fast.kernels.sampling_noise import EXACT, gumbel_noise
 MAX_CANDIDATES = 1024
 """Beyond this, comparing each with each takes too long."""
 
-_BLOCK = 64
+_BLOCK = 32
 """Tokens of a block."""
 _BLOCKS = 64
 """Blocks for one program."""
-_MAX_CHOSEN_BY_KERNEL, _MAX_BLOCKS = 256, 8192
+_MAX_CHOSEN_BY_KERNEL, _MAX_BLOCKS = 256, 16384
 """What one program can hold."""
 _NUM_UNUSED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 """The last bits of a float32 that came from another type are zero."""

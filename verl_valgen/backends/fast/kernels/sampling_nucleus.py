@@ -2,8 +2,9 @@
 
 A token's weight is e^(score - largest score), so what is kept is a matter of the *distance* from the largest score.
 The distance at which the weights add up to top_p is searched for: each pass over the vocabulary adds up the weights
-within fifteen distances, which makes the interval a sixteenth. What is left of it after six passes is a tie: narrower
-than what float32 sums can tell apart. Of those that tie as many are kept as transformers keeps, the last ones of the
+within several distances, which makes the interval an eighth. It is over when all tokens within the interval have the
+same distance (with bfloat16 logits that is soon), or when it is narrower than what float32 sums can tell apart: what it
+holds then ties. Of those that tie as many are kept as transformers keeps, the last ones of the
 vocabulary, as after a stable sort.
 """
 
@@ -22,8 +23,8 @@ from verl_valgen.backends.fast.kernels.sampling_noise import EXACT, scaled
 PART = 4096
 """Tokens of a row for one program."""
 
-_NUM_PASSES = 6
-_FANOUT = 16
+_NUM_PASSES = 8
+_FANOUT = 8
 
 
 class Nucleus(NamedTuple):
@@ -82,50 +83,61 @@ def _begin(
     tl.store(place + 4, to_reach)
     tl.store(place + 5, 0.0)
     tl.store(place + 6, 0.0)
+    tl.store(place + 7, tl.where(is_finite, 0.0, 1.0))
 
 
 @triton.jit
 def _sum_weights(
-    logits, row_stride, vocab_size, num_parts, temperature, limits, sums,
+    logits, row_stride, vocab_size, num_parts, temperature, limits, sums, extremes,
     PART: tl.constexpr, DIVIDES: tl.constexpr, FANOUT: tl.constexpr,
 ):  # fmt: skip
-    """The weights of a part from the begin of a row's interval to each of the distances that divide it."""
+    """The weights of a part from the begin of a row's interval to each of the distances that divide it.
+
+    And the nearest and the farthest distance within it.
+    """
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    top = tl.load(limits + row * 8)
-    below, above = tl.load(limits + row * 8 + 2), tl.load(limits + row * 8 + 3)
-    ids = part * PART + tl.arange(0, PART)
-    scores = tl.load(logits + row * row_stride + ids, ids < vocab_size, other=float("-inf")).to(tl.float32)
-    distances = top - scaled(tl.where(scores == scores, scores, float("-inf")), temperature, DIVIDES)
-    is_in_doubt = (distances > below) & (distances <= above)
-    place = sums + (row * num_parts + part) * FANOUT
-    # Later passes find nothing in most parts.
-    if tl.max(is_in_doubt.to(tl.int32)) > 0:
-        weights = tl.where(is_in_doubt, tl.exp(-distances), 0.0)
+    limits += row * 8
+    if tl.load(limits + 7) == 0:
+        top, below, above = tl.load(limits), tl.load(limits + 2), tl.load(limits + 3)
+        ids = part * PART + tl.arange(0, PART)
+        scores = tl.load(logits + row * row_stride + ids, ids < vocab_size, other=float("-inf")).to(tl.float32)
+        distances = top - scaled(tl.where(scores == scores, scores, float("-inf")), temperature, DIVIDES)
+        is_inside = (distances > below) & (distances <= above)
+        weights = tl.where(is_inside, tl.exp(-distances), 0.0)
+        place = row * num_parts + part
+        tl.store(extremes + place * 2, tl.min(tl.where(is_inside, distances, float("inf"))))
+        tl.store(extremes + place * 2 + 1, tl.max(tl.where(is_inside, distances, float("-inf"))))
         for i in tl.static_range(1, FANOUT):
             distance = below + (above - below) * (i / FANOUT)
-            tl.store(place + i - 1, tl.sum(tl.where(distances <= distance, weights, 0.0)))
-        tl.store(place + FANOUT - 1, tl.sum(weights))
-    else:
-        tl.store(place + tl.arange(0, FANOUT), tl.zeros((FANOUT,), tl.float32))
+            tl.store(sums + place * FANOUT + i - 1, tl.sum(tl.where(distances <= distance, weights, 0.0)))
+        tl.store(sums + place * FANOUT + FANOUT - 1, tl.sum(weights))
 
 
 @triton.jit
-def _narrow(sums, limits, num_parts, PARTS: tl.constexpr, FANOUT: tl.constexpr):
-    """Goes on in that part of a row's interval in which the weight is reached."""
+def _narrow(sums, extremes, limits, num_parts, PARTS: tl.constexpr, FANOUT: tl.constexpr):
+    """Goes on in that part of a row's interval in which the weight is reached, unless all within it tie."""
     row, parts, steps = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS), tl.arange(0, FANOUT)
-    places = sums + (row * num_parts + parts[:, None]) * FANOUT + steps[None, :]
-    place = limits + row * 8
-    below, above, to_reach, weight = tl.load(place + 2), tl.load(place + 3), tl.load(place + 4), tl.load(place + 5)
-    totals = weight + tl.sum(tl.load(places, (parts < num_parts)[:, None], other=0.0), 0)  # (FANOUT,)
-    # The first distance that reaches it. The last one does, but for rounding.
-    step = tl.minimum(tl.sum((totals < to_reach).to(tl.int32)), FANOUT - 1)
-    new_weight = tl.sum(tl.where(steps == step - 1, totals, 0.0))
-    new_below = below + (above - below) * (step / FANOUT)
-    new_above = tl.where(step == FANOUT - 1, above, below + (above - below) * ((step + 1) / FANOUT))
-    is_finite = below < float("inf")
-    tl.store(place + 2, tl.where(is_finite & (step > 0), new_below, below))
-    tl.store(place + 3, tl.where(is_finite, new_above, above))
-    tl.store(place + 5, tl.where(step > 0, new_weight, weight))
+    limits += row * 8
+    if tl.load(limits + 7) == 0:
+        below, above, to_reach, weight = (
+            tl.load(limits + 2), tl.load(limits + 3), tl.load(limits + 4), tl.load(limits + 5),
+        )  # fmt: skip
+        places, are_there = row * num_parts + parts, parts < num_parts
+        nearest = tl.min(tl.load(extremes + places * 2, are_there, other=float("inf")))
+        farthest = tl.max(tl.load(extremes + places * 2 + 1, are_there, other=float("-inf")))
+        if nearest == farthest:
+            tl.store(limits + 3, farthest)
+            tl.store(limits + 7, 1.0)
+        else:
+            of_parts = tl.load(sums + places[:, None] * FANOUT + steps[None, :], are_there[:, None], other=0.0)
+            totals = weight + tl.sum(of_parts, 0)  # (FANOUT,)
+            # The first distance that reaches it. The last one does, but for rounding.
+            step = tl.minimum(tl.sum((totals < to_reach).to(tl.int32)), FANOUT - 1)
+            if step > 0:
+                tl.store(limits + 2, below + (above - below) * (step / FANOUT))
+                tl.store(limits + 5, tl.sum(tl.where(steps == step - 1, totals, 0.0)))
+            if step < FANOUT - 1:
+                tl.store(limits + 3, below + (above - below) * ((step + 1) / FANOUT))
 
 
 @triton.jit
@@ -171,9 +183,10 @@ def find_nucleus(logits: Tensor, temperature: tuple[float, bool], top_p: float |
     if top_p is None:
         return Nucleus(limits, None)
     sums = torch.empty(batch_size, num_parts, _FANOUT, dtype=torch.float32, device=logits.device)
+    extremes = torch.empty(batch_size, num_parts, 2, dtype=torch.float32, device=logits.device)
     for _ in range(_NUM_PASSES):
-        _sum_weights[grid](*of_scores, limits, sums, PART=PART, DIVIDES=divides, FANOUT=_FANOUT, **EXACT)
-        _narrow[(batch_size,)](sums, limits, num_parts, PARTS=padded, FANOUT=_FANOUT, **EXACT)
+        _sum_weights[grid](*of_scores, limits, sums, extremes, PART=PART, DIVIDES=divides, FANOUT=_FANOUT, **EXACT)
+        _narrow[(batch_size,)](sums, extremes, limits, num_parts, PARTS=padded, FANOUT=_FANOUT, **EXACT)
     ties = torch.empty(batch_size, num_parts, dtype=torch.int32, device=logits.device)
     _count_ties[grid](*of_scores, limits, ties, PART=PART, DIVIDES=divides, **EXACT)
     return Nucleus(limits, ties)
