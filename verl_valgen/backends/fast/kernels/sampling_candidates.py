@@ -1,8 +1,8 @@
 """top-k without a topk over the whole vocabulary, and what follows it over the candidates alone.
 
-The C blocks with the largest maxima hold the C largest logits. A kernel makes the maxima in one pass, a second takes the
-best of these few, a third the best of the tokens in these blocks. All the rest of a choice is one kernel, a program per
-row, which compares each candidate with each other one instead of sorting them.
+The C blocks with the largest maxima hold the C largest logits. One kernel makes the maxima, a second takes the best of
+these few, a third the best of the tokens in these blocks. All the rest of a choice is one kernel, a program per row,
+which compares each candidate with each other one instead of sorting them.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A token's weight is e^(score - largest score), so what is kept is a matter of th
 The distance at which the weights add up to top_p is searched for: each pass over the vocabulary adds up the weights
 within several distances, which makes the interval an eighth. It is over when all tokens within the interval have the
 same distance (with bfloat16 logits that is soon), or when it is narrower than what float32 sums can tell apart: what it
-holds then ties. Of those that tie as many are kept as transformers keeps, the last ones of the
-vocabulary, as after a stable sort.
+holds then ties. Of those that tie as many are kept as transformers keeps, the last ones of the vocabulary, as after a
+stable sort.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Nucleus(NamedTuple):
     limits: Tensor
     """(B, 8) float32 per row: the largest score, the least weight, the distance up to which tokens are kept, the
     distance up to which they tie; the weight to be reached, the weight within the third number, how many ties are
-    kept, and nothing. Where the largest score is not finite, all tokens are kept."""
+    kept, and whether the search is over. Where the largest score is not finite, all tokens are kept."""
     ties: Tensor | None
     """(B, P) int32: how many tokens of each of a row's P parts tie. None: there is no top-p."""
 
