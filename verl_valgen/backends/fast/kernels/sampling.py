@@ -57,7 +57,7 @@ def choose(
         assert num_candidates is not None
         values, token_ids = largest_logits(logits, num_candidates)
         return best_candidate(values, token_ids, noise_keys, temperature, warping.top_k, warping.top_p, warping.min_p)
-    nucleus = None
+    limits = ties = None
     if warping.top_p is not None or warping.min_p is not None:
-        nucleus = find_nucleus(logits, temperature, warping.top_p, warping.min_p)
-    return *best_tokens(logits, noise_keys, temperature, nucleus), None
+        limits, ties = find_nucleus(logits, temperature, warping.top_p, warping.min_p)
+    return *best_tokens(logits, noise_keys, temperature, limits, ties), None

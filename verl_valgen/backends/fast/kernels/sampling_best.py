@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from verl_valgen.backends.fast.kernels.sampling_noise import EXACT, gumbel_of, may_exceed, random_words, scaled
-from verl_valgen.backends.fast.kernels.sampling_nucleus import PART, Nucleus
+from verl_valgen.backends.fast.kernels.sampling_noise import EXACT, PART, gumbel_of, may_exceed, random_words, scaled
 
 _CHUNK = 1024
 """Tokens that a program looks at together: it makes noise for all or none of them."""
@@ -96,7 +95,11 @@ def _best_of_rows(
 
 
 def best_tokens(
-    logits: Tensor, noise_keys: Tensor | None, temperature: tuple[float, bool], nucleus: Nucleus | None
+    logits: Tensor,
+    noise_keys: Tensor | None,
+    temperature: tuple[float, bool],
+    limits: Tensor | None,
+    ties: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The token with the largest score of each row; the first of several, and NaN is the largest, as in torch.argmax.
 
@@ -104,7 +107,8 @@ def best_tokens(
         logits: (B, V) of any floating type, each row in one piece.
         noise_keys: (B,) int64, or None where there is no noise.
         temperature: See `sampling_noise.temperature_argument`.
-        nucleus: Which tokens are kept; None: all.
+        limits: Which tokens are kept, see `sampling_nucleus.Nucleus`; None: all.
+        ties: Which of those that tie.
 
     Returns:
         (B,) int64 tokens; (B,) bool, whether NaN is among the logits.
@@ -118,11 +122,10 @@ def best_tokens(
     number, divides = temperature
     _best_of_parts[num_parts, batch_size](
         logits, logits.stride(0), vocab_size, num_parts, number, noise_keys,
-        None if nucleus is None else nucleus.limits, None if nucleus is None else nucleus.ties, num_tie_parts,
-        scores, part_tokens, nan_tokens,
+        limits, ties, num_tie_parts, scores, part_tokens, nan_tokens,
         PART=PART * ratio, CHUNK=_CHUNK, TIE_PARTS=triton.next_power_of_2(num_tie_parts), RATIO=ratio,
         DIVIDES=divides, HAS_NOISE=noise_keys is not None,
-        HAS_LIMITS=nucleus is not None, CUTS_TIES=nucleus is not None and nucleus.ties is not None, **EXACT,
+        HAS_LIMITS=limits is not None, CUTS_TIES=ties is not None, **EXACT,
     )  # fmt: skip
     tokens = torch.empty(batch_size, dtype=torch.int64, device=logits.device)
     had_nan = torch.empty(batch_size, dtype=torch.int8, device=logits.device)

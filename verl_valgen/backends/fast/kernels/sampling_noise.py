@@ -1,4 +1,4 @@
-"""Gumbel noise within kernels: the numbers of `backends.sampling`, to the bit.
+"""What the kernels that choose tokens have in common: Gumbel noise, the numbers of `backends.sampling`, and temperature.
 
 64-bit integers wrap around in Triton as in torch, and logarithms are taken in double precision. (Their last bit may
 differ between two math libraries; it is lost when the noise is rounded to float32.)
@@ -11,13 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from verl_valgen.backends import sampling
-
+# As signed integers of 64 bits; see `sampling.split_mix_64`.
 _GOLDEN_GAMMA, _MIX_1, _MIX_2 = (
-    tl.constexpr(constant) for constant in (sampling._GOLDEN_GAMMA, sampling._MIX_1, sampling._MIX_2)
+    tl.constexpr(constant - 2**64) for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
 _MASK_33, _MASK_34, _MASK_37, _MASK_52 = (tl.constexpr(2**num_bits - 1) for num_bits in (33, 34, 37, 52))
 _UNIT = tl.constexpr(2.0**-52)
+
+PART = 4096
+"""Tokens of a row for one program of a kernel that reads the whole vocabulary."""
 
 EXACT = {"enable_fp_fusion": False}
 """Options of every kernel here: a product and a sum are rounded one after the other, as tensor operations are."""

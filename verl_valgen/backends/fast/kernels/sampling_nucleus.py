@@ -18,10 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from verl_valgen.backends.fast.kernels.sampling_noise import EXACT, scaled
-
-PART = 4096
-"""Tokens of a row for one program."""
+from verl_valgen.backends.fast.kernels.sampling_noise import EXACT, PART, scaled
 
 _NUM_PASSES = 8
 _FANOUT = 8
