@@ -1,4 +1,4 @@
-"""What the kernels that choose tokens have in common: Gumbel noise, the numbers of `backends.sampling`, and temperature.
+"""What the kernels that choose tokens share: temperature, and Gumbel noise, the numbers of `backends.sampling`.
 
 64-bit integers wrap around in Triton as in torch, and logarithms are taken in double precision. (Their last bit may
 differ between two math libraries; it is lost when the noise is rounded to float32.)
