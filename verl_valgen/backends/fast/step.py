@@ -160,7 +160,7 @@ class Decoder:
         mask = mask.masked_fill(is_hidden[:, None, None], -torch.inf)
         logits = self.model_logits(self.model, self.cache, tokens[:, None], position_ids, mask)
         if method.choice is None:
-            return logits
+            return logits.float()
         chosen = method.choice(logits, self.noise_keys[:num_rows].gather(1, num_new_tokens[:, None])[:, 0])
         is_live = has_ended == 0
         is_first_nan = chosen.had_nan & is_live & (nan_lengths < 0)
@@ -203,7 +203,7 @@ class Decoder:
 
 
 def model_logits(model: Any, cache: RowCache, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Runs the model on (B, N) tokens and returns the (B, V) float32 logits of the token after the last."""
+    """Runs the model on (B, N) tokens and returns the (B, V) logits of the token after the last."""
     output = model(
         input_ids=tokens,
         attention_mask=attention_mask,
@@ -211,4 +211,4 @@ def model_logits(model: Any, cache: RowCache, tokens: Tensor, position_ids: Tens
         past_key_values=cache,
         use_cache=True,
     )
-    return output.logits[:, -1].float()
+    return output.logits[:, -1]
