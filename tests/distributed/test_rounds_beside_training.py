@@ -69,7 +69,11 @@ def plant(kind: str, patch: pytest.MonkeyPatch) -> None:
 
 
 OTHERS = ("before training", "tokenizer", "exit in the thread", "early end")
-SETTINGS: dict[str, dict[str, Any]] = {"unchecked": {"verify": False}, "first": {"verify": "first"}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "unchecked": {"verify": False},
+    "first": {"verify": "first"},
+    "fast": {"backend": "fast", "best_of": 2},
+}
 CACHE: dict[str, dict[str, Any]] = {"cache": {"extra": {"cache_implementation": "static"}}}
 
 
@@ -216,6 +220,8 @@ def test_the_links_can_be_had_once_or_not_at_all(outcomes, directory):
         assert outcomes[0][kind]["beside"] == [True, True, True, False]
     assert verdicts(directory / "unchecked") == dict.fromkeys(STEPS, None)
     assert verdicts(directory / "first") == {1: True, 2: None, 3: None, 4: None}
+    assert verdicts(directory / "fast") == dict.fromkeys(STEPS, True)
+    assert outcomes[0]["fast"]["ways"][0] == "fast"
 
 
 def test_where_no_text_can_be_read_the_answers_are_unchecked(outcomes, directory):
