@@ -6,11 +6,13 @@ the members that use it, so that a run with generation off loads none of it.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from itertools import islice
 from types import ModuleType
 from typing import Any, ClassVar
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from verl_valgen.collectives import attempt
 from verl_valgen.hosts import forecast
 from verl_valgen.hosts.loaders import hooked, num_batches_left
 from verl_valgen.hosts.loggers import loggers_remembered
@@ -143,6 +146,13 @@ class Host(ABC):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.verl_loggers = {}
+
+    @cached_property
+    def own_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer for another thread than the trainer's, whose data set may use its own at the same time: while
+        one is in use it refuses some calls ("Already borrowed"), and training would end."""
+        own, error = attempt(lambda: copy.deepcopy(self.tokenizer))
+        return self.tokenizer if error is not None else own
 
     @abstractmethod
     def schedule(self) -> Schedule:

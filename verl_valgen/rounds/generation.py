@@ -6,14 +6,13 @@ gathers the weights, `finish` generates with them. Both stay in one file, as the
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
@@ -251,16 +250,9 @@ class Answerer:
 
     def _make_ready(self, gathered: GatheredRound) -> None:
         with torch.no_grad(), on_own_stream(self.host.device):
-            backend = self._backend(gathered, self._own_tokenizer)
+            backend = self._backend(gathered, self.host.own_tokenizer)
             backend.make_ready(gathered.share)
         gathered.backend = backend
-
-    @cached_property
-    def _own_tokenizer(self) -> Any:
-        """A tokenizer for the thread that answers: one that is in use refuses what the data set's own thread may ask of
-        it ("Already borrowed")."""
-        own, error = attempt(lambda: copy.deepcopy(self.host.tokenizer))
-        return own if error is None else self.host.tokenizer
 
     def _plan_beside_training(
         self, requests: Sequence[Request], free: Sequence[tuple[float, float]], logging_rank: int, way: Way
@@ -271,7 +263,7 @@ class Answerer:
             free: The bytes that are free on each rank now, and beside training.
         """
         _, beside_training = free[logging_rank]
-        least = min(beside_training, *(now for now, _ in free)) - self._reading_bytes(requests)
+        least = max(0, min(beside_training, *(now for now, _ in free)) - self._reading_bytes(requests))
         try:
             if any(request.params.get("cache_implementation") for request in requests):
                 raise ValueError("transformers may compile and capture what runs with generation.cache_implementation")

@@ -231,6 +231,7 @@ class ValidationRounds:
             self.under_way = RoundUnderWay(opened, gathered, BesideTraining(job, self.host.device))
         except RuntimeError:  # no more threads
             gathered.discard()
+            self.memory.held = 0
             raise
         _log_waits(opened, gathered)
 

@@ -56,8 +56,9 @@ class Wording:
 
     @cached_property
     def reader(self) -> AnswerReader:
+        tokenizer = self.host.own_tokenizer if self.settings.overlap else self.host.tokenizer
         return AnswerReader(
-            Decoder(self.host.tokenizer, self.end_ids),
+            Decoder(tokenizer, self.end_ids),
             self._reasoning_end,
             wants_ground_truth=self.settings.reference == "ground_truth",
         )

@@ -31,6 +31,7 @@ def prepared(tmp_path, tokenizer):
     def run(dataset, start_step=0, own=(), chat_template_kwargs=None, **settings):
         host = SimpleNamespace(
             tokenizer=getattr(dataset, "tokenizer", tokenizer),
+            own_tokenizer=tokenizer,
             generation_config=GenerationConfig(),
             model_config=Qwen2Config(vocab_size=len(tokenizer)),
             model_class=Qwen2ForCausalLM,

@@ -224,6 +224,7 @@ def test_where_no_text_can_be_read_the_answers_are_unchecked(outcomes, directory
 def with_answers_that_wait(directory: Path, here: Path) -> dict[str, Any]:
     """Answers that come when they are told to, and others that never come: training ends with an error before."""
     host, rounds = make_rounds(directory, here)
+    assert host.own_tokenizer is not host.tokenizer
     may_answer = threading.Event()
     generate, threads = HFBackend.generate, []
 
