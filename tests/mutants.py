@@ -172,6 +172,20 @@ MUTANTS = [
         "tests/distributed/test_proven.py",
     ),
     Mutant(
+        "training is held by answers that it need not wait for",
+        "rounds/rounds.py",
+        "may_go_on = self.answerer.may_go_on(",
+        "may_go_on = not self.answerer.may_go_on(",
+        "tests/distributed/test_rounds_beside_training.py",
+    ),
+    Mutant(
+        "answers beside training that are wrong count as right",
+        "rounds/proven.py",
+        "finding = min(finding, second,",
+        "finding = max(finding, second,",
+        "tests/distributed/test_rounds_beside_training.py",
+    ),
+    Mutant(
         "an answer that failed the check is shown",
         "trackers/composite.py",
         "round if tracker.takes_unverified else shown",

@@ -68,7 +68,12 @@ def plant(kind: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(HFBackend, "generate_batch", wrong_tokens)
 
 
-SETTINGS: dict[str, dict[str, Any]] = {"unchecked": {"verify": False}, "first": {"verify": "first"}}
+OTHERS = ("before training", "tokenizer", "exit in the thread", "early end")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "unchecked": {"verify": False},
+    "first": {"verify": "first"},
+    "fast": {"backend": "fast", "best_of": 2},
+}
 CACHE: dict[str, dict[str, Any]] = {"cache": {"extra": {"cache_implementation": "static"}}}
 
 
@@ -86,12 +91,13 @@ def four_rounds(directory: Path, here: Path, kind: str) -> dict[str, Any]:
     with warnings_of_rounds() as records, pytest.MonkeyPatch.context() as patch, rounds:
         if dist.get_rank() == 0:
             plant(kind, patch)
-        for step in STEPS:
+        for step in STEPS[:2] if kind == "early end" else STEPS:
             if kind != "before training" or step > 1:
                 host.at_batch()
             host.rounds(step)
             beside.append(rounds.is_unsettled)
-            if rounds.under_way is not None and step == 2:  # the others are waited for by what comes next
+            # The others are waited for by what comes next: a round, or the end.
+            if rounds.under_way is not None and step == 2 and kind != "early end":
                 assert rounds.under_way.answers.wait(50)
                 host.at_batch()
                 assert rounds.under_way is None
@@ -105,7 +111,7 @@ def four_rounds(directory: Path, here: Path, kind: str) -> dict[str, Any]:
 
 
 def of_all_kinds(directory: Path) -> dict[str, dict[str, Any]]:
-    kinds = ("none", *WARNINGS, *SETTINGS, "before training", "tokenizer", "exit in the thread")
+    kinds = ("none", *WARNINGS, *SETTINGS, *OTHERS)
     return {kind: four_rounds(directory, directory / kind, kind) for kind in kinds}
 
 
@@ -142,7 +148,7 @@ def verdicts(here: Path) -> dict[int, Any]:
     return {step: records[0]["verified"] for step, records in records_of(here).items()}
 
 
-@pytest.mark.parametrize("kind", ["none", *WARNINGS, *SETTINGS, "before training", "tokenizer", "exit in the thread"])
+@pytest.mark.parametrize("kind", ["none", *WARNINGS, *SETTINGS, *OTHERS])
 def test_both_ranks_do_the_same_and_leave_random_states(outcomes, kind):
     first, second = (outcome[kind] for outcome in outcomes)
     for key in ("beside", "ways", "met", "random"):
@@ -169,6 +175,11 @@ def test_the_last_round_is_waited_for_and_all_are_recorded_with_their_steps(outc
     assert texts[0] == texts[1] == texts[2] == texts[3]  # the weights are the same; the last is an ordinary round
     assert any(texts[0])
     assert verdicts(directory / "none") == dict.fromkeys(STEPS, True)
+
+
+def test_the_end_of_training_waits_for_what_is_under_way(outcomes, directory):
+    assert outcomes[0]["early end"]["beside"] == [True, True]
+    assert verdicts(directory / "early end") == {1: True, 2: True}
 
 
 def test_the_round_before_training_is_waited_for(outcomes):
@@ -209,6 +220,8 @@ def test_the_links_can_be_had_once_or_not_at_all(outcomes, directory):
         assert outcomes[0][kind]["beside"] == [True, True, True, False]
     assert verdicts(directory / "unchecked") == dict.fromkeys(STEPS, None)
     assert verdicts(directory / "first") == {1: True, 2: None, 3: None, 4: None}
+    assert verdicts(directory / "fast") == dict.fromkeys(STEPS, True)
+    assert outcomes[0]["fast"]["ways"][0] == "fast"
 
 
 def test_where_no_text_can_be_read_the_answers_are_unchecked(outcomes, directory):

@@ -78,6 +78,8 @@ class ProvenAnswerer:
 
     def _why_not_beside_training(self) -> str | None:
         """Why answers of the way in use cannot be made while training goes on; None where they can, memory apart."""
+        if self.host.device.type not in ("cpu", "cuda"):
+            return f"beside training nobody has tried devices of type {self.host.device.type}"
         if self.ways[0] is SHARDED or self.settings.gather == "sharded":
             return "the model that is trained answers itself"
         if self.is_doubted:

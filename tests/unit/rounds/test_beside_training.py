@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 import weakref
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from verl_valgen.rounds.overlap import BesideTraining, TrainingMemory, on_own_stream
+from verl_valgen.rounds.proven import ProvenAnswerer
+from verl_valgen.settings.load import GenerationSettings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -80,6 +85,10 @@ def test_without_cuda_there_are_no_streams_and_memory_is_not_counted():
     assert (memory.held, memory.free_bytes()) == (0, float("inf"))
 
 
+def free_bytes() -> float:
+    return 1e9
+
+
 class Device:
     """What PyTorch says of a device, in GiB."""
 
@@ -121,3 +130,26 @@ def test_what_is_free_beside_the_highest_level_of_training(monkeypatch):
     assert free() == 80 - 63 - 1
     device.peak = 90
     assert free() == 0
+
+
+@pytest.mark.parametrize(
+    ("device_type", "gather", "reason"),
+    [
+        ("xpu", "auto", "beside training nobody has tried devices of type xpu"),
+        ("cpu", "sharded", "the model that is trained answers itself"),
+        ("cpu", "auto", None),
+    ],
+)
+def test_where_training_waits_that_is_said_once(monkeypatch, caplog, device_type, gather, reason):
+    caplog.set_level(logging.INFO, "verl_valgen")
+    host: Any = SimpleNamespace(
+        device=torch.device(device_type), is_logging_rank=True, generation_config=None, tokenizer=None
+    )
+    answerer = ProvenAnswerer(host, GenerationSettings(enabled=True, overlap=True, gather=gather))
+    begun: list[Any] = []
+    monkeypatch.setattr(answerer.answerer, "begin", lambda *args: begun.append(args[-1]))
+    for _ in range(2):
+        answerer.begin([], free_bytes)
+    assert begun == [free_bytes if reason is None else None] * 2
+    told = [] if reason is None else [f"generation.overlap: training waits for the answers: {reason}"]
+    assert [record.getMessage() for record in caplog.records] == told
