@@ -175,7 +175,7 @@ MUTANTS = [
         "backends/fast/rows.py",
         "while free and source not in free and",
         "while free and",
-        "tests/unit/backends/test_rows.py",
+        "tests/unit/backends/test_refilling.py",
     ),
     Mutant(
         "a stop string between two looks of the host is not seen",
