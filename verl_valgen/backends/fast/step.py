@@ -96,7 +96,8 @@ class Decoder:
         # The padding repeats a token of the prompt, as any other could have an embedding with NaN.
         input_ids = self._on_device([[*prefix, *[prefix[0]] * (length - len(prefix))] for prefix in prefixes])
         position_ids = torch.arange(length, device=self.device).expand(len(rows), -1)
-        self.cache.begin_prompts(self._on_device(rows), self._on_device([len(prefix) for prefix in prefixes]))
+        lengths = self._on_device([len(prefix) for prefix in prefixes])
+        self.cache.begin_prompts(self._on_device(rows), lengths, length)
         self.model(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
