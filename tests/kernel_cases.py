@@ -1,7 +1,7 @@
 """What each Triton kernel must give: what torch's operations do. The same for Triton's interpreter and for a GPU.
 
 `unit/backends/test_kernels.py` runs these cases on CPU in a process of its own, as the interpreter must be chosen
-before Triton is imported; `gpu/test_kernels.py` runs them on a GPU. The interpreter takes bfloat16 for integers in
+before Triton is imported; `gpu/test_kernels_on_cuda.py` runs them on a GPU. The interpreter takes bfloat16 for integers in
 matrix products, and cuts numbers off instead of rounding them to bfloat16.
 """
 

@@ -363,6 +363,6 @@ def _kind(request: Request) -> str:
 
 
 def _cache_length(requests: Sequence[Request], groups: Sequence[Group]) -> int:
-    """The most tokens of a prompt and its answer, as a multiple of a number: attention reads a mask without a copy."""
+    """The most tokens of a prompt and its answer, as a multiple: attention then reads a mask without a copy."""
     longest = max(len(requests[group.indices[-1]].input_ids) + group.max_new_tokens for group in groups)
     return math.ceil(longest / ROW_MULTIPLE) * ROW_MULTIPLE

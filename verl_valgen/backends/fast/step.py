@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from verl_valgen.backends.batching import as_id_set
+from verl_valgen.backends.fast.attention import attention_for_prompts
 from verl_valgen.backends.fast.cache import RowCache
 from verl_valgen.backends.fast.choice import CAPTURABLE, Choice
 
@@ -98,14 +99,15 @@ class Decoder:
         position_ids = torch.arange(length, device=self.device).expand(len(rows), -1)
         lengths = self._on_device([len(prefix) for prefix in prefixes])
         self.cache.begin_prompts(self._on_device(rows), lengths, length)
-        self.model(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            position_ids=position_ids,
-            past_key_values=self.cache,
-            use_cache=True,
-            **self.of_prompts,
-        )
+        with attention_for_prompts(self.model):
+            self.model(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                position_ids=position_ids,
+                past_key_values=self.cache,
+                use_cache=True,
+                **self.of_prompts,
+            )
         return length
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], lengths: Sequence[int]) -> None:
