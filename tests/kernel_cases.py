@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from verl_valgen.backends.fast import attention as fast_attention
 from verl_valgen.backends.fast import modules
 from verl_valgen.backends.fast.decoded import decoded_logits
 from verl_valgen.backends.fast.fused import fuse, unfuse
@@ -26,6 +27,8 @@ from verl_valgen.backends.fast.kernels.rotary import rotate_and_store
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 in_every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# By the interpreter it takes long, and multiplies in one way whatever the dtype.
+with_attention_in_every_dtype = pytest.mark.parametrize("dtype", DTYPES if len(DTYPES) > 2 else DTYPES[:1], ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +81,7 @@ def attention_inputs(
     return query, keys[:num_rows], values[:num_rows], torch.tensor(slots, device=DEVICE)
 
 
-@in_every_dtype
+@with_attention_in_every_dtype
 @pytest.mark.parametrize("num_splits", [None, 1, 3])
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (80, 80), (96, 48), (128, 128), (256, 256), (24, 24)])
 def test_attention_for_each_head_dim(dtype, head_dim, value_dim, num_splits):
@@ -89,7 +92,7 @@ def test_attention_for_each_head_dim(dtype, head_dim, value_dim, num_splits):
     assert close(output, expected_attention(*inputs, head_dim**-0.5), dtype)
 
 
-@in_every_dtype
+@with_attention_in_every_dtype
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (3, 1), (28, 4), (40, 2)])
 def test_attention_for_each_group_size(dtype, num_heads, num_kv_heads):
     inputs = attention_inputs(dtype, [5, 130], num_heads, num_kv_heads)
@@ -114,7 +117,7 @@ def test_attention_to_a_cache_that_lies_in_another_order():
     )
 
 
-@in_every_dtype
+@with_attention_in_every_dtype
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_attention_of_a_row_does_not_depend_on_the_others(dtype, num_splits):
     query, keys, values, slots = attention_inputs(dtype, [150, 3, 199, 64], 2, 1)
@@ -293,7 +296,9 @@ def test_modules_are_proven_with_their_kernels(name, fields, kernels, seen):
     assert seen.keys() >= kernels
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
     unfuse(model)
-    assert torch.equal(decoded_logits(model, SEQUENCES), expected)
+    seen.clear()
+    assert (decoded_logits(model, SEQUENCES) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert seen.keys() <= {"decode_attention"}
 
 
 @pytest.mark.parametrize("kernel", ["decode_attention", "rotate_and_store", "silu_and_mul", "rms_norm"])
@@ -301,6 +306,7 @@ def test_a_module_whose_kernel_is_wrong_is_left_alone(kernel, monkeypatch):
     module = {"decode_attention": attention, "rotate_and_store": rotary, "silu_and_mul": activation, "rms_norm": norm}
     right = getattr(module[kernel], kernel)
     monkeypatch.setattr(module[kernel], kernel, lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
+    monkeypatch.setattr(fast_attention, "_has_kernels", lambda model: False)  # the original has the right one
     model = tiny("LlamaConfig")
     fuse(model)
     fused = {type(child).__name__ for child in model.modules() if type(child).__module__ == modules.__name__}

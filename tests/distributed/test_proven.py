@@ -23,7 +23,8 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from transformers import AutoModelForCausalLM
 
-from verl_valgen.backends.hf import HFBackend
+from verl_valgen.backends.fast import loop
+from verl_valgen.backends.hf import HFBackend, finish
 from verl_valgen.collectives import agree
 from verl_valgen.records import WITHHELD, Request
 from verl_valgen.rounds import reading as reading_module
@@ -69,6 +70,8 @@ def planted(*faults: str) -> Iterator[None]:
             patch.setattr(HFBackend, "generate_batch", wrong_tokens)
         if "tokens of one" in faults:  # through the sharded model, too
             patch.setattr(HFBackend, "generate_batch", lambda self, *args: wrong_tokens_of_any(self, *args))
+        if "rows" in faults:
+            patch.setattr(loop, "finish", wrong_tokens_of_rows)
         if "weights" in faults:
             patch.setattr(PlainCopy, "finish", wrong_weights)
         if "reader" in faults and dist.get_rank() == 1:
@@ -78,6 +81,11 @@ def planted(*faults: str) -> Iterator[None]:
 
 def wrong_tokens_of_any(self: HFBackend, *args: Any, original: Callable[..., Any] = HFBackend.generate_batch) -> Any:
     return [replace(c, output_ids=[(t + 11) % 80 for t in c.output_ids]) for c in original(self, *args)]
+
+
+def wrong_tokens_of_rows(output_ids: list[int], *args: Any) -> Any:
+    """As if a row saw what another one had left there."""
+    return finish([(token + 11) % 80 for token in output_ids], *args)
 
 
 def fail(*args: Any) -> None:
@@ -94,7 +102,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "processors": {"extra": {"repetition_penalty": 1.3, "min_new_tokens": 6, "no_repeat_ngram_size": 2}},
     "beams": {"do_sample": False, "extra": {"num_beams": 3, "repetition_penalty": 1.2}},
     "sharded": {"gather": "sharded"},
-    "fast": {"backend": "fast"},
+    "hf": {"backend": "hf"},
 }
 
 
@@ -141,6 +149,7 @@ def of_wrong_answers(directory: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, faults, chosen in (
         ("padding", ["tokens"], {}),
+        ("rows", ["rows"], {"backend": "fast"}),
         ("weights", ["weights"], {}),
         ("everything", ["tokens of one"], {}),
         ("first", [], {"verify": "first"}),
@@ -148,6 +157,7 @@ def of_wrong_answers(directory: Path) -> dict[str, Any]:
         ("reader", ["reader"], {}),
         ("reader of wrong answers", ["reader", "tokens of one"], {"gather": "copy"}),
     ):
+        chosen = {"backend": "hf"} | chosen
         answerer = ProvenAnswerer(host, GenerationSettings(enabled=True, max_new_tokens=8, **chosen))
         ways: list[str] = []
         begin = answerer.answerer.begin
@@ -187,6 +197,12 @@ def test_answers_are_made_again_on_the_next_way_which_stays(outcomes):
     assert warning.startswith("the answers of LlamaForCausalLM (hf) failed the check: 8 of 8 tokens lie below")
     assert warning.endswith(f"the answers were made again, and will be from now on: {alone}")
     assert second["warnings"] == []
+
+
+def test_answers_of_refilled_rows_are_made_again_in_batches(outcomes):
+    first, second = (outcome["rows"] for outcome in outcomes)
+    assert first["verified"] == [True, True]
+    assert first["ways"] == second["ways"] == ["fast", "hf", "hf"]
 
 
 def test_where_the_copy_is_wrong_the_sharded_model_answers(outcomes):
@@ -244,7 +260,7 @@ def test_answers_under_guidance_are_not_read(directory, tmp_path):
 def with_ways_that_fail_to_run(directory: Path) -> Any:
     """At first no safer way can be taken; in the next round it can."""
     host = small_host(directory)
-    answerer = ProvenAnswerer(host, GenerationSettings(enabled=True, max_new_tokens=8))
+    answerer = ProvenAnswerer(host, GenerationSettings(enabled=True, max_new_tokens=8, backend="hf"))
     verified, texts = [], []
     made_again = answerer._made_again
     for run in (fail, made_again):
@@ -286,8 +302,9 @@ def with_answers_withheld(directory: Path, here: Path) -> dict[str, Any]:
     host = small_host(directory)
     host.config.trainer.default_local_dir = str(here)
     settings = GenerationSettings(
-        enabled=True, max_new_tokens=6, max_val_samples=3, metrics=["exact_match"], best_metric="exact_match"
-    )
+        enabled=True, max_new_tokens=6, max_val_samples=3, metrics=["exact_match"], best_metric="exact_match",
+        backend="hf",
+    )  # fmt: skip
     shown = io.StringIO()
     with planted("tokens of one"), contextlib.redirect_stdout(shown), ValidationRounds(host, settings):
         host.rounds(1)

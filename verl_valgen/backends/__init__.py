@@ -61,7 +61,7 @@ def backend_class(name: str, device_type: str) -> type[Backend]:
     """Imports the class behind `generation.backend`.
 
     Args:
-        name: A key of `BACKENDS`, or "auto" for the best on devices of this type: "fast" on CUDA, "hf" elsewhere.
+        name: A key of `BACKENDS`, or "auto" for the best on devices of this type: "fast" on CUDA and CPU, else "hf".
         device_type: The type of a `torch.device`.
     """
     return resolve_name(BACKENDS[_resolved(name, device_type)])
@@ -69,5 +69,5 @@ def backend_class(name: str, device_type: str) -> type[Backend]:
 
 def _resolved(name: str, device_type: str) -> str:
     if name == "auto":
-        return "fast" if device_type == "cuda" else "hf"
+        return "fast" if device_type in ("cuda", "cpu") else "hf"
     return name

@@ -74,21 +74,27 @@ class Reading:
 def chosen_excerpts(
     requests: Sequence[Request], completions: Sequence[Completion], config: PretrainedConfig
 ) -> list[tuple[Any, ...]]:
-    """The answers to read, at most two: the one behind the most padding, and the longest together with its prompt.
+    """The answers to read, at most two: one whose row of the cache had others before it, beside the most padding, and
+    the longest together with its prompt.
 
-    What is sensitive to padding shows in the first, what is sensitive to length in the second. Each is the index of its
-    request, and the other fields of its `Excerpt`.
+    What is sensitive to neighbours shows in the first, what is sensitive to length in the second. Each is the index of
+    its request, and the other fields of its `Excerpt`.
     """
     readable = [i for i, (r, c) in enumerate(zip(requests, completions, strict=False)) if _is_readable(r, c, config)]
     if not readable:
         return []
-    most_padded = max(readable, key=lambda i: (completions[i].num_padding, len(completions[i].output_ids)))
-    others = [i for i in readable if i != most_padded]
+    beside_others = max(readable, key=lambda i: _beside_others(completions[i]))
+    others = [i for i in readable if i != beside_others]
     longest = max(others, key=lambda i: len(requests[i].input_ids) + len(completions[i].output_ids), default=None)
-    chosen = [most_padded] if longest is None else [most_padded, longest]
+    chosen = [beside_others] if longest is None else [beside_others, longest]
     return [
         (i, completions[i].output_ids[: _num_readable(requests[i], config)], completions[i].sum_logprob) for i in chosen
     ]
+
+
+def _beside_others(completion: Completion) -> tuple[int, ...]:
+    """How much could be wrong with an answer because of others: the larger, the more."""
+    return min(completion.num_before, 1), completion.num_padding, len(completion.output_ids)
 
 
 def _num_readable(request: Request, config: PretrainedConfig) -> int | None:

@@ -178,8 +178,8 @@ class GenerationSettings:
     backend: str = setting(
         "auto",
         checks.name(),
-        "`fast`: our own decoding loop, one CUDA graph per token; `hf`: Hugging Face's loop; auto: `fast` on CUDA, "
-        "`hf` elsewhere",
+        "`fast`: our own decoding loop, one CUDA graph per token; `hf`: Hugging Face's loop; auto: `fast` on CUDA and "
+        "CPU, `hf` elsewhere",
     )
     compile: bool = setting(
         False,

@@ -247,9 +247,9 @@ def test_special_tokens_without_a_padding_token(directory):
     assert own.repetition_penalty == GenerationConfig().repetition_penalty != 2.0
 
 
-def test_auto_is_the_fast_one_on_cuda_alone():
-    assert backend_class("auto", "cuda") is FastBackend
-    assert backend_class("auto", "cpu") is backend_class("auto", "npu") is HFBackend
+def test_auto_is_the_fast_one_on_cuda_and_cpu():
+    assert backend_class("auto", "cuda") is backend_class("auto", "cpu") is FastBackend
+    assert backend_class("auto", "npu") is HFBackend
 
 
 def test_parameters_that_fail_cost_those_that_have_them(answer):
@@ -265,7 +265,8 @@ def test_parameters_that_fail_cost_those_that_have_them(answer):
 def test_ways_go_from_the_one_asked_for_to_the_safest():
     assert [way.name for way in ways("auto", "cuda")] == ["fast", "fast, unfused", "hf", "hf, one prompt at a time"]
     assert [way.name for way in ways("fast", "cpu")] == ["fast", "hf", "hf, one prompt at a time"]
-    assert ways("auto", "cpu") == ways("hf", "cuda") == ways("fast", "cuda")[2:]
+    assert ways("auto", "cpu") == ways("fast", "cpu")
+    assert ways("auto", "npu") == ways("hf", "cuda") == ways("fast", "cuda")[2:]
     for way in ways("auto", "cuda"):
         assert issubclass(backend_class(way.backend, "cuda"), HFBackend)
         limits = way.within(Limits(batch_size=3, compile=True))

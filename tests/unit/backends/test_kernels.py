@@ -32,8 +32,12 @@ def test_kernels_give_what_torchs_operations_do():
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
 
 
-def test_no_kernels_on_cpu():
-    assert not kernels.are_available(torch.device("cpu"))
+def test_no_kernels_on_cpu(monkeypatch, caplog):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(kernels, "_try_kernel", lambda device: pytest.fail("Triton was asked"))
+    with caplog.at_level(logging.DEBUG, logger=kernels.__name__):
+        assert not kernels.are_available(torch.device("cpu"))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

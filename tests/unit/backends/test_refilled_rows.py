@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
 
-from verl_valgen.backends.base import Limits
+from verl_valgen.backends.base import Limits, UnsuitableError
 from verl_valgen.backends.fast.backend import FastBackend
-from verl_valgen.backends.fast.loop import CHECK_EVERY_ON_CPU
+from verl_valgen.backends.fast.cache import RowCache
+from verl_valgen.backends.fast.loop import CHECK_EVERY_ON_CPU, DecodingLoop
 from verl_valgen.backends.fast.step import Decoder
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.records import Completion, Request
@@ -201,3 +202,85 @@ def test_what_is_made_ready_is_tried_and_captured_once(model, tokenizer, monkeyp
         assert loop is not None
         assert backend.generate(asked) == expected
     assert backend.loop is None
+
+
+def test_memory_that_ends_while_it_is_made_ready_halves_the_rows(model, tokenizer, monkeypatch):
+    asked = [replace(one, params=SAMPLING) for one in requests(*MIXED)]
+    expected = answer(FastBackend, model, tokenizer, asked)
+    sizes: list[int] = []
+
+    def capture(self: DecodingLoop, kind: str, method: Any, nums_rows: Any) -> None:
+        sizes.append(self.num_rows)
+        if self.num_rows > 3:
+            raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(DecodingLoop, "capture", capture)
+    backend = FastBackend(model, tokenizer, 0, Limits(batch_size=8))
+    with torch.no_grad():
+        backend.make_ready(asked)
+        assert sizes == [8, 4, 2]
+        assert backend.generate(asked) == expected
+    assert sizes == [8, 4, 2]
+
+
+def test_what_cannot_be_captured_is_answered_by_hugging_faces_loop(model, tokenizer, monkeypatch, caplog):
+    """And the other kinds in ours."""
+    asked = [replace(one, params=(SAMPLING, GREEDY)[i % 2]) for i, one in enumerate(requests(*MIXED))]
+    expected = answer(HFBackend, model, tokenizer, asked, batch_size=1)
+
+    def capture(self: DecodingLoop, kind: str, method: Any, nums_rows: Any) -> None:
+        if "('do_sample', True)" in kind:
+            raise UnsuitableError("a step cannot be captured: planted")
+
+    monkeypatch.setattr(DecodingLoop, "capture", capture)
+    backend = FastBackend(model, tokenizer, 0, Limits(batch_size=3))
+    with torch.no_grad(), caplog.at_level("DEBUG", "verl_valgen"):
+        backend.make_ready(asked)
+        answers = backend.generate(asked)
+    assert answers == expected
+    assert "Hugging Face's loop: a step cannot be captured: planted" in caplog.text
+    assert max(one.num_before for one in answers[::2]) == 0 < max(one.num_before for one in answers[1::2])
+
+
+# What a trial must find, as forward passes that are other ones in our loop alone
+
+
+def sees_what_another_left(kwargs: dict[str, Any]) -> None:
+    """As if it knew no mask of a step."""
+    if kwargs["input_ids"].shape[1] == 1:
+        kwargs["attention_mask"] = torch.zeros_like(kwargs["attention_mask"])
+
+
+def reads_its_padding(kwargs: dict[str, Any]) -> None:
+    """As if positions were counted from the end of what is read."""
+    if kwargs["input_ids"].shape[1] > 1 and len(kwargs["input_ids"]) > 1:
+        is_padding = (kwargs["input_ids"] == kwargs["input_ids"][:, -1:]).flip(1).cumprod(1).flip(1)
+        kwargs["position_ids"] = kwargs["position_ids"] + is_padding.sum(1, keepdim=True) - 1
+
+
+def takes_the_first_rows_position(kwargs: dict[str, Any]) -> None:
+    """As if all rows held as many tokens."""
+    if kwargs["input_ids"].shape[1] == 1:
+        kwargs["position_ids"] = kwargs["position_ids"][:1].expand_as(kwargs["position_ids"])
+
+
+@pytest.mark.parametrize("fault", [sees_what_another_left, reads_its_padding, takes_the_first_rows_position])
+def test_a_trial_finds_what_rows_do_not_suit(model, tokenizer, monkeypatch, fault):
+    from verl_valgen.backends.fast import suitability
+
+    monkeypatch.setattr(suitability, "_findings", {})
+    asked = requests(*MIXED)
+    expected = answer(HFBackend, model, tokenizer, asked, GREEDY, batch_size=1)
+
+    def forward(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
+        kwargs["input_ids"] = input_ids
+        if isinstance(kwargs.get("past_key_values"), RowCache):
+            fault(kwargs)
+        return type(model).forward(self, **kwargs)
+
+    odd = copy.deepcopy(model)
+    odd.__class__ = type("OddForCausalLM", (type(model),), {"forward": forward})
+    backend = FastBackend(odd, tokenizer, 0, Limits(batch_size=3))
+    with torch.no_grad():
+        assert backend.generate([replace(one, params=GREEDY) for one in asked]) == expected
+    assert str(backend.unsuitable).startswith("its logits differ by")

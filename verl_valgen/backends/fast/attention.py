@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from verl_valgen.backends.fast.cache import RowCache
+from verl_valgen.backends.fast.kernels import are_available
 from verl_valgen.patching import patched
 
 _NAME = "verl_valgen_decoding"
-_KERNELS = "verl_valgen.backends.fast.kernels"
 
 
 def grouped_attention(
@@ -82,17 +81,10 @@ def attention_for_decoding(model: PreTrainedModel, cache: RowCache) -> Iterator[
     if config._attn_implementation != "sdpa":
         yield
         return
-    AttentionInterface.register(_NAME, attention_by_kernel(cache) if _has_kernels(model) else grouped_attention)
+    has_kernels = model.device.type == "cuda" and are_available(model.device)
+    AttentionInterface.register(_NAME, attention_by_kernel(cache) if has_kernels else grouped_attention)
     try:
         with patched(config, "_attn_implementation", _NAME):
             yield
     finally:
         AttentionInterface.register(_NAME, grouped_attention)  # the other one would keep the cache
-
-
-def _has_kernels(model: PreTrainedModel) -> bool:
-    if model.device.type != "cuda" or find_spec(_KERNELS) is None:
-        return False
-    from verl_valgen.backends.fast.kernels import are_available
-
-    return are_available(model.device)

@@ -68,41 +68,43 @@ class FastBackend(HFBackend):
 
     def make_ready(self, requests: Sequence[Request]) -> None:
         self._begin(requests)
-        for groups in group_requests(requests, self.model.config):
-            _, error = attempt(partial(self._capture, requests, groups))
-            if isinstance(error, torch.OutOfMemoryError):
-                raise error
-            if error is not None:
-                self.unsuitable = str(error) if isinstance(error, UnsuitableError) else describe(error)
-            if self.unsuitable is not None:
-                super().sharing(requests)
-                self._reasons[_kind(requests[groups[0].indices[0]])] = self.unsuitable
+        kinds = group_requests(requests, self.model.config)
+        while True:
+            try:
+                for groups in kinds:
+                    self._make_kind_ready(requests, groups)
+                break
+            except torch.OutOfMemoryError as e:
+                if not self._halve(min(self.batch_size, self._most_requests), e):
+                    raise
         self.is_ready = True
 
-    def _capture(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
-        """Captures what a kind of requests needs; sets `unsuitable` where that is nothing.
+    def _make_kind_ready(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
+        """Tries the model, and captures what a kind of requests needs."""
+        _, error = attempt(partial(self._capture, requests, groups))
+        if isinstance(error, torch.OutOfMemoryError):
+            raise error
+        if error is not None:
+            self.unsuitable = str(error) if isinstance(error, UnsuitableError) else describe(error)
+        if self.unsuitable is not None:
+            self._reasons[_kind(requests[groups[0].indices[0]])] = self.unsuitable
+            super().sharing(requests)
 
-        Raises:
-            torch.OutOfMemoryError: Not even for one row there is memory.
-        """
+    def _capture(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
         from verl_valgen.backends.fast.loop import Run
         from verl_valgen.backends.fast.step import Method
 
         self.prepare(requests, groups)
         cached = [group for group in groups if group.use_cache and group.max_new_tokens > 0]
-        while self.unsuitable is None and cached:
-            params = requests[cached[0].indices[0]].params
-            try:
-                if is_refillable(params, self.model.device):
-                    for indices in refilled_groups(requests, cached, self.model.config):
-                        asked = self._asked(requests, indices, [])
-                        self._run(lambda asked=asked: Run(self._own_loop(), asked, captures_only=True), asked)
-                else:
-                    self._own_loop().capture("", Method(None, (), 0), [self._batch_rows])
-                return
-            except torch.OutOfMemoryError as e:
-                if not self._halve(self._own_loop().num_rows, e):
-                    raise
+        if self.unsuitable is not None or not cached:
+            return
+        if not is_refillable(requests[cached[0].indices[0]].params, self.model.device):
+            loop = self._own_loop()
+            loop.capture("", Method(None, (), 0), [min(loop.num_rows, self._batch_rows)])
+            return
+        for indices in refilled_groups(requests, cached, self.model.config):
+            asked = self._asked(requests, indices, None)
+            self._run(lambda asked=asked: Run(self._own_loop(), asked, captures_only=True), asked)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         try:
@@ -225,7 +227,8 @@ class FastBackend(HFBackend):
         traceback.clear_frames(error.__traceback__)
         is_known = isinstance(error, UnsuitableError)
         self.unsuitable = str(error) if is_known else describe(error)
-        self.release()
+        if not self.is_ready:  # else other kinds have their graphs there
+            self.release()
         return None if is_known else self.unsuitable
 
     def _halve(self, num_rows: int, error: torch.OutOfMemoryError) -> bool:

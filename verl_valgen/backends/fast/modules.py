@@ -72,6 +72,8 @@ class FusedAttention(nn.Module):
     """
 
     head_dim: int
+    layer_idx: int
+    scaling: float
 
     def __init__(self, attention: Any) -> None:
         super().__init__()

@@ -71,7 +71,7 @@ class Decoder:
     """
 
     def __init__(self, model: Any, num_rows: int, cache_length: int, max_new_tokens: int) -> None:
-        self.model, self.device = model, model.device
+        self.model, self.device, self.is_on_cuda = model, model.device, model.device.type == "cuda"
         self.num_rows, self.cache_length, self.max_new_tokens = num_rows, cache_length, max_new_tokens
         self.model_logits: Any = model_logits
         self.of_prompts = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
@@ -83,7 +83,8 @@ class Decoder:
         self.cache = RowCache(model.config.get_text_config().num_hidden_layers, cache_length, self.fields.slots)
 
     def _on_device(self, values: Sequence[Any]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        # From pinned memory, so that the host goes on meanwhile.
+        return torch.tensor(values, dtype=torch.int64, pin_memory=self.is_on_cuda).to(self.device, non_blocking=True)
 
     def prefill(self, rows: Sequence[int], prefixes: Sequence[Sequence[int]]) -> int:
         """Fills rows with the keys and values of prompts without their last tokens, of which there is at least one.
@@ -153,13 +154,13 @@ class Decoder:
         self.cache.begin_steps(num_rows, reach)
         tokens, slots, num_new_tokens, _, has_ended, nan_lengths, _, had_ties = (f[:num_rows] for f in self.fields)
         # A position of a row that has ended could choose the rotary table of all.
-        position_ids = slots.where(has_ended == 0, 0)[:, None]
+        position_ids = (slots * (has_ended == 0))[:, None]
         is_hidden = torch.arange(reach, device=self.device) > slots[:, None]
         mask = torch.zeros(num_rows, 1, 1, reach, dtype=self.model.dtype, device=self.device)
         mask = mask.masked_fill(is_hidden[:, None, None], -torch.inf)
         logits = self.model_logits(self.model, self.cache, tokens[:, None], position_ids, mask)
         if method.choice is None:
-            return logits
+            return logits.float()
         chosen = method.choice(logits, self.noise_keys[:num_rows].gather(1, num_new_tokens[:, None])[:, 0])
         is_live = has_ended == 0
         is_first_nan = chosen.had_nan & is_live & (nan_lengths < 0)
@@ -184,7 +185,7 @@ class Decoder:
 
     def look(self, num_rows: int) -> list[State]:
         """Returns what is known of each of the first rows. Waits for the device."""
-        return [State(*row) for row in self.state[:, :num_rows].T.tolist()]
+        return [State(*row) for row in zip(*self.state[:, :num_rows].tolist(), strict=True)]
 
     def answers(self, rows: Sequence[int], length: int) -> list[list[int]]:
         """Returns the first tokens of these rows' answers, so many of each. Waits for the device."""
@@ -202,7 +203,7 @@ class Decoder:
 
 
 def model_logits(model: Any, cache: RowCache, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Runs the model on (B, N) tokens and returns the (B, V) float32 logits of the token after the last."""
+    """Runs the model on (B, N) tokens and returns the (B, V) logits of the token after the last."""
     output = model(
         input_ids=tokens,
         attention_mask=attention_mask,
@@ -210,4 +211,4 @@ def model_logits(model: Any, cache: RowCache, tokens: Tensor, position_ids: Tens
         past_key_values=cache,
         use_cache=True,
     )
-    return output.logits[:, -1].float()
+    return output.logits[:, -1]

@@ -1,6 +1,6 @@
 """Measures the Triton kernels of a decoding step beside torch's operations, on one GPU.
 
-    python benchmarks/kernels.py
+    python benchmarks/decoding_kernels.py
 
 Heads and sizes of Qwen2.5-7B, bfloat16. Every figure is the median of nine replays of a CUDA graph that holds the
 operation many times, on different data where that would stay in the L2 cache. Attention: rows of equal length (three
