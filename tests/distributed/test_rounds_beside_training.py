@@ -85,7 +85,8 @@ CACHE: dict[str, dict[str, Any]] = {"cache": {"extra": {"cache_implementation": 
 
 def make_rounds(directory: Path, here: Path, **chosen: Any) -> tuple[SmallHost, ValidationRounds]:
     host = SmallHost(directory, here, Rows())
-    settings = GenerationSettings(enabled=True, max_new_tokens=6, max_val_samples=3, overlap=True, **chosen)
+    chosen = {"max_new_tokens": 6, "max_val_samples": 3, "backend": "hf", **chosen}
+    settings = GenerationSettings(enabled=True, overlap=True, **chosen)
     return host, ValidationRounds(host, settings)
 
 
