@@ -35,6 +35,10 @@ def fail(*args: Any, **kwargs: Any) -> Any:
     raise RuntimeError("planted")
 
 
+def lack_memory(*args: Any) -> None:
+    raise torch.OutOfMemoryError("planted: tried to allocate 2.00 GiB")
+
+
 def once(original: Callable[..., Any], planted: Callable[..., Any] = fail) -> Callable[..., Any]:
     """`planted` at the first call."""
     calls: list[int] = []
@@ -54,6 +58,8 @@ def plant(kind: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(HFBackend, "generate", once(HFBackend.generate, lambda *args: exit(3)))
     if kind == "ready":
         patch.setattr(HFBackend, "make_ready", once(HFBackend.make_ready))
+    if kind == "no room":
+        patch.setattr(HFBackend, "make_ready", lack_memory)
     if kind == "no thread":
         patch.setattr(overlap_module.threading.Thread, "start", once(threading.Thread.start))
     if kind == "gather":
@@ -79,7 +85,8 @@ CACHE: dict[str, dict[str, Any]] = {"cache": {"extra": {"cache_implementation": 
 
 def make_rounds(directory: Path, here: Path, **chosen: Any) -> tuple[SmallHost, ValidationRounds]:
     host = SmallHost(directory, here, Rows())
-    settings = GenerationSettings(enabled=True, max_new_tokens=6, max_val_samples=3, overlap=True, **chosen)
+    chosen = {"max_new_tokens": 6, "max_val_samples": 3, "backend": "hf", **chosen}
+    settings = GenerationSettings(enabled=True, overlap=True, **chosen)
     return host, ValidationRounds(host, settings)
 
 
@@ -121,6 +128,7 @@ WARNINGS = {
     "no thread": "no samples at this validation: RuntimeError: planted; training goes on",
     "gather": "no samples at this validation: RuntimeError: planted; training goes on",
     "memory": "generation.overlap: training waits for the answers: beside training a round needs 0.0 GiB on each ",
+    "no room": "generation.overlap: training waits for the answers: torch.OutOfMemoryError: planted: ",
     "cache": "generation.overlap: training waits for the answers: transformers may compile and capture what runs with ",
     "copy": "the answers of LlamaForCausalLM (hf) failed the check: the copy is not the trainer's model: ",
     "padding": "the answers of LlamaForCausalLM (hf) failed the check: ",
@@ -193,7 +201,7 @@ def test_after_a_failure_the_next_round_is_complete(outcomes, directory, kind):
     assert {step: len(round) for step, round in records_of(directory / kind).items()} == {2: 3, 3: 3, 4: 3}
 
 
-@pytest.mark.parametrize("kind", ["memory", "cache"])
+@pytest.mark.parametrize("kind", ["memory", "no room", "cache"])
 def test_where_memory_lacks_or_something_may_be_captured_training_waits(outcomes, directory, kind):
     assert outcomes[0][kind]["beside"] == [False] * 4
     assert verdicts(directory / kind) == dict.fromkeys(STEPS, True)

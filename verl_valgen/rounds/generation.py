@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 from verl_valgen.backends import LOCKSTEP_BACKEND, SHARDED, Way, backend_class, ways
 from verl_valgen.backends.base import Backend, Limits
 from verl_valgen.backends.batching import most_new_tokens
-from verl_valgen.collectives import OtherRankError, agree, attempt, broadcast, rank, run_on_all_ranks, world_size
+from verl_valgen.collectives import OtherRankError, attempt, broadcast, rank, run_on_all_ranks, smallest, world_size
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Completion, Request, pack, unpack
 from verl_valgen.rounds.answers_bar import AnswersBar
@@ -38,7 +38,7 @@ from verl_valgen.rounds.plan import Needs, Plan, make_plan, shares
 from verl_valgen.rounds.restore import preserved_blas_workspaces
 from verl_valgen.settings.generation_config import special_tokens as of_model
 from verl_valgen.settings.load import GenerationSettings
-from verl_valgen.text import OnceLogger
+from verl_valgen.text import OnceLogger, describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -173,10 +173,14 @@ class Answerer:
                 way, plan, all_requests, share, logging_rank, deadline, dtype, began_at, ExitStack(), model, error
             )
             del model
-            if is_beside_training and not self._is_ready(gathered):
+            is_ready = self._is_ready(gathered) if is_beside_training else True
+            if is_ready is False:
                 return None
-            gathered.cleanup = stack.pop_all()
-            return gathered
+            if is_ready:
+                gathered.cleanup = stack.pop_all()
+                return gathered
+            gathered.discard()
+        return self.begin(requests, way, deadline)  # there was no room beside training: then it waits
 
     def finish(self, gathered: GatheredRound | None) -> list[Completion] | None:
         """Answers the requests of a gathered round on all ranks that have a share. Collective: all ranks must call.
@@ -231,22 +235,25 @@ class Answerer:
         offloading.enter_context(self.host.on_device())
         return free_bytes(self.host.device), beside_training
 
-    def _is_ready(self, gathered: GatheredRound) -> bool:
-        """Whether the logging rank can answer beside training. Collective: all ranks must call.
+    def _is_ready(self, gathered: GatheredRound) -> bool | None:
+        """Whether the logging rank can answer beside training; None where it lacks the memory that it seemed to have.
+        Collective: all ranks must call.
 
         Raises:
             Exception: On the logging rank alone, after the last collective: why not.
         """
         gathered.is_beside_training, gathered.gathered_at = True, time.monotonic()
-        error = gathered.error
+        error, lacks_memory = gathered.error, False
         if error is None and gathered.model is not None:
             _, error = attempt(lambda: self._make_ready(gathered))
+            lacks_memory = isinstance(error, torch.OutOfMemoryError)
         gathered.ready_at = time.monotonic()
-        if agree(error is None, self.host.device):
-            return True
-        if self.host.is_logging_rank:
+        outcome = smallest(1 if error is None else 0 if lacks_memory else -1, self.host.device)
+        if outcome < 0 and self.host.is_logging_rank:
             raise error or OtherRankError("another rank could not take part in the gather")
-        return False
+        if error is not None and outcome == 0:
+            self._warn_of_waiting(describe(error))
+        return None if outcome == 0 else outcome > 0
 
     def _make_ready(self, gathered: GatheredRound) -> None:
         with torch.no_grad(), on_own_stream(self.host.device):
@@ -270,9 +277,11 @@ class Answerer:
             return self._plan(requests, least, way, replace(self.settings, gather="copy", ranks=1))
         except (MemoryError, ValueError) as e:
             if self.host.is_logging_rank:
-                where = "beside training " if isinstance(e, MemoryError) else ""
-                self.warnings.warn(f"generation.overlap: training waits for the answers: {where}{e}")
+                self._warn_of_waiting(f"beside training {e}" if isinstance(e, MemoryError) else str(e))
             return None
+
+    def _warn_of_waiting(self, reason: str) -> None:
+        self.warnings.warn(f"generation.overlap: training waits for the answers: {reason}")
 
     def _plan(
         self, requests: Sequence[Request], free: float, way: Way, settings: GenerationSettings | None = None
