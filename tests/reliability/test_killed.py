@@ -238,7 +238,7 @@ def test_a_trainer_that_is_killed_while_it_goes_on_loses_the_round_under_way_alo
         *assets.overrides(multiturn=True), "+generation.overlap=true", "+generation.max_new_tokens=6",
         *("trainer.test_freq=1", "trainer.save_freq=1", "trainer.resume_mode=auto", "trainer.total_training_steps=4"),
         *("trainer.logger=[console]", "+generation.best_metric=num_new_tokens"),
-        f"trainer.max_val_samples={NUM_SAMPLES}",
+        f"+trainer.max_val_samples={NUM_SAMPLES}",
     ]  # fmt: skip
     death = "killing.die_in_call('verl_valgen.rounds.proven:second_link', 2)\n"
     killed = server.run(tmp_path, arguments, before=BEFORE + death + BESIDE_TRAINING)
