@@ -1,8 +1,8 @@
 """What each Triton kernel must give: what torch's operations do. The same for Triton's interpreter and for a GPU.
 
 `unit/backends/test_kernels.py` runs these cases on CPU in a process of its own, as the interpreter must be chosen
-before Triton is imported; `gpu/test_kernels_on_cuda.py` runs them on a GPU. The interpreter takes bfloat16 for integers in
-matrix products, and cuts numbers off instead of rounding them to bfloat16.
+before Triton is imported; `gpu/test_kernels_on_cuda.py` runs them on a GPU. The interpreter takes bfloat16 for integers
+in matrix products, and cuts numbers off instead of rounding them to bfloat16.
 """
 
 from __future__ import annotations

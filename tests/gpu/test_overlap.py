@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from end_to_end.trainer import GENERATION_CONFIG, Assets, Run, strategy
+from end_to_end.trainer import Assets, Run, strategy
 from gpu.conftest import HARD_CODED_ATTENTION_TO_SDPA, SDPA, make_assets, needs_two
 from same_training import SEED_AND_REPORT, assert_checkpoints_differ, assert_same_training
 
@@ -86,7 +86,7 @@ def train(server: Any, directory: Path, assets: Assets, generation: list[str], b
     result = server.run(
         directory,
         [
-            *(GENERATION_CONFIG if generation else []), *assets.overrides(multiturn=True), strategy("fsdp2"), *SDPA,
+            *assets.overrides(multiturn=True), strategy("fsdp2"), *SDPA,
             *generation, f"trainer.total_training_steps={STEPS}", "trainer.total_epochs=100",
             f"trainer.test_freq={EVERY}", f"trainer.save_freq={STEPS // 2}",
         ],
@@ -99,7 +99,7 @@ def train(server: Any, directory: Path, assets: Assets, generation: list[str], b
 
 @pytest.fixture(scope="module")
 def runs(server, tmp_path_factory, assets) -> dict[str, Run]:
-    generation = ["generation.overlap=true", "generation.max_new_tokens=384"]
+    generation = ["+generation.overlap=true", "+generation.max_new_tokens=384", "+generation.eos_token_id=0"]
     found = {}
     for name, given, before in (
         ("off", [], ""),

@@ -58,9 +58,18 @@ class Faults:
         planted = [Fault(**fields) for fields in json.loads(os.environ["FAULTS"])]
         self.by_step = {step: fault for fault in planted if fault.rank == rank for step in fault.steps}
         self.delay_s = float(os.environ["DELAY_S"])
-        self.step = -1
+        self._rounds = threading.local()
         self.calls: Counter[tuple[str, int]] = Counter()
         self.struck: set[int] = set()
+
+    @property
+    def step(self) -> int:
+        """The round that this thread is in, -1 in training: a round may be answered while training goes on."""
+        return getattr(self._rounds, "step", -1)
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._rounds.step = step
 
     def strike(self, stage: str, step: int | None = None, *, kinds: tuple[str, ...] = ()) -> bool:
         """Does what is planted at a stage; whether numbers are to become NaN there.
@@ -113,6 +122,7 @@ def plant() -> None:
     from verl_valgen.backends import hf, lockstep, sampling
     from verl_valgen.rounds import generation as answering
     from verl_valgen.rounds import proven
+    from verl_valgen.rounds.rounds import ValidationRounds
     from verl_valgen.scores.scoring import Scoring
     from verl_valgen.trackers.console import ConsoleTracker
     from verl_valgen.trackers.jsonl import JsonlTracker
@@ -134,10 +144,18 @@ def plant() -> None:
             # They were killed by the fault before this one, and a round gives them little time.
             wait_until_loaded(scorings[0])
         faults.step = step
-        yield
-        faults.step = -1
+        try:
+            yield
+        finally:
+            faults.step = -1
 
     watch_rounds(in_round, lambda: {"struck": sorted(faults.struck)})
+
+    def beside_training(
+        self: Any, opened: Any, *args: Any, original: Any = ValidationRounds._answers_and_scores
+    ) -> Any:
+        with in_round(opened.step):
+            return original(self, opened, *args)
 
     def receive(self: Any, name: str, parameter: Any, original: Any = PlainCopy.receive) -> None:
         is_nan = faults.strike("gather")
@@ -204,7 +222,10 @@ def plant() -> None:
     for patched, name, replacement in (
         (answering, "free_bytes", striking("prepare", answering.free_bytes)),
         (PlainCopy, "receive", receive),
+        (ValidationRounds, "_answers_and_scores", beside_training),
         (proven, "verify", unstruck(proven.verify)),
+        (proven, "first_link", unstruck(proven.first_link)),
+        (proven, "second_link", unstruck(proven.second_link)),
         (hf, "how_to_share", unstruck(hf.how_to_share)),
         (lockstep, "how_to_share", unstruck(lockstep.how_to_share)),
         (LlamaForCausalLM, "forward", forward),

@@ -24,6 +24,7 @@ from end_to_end.trainer import Run
 from killed_writer import METRIC, NUM_SAMPLES, value_of
 from readback import history_row, wandb_records
 from reliability.conftest import IS_WHOLE
+from reliability.test_same_training import BESIDE_TRAINING
 from trackers.destinations import make_round, make_sample
 
 from verl_valgen.rounds.recorder import BestFile
@@ -228,6 +229,33 @@ def test_a_trainer_that_is_killed_in_a_round_makes_it_again_when_it_resumes(serv
     assert of_swanlab in ([], [1])  # it may keep all in memory for as long as the run lasts
     assert of_wandb in ([], [2])
     assert of_mlflow in ([[], [3]], [[3], [3]])
+
+
+@pytest.mark.slow
+def test_a_trainer_that_is_killed_while_it_goes_on_loses_the_round_under_way_alone(server, tmp_path, assets):
+    """It is killed while it trains step 3, beside the answers of step 2, whose checkpoint is there."""
+    arguments = [
+        *assets.overrides(multiturn=True), "+generation.overlap=true", "+generation.max_new_tokens=6",
+        *("trainer.test_freq=1", "trainer.save_freq=1", "trainer.resume_mode=auto", "trainer.total_training_steps=4"),
+        *("trainer.logger=[console]", "+generation.best_metric=num_new_tokens"),
+        f"+trainer.max_val_samples={NUM_SAMPLES}",
+    ]  # fmt: skip
+    death = "killing.die_in_call('verl_valgen.rounds.proven:second_link', 2)\n"
+    killed = server.run(tmp_path, arguments, before=BEFORE + death + BESIDE_TRAINING)
+    assert killed.returncode == -signal.SIGKILL, killed.output[-5000:]
+    assert (killed.checkpoints / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert_is_whole(killed, [1])
+    written = step_files(killed)
+
+    resumed = server.run(tmp_path, arguments)
+    assert resumed.returncode == 0, resumed.output[-5000:]
+    assert_is_whole(resumed, [1, 3, 4])
+    assert written.items() <= step_files(resumed).items()
+    assert resumed.warnings == []
+    best = json.loads((resumed.generations / "best.json").read_text())
+    steps = [one["step"] for one in (*best["before"], best)]
+    assert steps[0] == 1
+    assert steps == sorted(set(steps) & {1, 3, 4})
 
 
 def step_files(result: Run) -> dict[Path, list[dict[str, Any]]]:
