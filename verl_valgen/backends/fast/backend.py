@@ -20,7 +20,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList, StopStringCr
 from verl_valgen.backends.base import UnsuitableError
 from verl_valgen.backends.batching import ROW_MULTIPLE, Group, group_requests, most_new_tokens, refilled_groups
 from verl_valgen.backends.fast.choice import CAPTURABLE
-from verl_valgen.backends.fast.fused import unfuse
+from verl_valgen.backends.fast.fused import is_fused, unfuse
 from verl_valgen.backends.fast.suitability import try_model, why_unsuitable
 from verl_valgen.backends.hf import WITHOUT_PROCESSORS, HFBackend
 from verl_valgen.backends.observers import NanObserver
@@ -137,8 +137,8 @@ class FastBackend(HFBackend):
         if not cached:
             return None  # `generate_batch` says why
         params = requests[cached[0].indices[0]].params
-        earlier = _failures.get((model_key(self.model), repr(params)))
-        return why_unsuitable(self.model, params, _cache_length(requests, cached)) or earlier
+        earlier = _failures and _failures.get((model_key(self.model), repr(params)))
+        return why_unsuitable(self.model, params, _cache_length(requests, cached)) or earlier or None
 
     def prepare(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
         cached = [group for group in groups if group.use_cache]
@@ -167,6 +167,7 @@ class FastBackend(HFBackend):
                 self._max_new_tokens,
                 compile=self._compiles,
                 captures=not self.is_ready,
+                key=(model_key(self.model), is_fused(self.model)),
             )
         return self.loop
 

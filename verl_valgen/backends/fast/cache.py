@@ -66,6 +66,11 @@ class RowCache(Cache):
         self.place.num_rows, self.place.reach = num_rows, reach
 
     @property
+    def is_allocated(self) -> bool:
+        """Whether every layer has memory: it takes it with its first tokens."""
+        return all(layer.is_initialized for layer in self.layers)
+
+    @property
     def slots(self) -> Tensor:
         """(B',) int64: where a step writes, and the last slot that it sees, for each of its rows."""
         return self.place.slots[: self.place.num_rows]

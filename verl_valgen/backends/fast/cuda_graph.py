@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,25 +13,31 @@ from torch import Tensor
 
 from verl_valgen.backends.base import UnsuitableError
 
+_captured: set[Hashable] = set()
+"""The keys of functions that were captured in this process: what they use is warm."""
+
 
 class CudaGraph:
     """Calls a function: the first time as it is, which also warms up what it uses, from then on as a graph.
+
+    Where one with the same key was captured before it is a graph from the first time on.
 
     Args:
         function: Without arguments; it reads and writes tensors that stay where they are. Must not hold this object:
             the graph's memory would be free only after a garbage collection.
         pool: Of `torch.cuda.graph_pool_handle`: graphs with the same share their memory. They must not run at the same
             time, and what one returns holds until the next one runs.
+        key: Equal for functions that launch the same kernels, on other tensors; None: nothing is known of others.
     """
 
-    def __init__(self, function: Callable[[], Tensor | None], pool: Any = None) -> None:
-        self.function, self.pool = function, pool
-        self.is_warm = False
+    def __init__(self, function: Callable[[], Tensor | None], pool: Any = None, key: Hashable = None) -> None:
+        self.function, self.pool, self.key = function, pool, key
+        self.is_warm = self.is_taken_for_warm = key in _captured
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: Tensor | None
 
     def __call__(self) -> Tensor | None:
-        """Returns the function's result; from the second call on always in the same tensor, written anew.
+        """Returns the function's result; of a graph always in the same tensor, written anew.
 
         Raises:
             UnsuitableError: The function cannot be captured: it asks the host for a value, say.
@@ -40,7 +46,15 @@ class CudaGraph:
             self.is_warm = True
             return self.function()
         if self.graph is None:
-            self.graph = self._capture()
+            try:
+                self.graph = self._capture()
+            except UnsuitableError:
+                if not self.is_taken_for_warm:
+                    raise
+                self.is_taken_for_warm = False
+                return self.function()
+            if self.key is not None:
+                _captured.add(self.key)
         self.graph.replay()
         return self.output
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +53,7 @@ class DecodingLoop:
         max_new_tokens: T, the most tokens of an answer.
         compile: Whether steps are compiled with inductor.
         captures: Whether steps become CUDA graphs, on CUDA.
+        key: Equal for models that launch the same kernels.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class DecodingLoop:
         *,
         compile: bool = False,
         captures: bool = True,
+        key: Hashable = None,
     ) -> None:
         self.num_rows, self.compile = num_rows, compile
         self.decoder = Decoder(model, num_rows, cache_length, max_new_tokens)
@@ -72,6 +74,7 @@ class DecodingLoop:
         self.captures = captures and self.is_on_cuda
         self.has_fixed_shapes = self.is_on_cuda or compile
         self.pool = torch.cuda.graph_pool_handle() if self.captures else None
+        self.key = (key, num_rows, cache_length, compile)
         self._steps: dict[tuple[str, int], Step] = {}
 
     def step(self, kind: str, method: Method, num_rows: int) -> Step:
@@ -87,7 +90,9 @@ class DecodingLoop:
                 return decoder.step(method, num_rows, decoder.cache_length)
 
             function: Step = decoder.compile(step, method) if self.compile else step
-            self._steps[kind, num_rows] = CudaGraph(function, self.pool) if self.captures else function
+            # What is allocated at the first step is not to lie in a graph's memory.
+            key = (self.key, kind, num_rows) if decoder.cache.is_allocated else None
+            self._steps[kind, num_rows] = CudaGraph(function, self.pool, key) if self.captures else function
         return self._steps[kind, num_rows]
 
     def sizes(self, num_rows: int) -> list[int]:
@@ -100,8 +105,9 @@ class DecodingLoop:
             return
         with attention_for_decoding(self.decoder.model, self.decoder.cache):
             for num_rows in nums_rows:
-                for _ in range(2):  # the first call warms up
-                    self.step(kind, method, num_rows)()
+                step = self.step(kind, method, num_rows)
+                while isinstance(step, CudaGraph) and step.graph is None:
+                    step()
 
     def forget_steps(self) -> None:
         """Frees what was captured."""
