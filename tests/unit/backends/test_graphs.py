@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends.test_refilled_rows import GREEDY, MIXED, SAMPLING, answer, model, requests, tokenizer
+from row_cases import GREEDY, MIXED, SAMPLING, answer, model, requests, tokenizer
 
 from verl_valgen.backends.base import Limits, UnsuitableError
 from verl_valgen.backends.fast import cuda_graph, loop
