@@ -140,7 +140,7 @@ def check_sampling(patient: Patient) -> Cell:
 def check_verified(patient: Patient) -> Cell:
     """What a round would show: the answers of the fastest way to which its net has no objection, and they are right.
 
-    The net reads two answers: the one behind the most padding, and the longest.
+    The net reads two answers: one beside others, as the first here, and the longest.
     """
     for way in (way for way in WAYS if way in patient.answers):
         read_by_net = [(patient.requests[i], patient.answers[way][i]) for i in (0, -1)]
