@@ -82,7 +82,7 @@ class Choice:
         Args:
             noise_keys: (B,) int64, see `sampling.stream_keys`; None where no `GumbelNoise` is among the processors.
         """
-        if self.for_kernels is not None and are_available(scores.device) and not torch.compiler.is_compiling():
+        if self.for_kernels is not None and not torch.compiler.is_compiling() and are_available(scores.device):
             from verl_valgen.backends.fast.kernels import sampling
 
             warping = sampling.Warping(**self.for_kernels)
