@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", help="batch sizes of the answers")
     parser.add_argument("--base-rows", type=int, nargs="+", help="those of the other version; default: the same")
     parser.add_argument("--step-rows", type=int, nargs="*", help="batch sizes of the steps")
+    parser.add_argument("--kinds", nargs="+", choices=PARAMETERS, default=list(PARAMETERS), help="of the steps")
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--base", help="folder of another version of this package")
     parser.add_argument("--vllm", help="PYTHONPATH of vLLM's process")
@@ -125,7 +126,8 @@ def measure_steps(arguments: argparse.Namespace, device: torch.device) -> None:
     prompt_tokens, fewer, most = step_lengths_on(device)
     for rows in arguments.step_rows:
         prompts = even_prompts(rows, prompt_tokens)
-        for name, chosen in PARAMETERS.items():
+        for name in arguments.kinds:
+            chosen = PARAMETERS[name]
 
             def run(num_tokens: int) -> None:
                 requests = make_requests(prompts, max_new_tokens=num_tokens, **chosen)  # noqa: B023
@@ -237,7 +239,8 @@ def compare(arguments: argparse.Namespace) -> None:
     common = ["--size", arguments.size, "--prompts", str(arguments.prompts)]
     steps = [str(rows) for rows in arguments.step_rows]
     own = [*common, "--is-side", "--repetitions", str(arguments.repetitions), "--step-rows", *steps]
-    own += ["--profile"] if arguments.profile else []
+    kinds = ["--kinds", *arguments.kinds]
+    own += [*kinds, "--profile"] if arguments.profile else kinds
 
     def rows(numbers: list[int]) -> list[str]:
         return ["--rows", *map(str, numbers)]
@@ -248,7 +251,7 @@ def compare(arguments: argparse.Namespace) -> None:
         "base": (arguments.base, [str(HERE / "throughput.py"), *own, *rows(arguments.base_rows or arguments.rows)]),
         "vllm": (
             arguments.vllm,
-            [str(HERE / "vllm_throughput.py"), *common, "--lengths", *lengths, "--even-rows", *steps],
+            [str(HERE / "vllm_throughput.py"), *common, "--lengths", *lengths, "--even-rows", *steps, *kinds],
         ),
     }
     found = {

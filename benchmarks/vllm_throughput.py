@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--prompts", type=int, required=True)
     parser.add_argument("--even-rows", type=int, nargs="*", default=[])
+    parser.add_argument("--kinds", nargs="+", choices=PARAMETERS, required=True)
     parser.add_argument("--lengths", type=int, nargs=3, required=True, help="of even prompts, and two of even answers")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     arguments = parser.parse_args()
@@ -64,8 +65,8 @@ def main() -> None:
         say("answers", rows=arguments.max_num_seqs, seconds=taken, prompts=len(lengths), tokens=sum(lengths))
     num_prompt_tokens, fewer, most = arguments.lengths
     for rows in arguments.even_rows:
-        for name, chosen in PARAMETERS.items():
-            sampling = {"temperature": 1.0, "top_k": 50, "top_p": 0.7} | chosen
+        for name in arguments.kinds:
+            sampling = {"temperature": 1.0, "top_k": 50, "top_p": 0.7} | PARAMETERS[name]
             if not sampling.pop("do_sample", True):
                 sampling = {"temperature": 0.0}
             prompts = even_prompts(rows, num_prompt_tokens)

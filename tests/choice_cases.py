@@ -1,7 +1,7 @@
 """What the kernels that choose tokens must give: what transformers' processors do. For Triton's interpreter and a GPU.
 
 `unit/backends/test_choice.py` runs these cases on CPU in a process of its own, as the interpreter must be chosen before
-Triton is imported; `gpu/test_choice.py` runs them on a GPU.
+Triton is imported; `gpu/test_choice_on_cuda.py` runs them on a GPU.
 """
 
 from __future__ import annotations

@@ -171,11 +171,11 @@ MUTANTS = [
         "tests/unit/backends/test_refilled_rows.py",
     ),
     Mutant(
-        "a prompt that is copied into a row may have been overwritten",
+        "a row answers without having read the prompt",
         "backends/fast/rows.py",
-        "while free and source not in free and",
-        "while free and",
-        "tests/unit/backends/test_rows.py",
+        "return Admission(row, request, source)",
+        "return Admission(row, request, row)",
+        "tests/unit/backends/test_refilling.py",
     ),
     Mutant(
         "a stop string between two looks of the host is not seen",

@@ -12,7 +12,7 @@ ANY_VERL = {
     "hosts/test_schedule.py",
     "rounds/test_needs.py",
     "rounds/test_plan.py",
-    "backends/test_rows.py",
+    "backends/test_refilling.py",
     "backends/test_sampling.py",
 }
 """Folders and modules of tests that do not depend on which verl and transformers are installed."""

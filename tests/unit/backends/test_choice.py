@@ -45,6 +45,11 @@ def test_kernels_choose_what_transformers_does():
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
 
 
+def names(value: object) -> str:
+    """The same in all processes, unlike the addresses of objects."""
+    return "-".join(type(part).__name__ for part in value) if isinstance(value, list) else "-".join(map(str, value))
+
+
 @pytest.mark.parametrize(
     ("processors", "fields"),
     [
@@ -56,7 +61,7 @@ def test_kernels_choose_what_transformers_does():
             {"has_noise": True, "temperature": 0.5, "top_k": 50, "top_p": 0.7, "min_p": 0.1},
         ),
     ],
-    ids=str,
+    ids=names,
 )
 def test_processors_that_kernels_serve(processors, fields):
     assert for_kernels(LogitsProcessorList(processors)) == fields
@@ -77,13 +82,13 @@ def test_processors_that_kernels_serve(processors, fields):
         [EpsilonLogitsWarper(0.01), NOISE, OBSERVER],
         [InfNanRemoveLogitsProcessor(), OBSERVER],
     ],
-    ids=str,
+    ids=names,
 )
 def test_processors_that_are_left_to_tensor_operations(processors):
     assert for_kernels(LogitsProcessorList(processors)) is None
 
 
-@pytest.mark.parametrize("processors", [[], [TEMPERATURE, NOISE], [TOP_K, TOP_P, NOISE], [TOP_P, NOISE]], ids=str)
+@pytest.mark.parametrize("processors", [[], [TEMPERATURE, NOISE], [TOP_K, TOP_P, NOISE], [TOP_P, NOISE]], ids=names)
 def test_logits_of_any_type_are_taken_as_their_float32_copy(processors):
     choice = Choice(LogitsProcessorList([*processors, OBSERVER]), 1_000)
     logits = torch.randn(2, 1_000, generator=torch.Generator().manual_seed(0)).bfloat16()

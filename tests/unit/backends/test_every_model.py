@@ -22,7 +22,7 @@ from verl_valgen.backends.fast import fused, suitability
 from verl_valgen.backends.fast.backend import FastBackend
 from verl_valgen.backends.fast.cache import RowCache
 from verl_valgen.backends.fast.fused import fuse, is_fused, unfuse
-from verl_valgen.backends.fast.modules import FusedAttention
+from verl_valgen.backends.fast.fused_attention import FusedAttention
 from verl_valgen.backends.fast.suitability import try_model
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.records import Request

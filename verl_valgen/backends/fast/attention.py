@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from verl_valgen.backends.fast.cache import RowCache
 from verl_valgen.backends.fast.kernels import are_available
 from verl_valgen.patching import patched
 
-_NAME = "verl_valgen_decoding"
+_NAME, _NAME_FOR_PROMPTS = "verl_valgen_decoding", "verl_valgen_prompts"
 
 
 def grouped_attention(
@@ -72,6 +74,63 @@ def attention_by_kernel(cache: RowCache) -> Callable[..., tuple[Tensor, None]]:
         return output[:, None], None
 
     return attend
+
+
+def causal_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Computes what transformers' "sdpa" does, for prompts without a mask by FlashAttention where it can be had.
+
+    Torch would choose cuDNN's, which builds a plan for each new shape: some 40 ms on an H200 where the computation
+    takes less than one. Which it chooses is a switch of the whole process, so that it is not asked.
+
+    Args:
+        module: transformers passes the attention module.
+        query: (N, num_heads, S, D).
+        key: (N, num_key_value_heads, S, D).
+        value: Likewise.
+        attention_mask: None, where each token sees those before it.
+        scaling: Factor of the scores; None for 1 / sqrt(D).
+
+    Returns:
+        (N, S, num_heads, D), and None for the weights.
+    """
+    head_dim = query.shape[-1]
+    can_be_flash = (
+        attention_mask is None
+        and query.device.type == "cuda"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and head_dim == value.shape[-1] <= 256
+        and head_dim % 8 == 0
+        and getattr(module, "is_causal", True)
+    )
+    if not can_be_flash:
+        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    return flash(query, key, value, 0.0, True, scale=scaling)[0].transpose(1, 2), None
+
+
+@contextmanager
+def attention_for_prompts(model: PreTrainedModel) -> Iterator[None]:
+    """Makes a model use `causal_attention`, if its own is torch's, for prompts that are padded on the right alone.
+
+    transformers builds no mask for an attention that it does not know.
+    """
+    config: Any = model.config.get_text_config()
+    if config._attn_implementation != "sdpa":
+        yield
+        return
+    AttentionInterface.register(_NAME_FOR_PROMPTS, causal_attention)
+    with patched(config, "_attn_implementation", _NAME_FOR_PROMPTS):
+        yield
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from verl_valgen.backends.base import UnsuitableError
-from verl_valgen.backends.batching import Group, group_requests, most_new_tokens, refilled_groups
+from verl_valgen.backends.batching import ROW_MULTIPLE, Group, group_requests, most_new_tokens, refilled_groups
 from verl_valgen.backends.fast.choice import CAPTURABLE
 from verl_valgen.backends.fast.fused import unfuse
 from verl_valgen.backends.fast.suitability import try_model, why_unsuitable
@@ -363,6 +363,6 @@ def _kind(request: Request) -> str:
 
 
 def _cache_length(requests: Sequence[Request], groups: Sequence[Group]) -> int:
-    """The most tokens of a prompt and its answer, as a multiple of 64: attention then reads a mask without a copy."""
+    """The most tokens of a prompt and its answer, as a multiple: attention then reads a mask without a copy."""
     longest = max(len(requests[group.indices[-1]].input_ids) + group.max_new_tokens for group in groups)
-    return math.ceil(longest / 64) * 64
+    return math.ceil(longest / ROW_MULTIPLE) * ROW_MULTIPLE

@@ -30,8 +30,8 @@ class Place:
     """What `get_seq_length` says in steps. It is a number of the host, so that a graph could hold but one."""
     prompt_rows: Tensor | None = None
     """(N,) int64, the rows that prompts are written to; None: what comes next is a step."""
-    prompt_lengths: Tensor | None = None
-    """(N,) int64."""
+    is_padding: Tensor | None = None
+    """(N, S) bool: which of the tokens that come next are behind a prompt."""
 
 
 class RowCache(Cache):
@@ -51,17 +51,18 @@ class RowCache(Cache):
         self.place = Place(slots, num_rows, cache_length, torch.arange(num_rows, device=slots.device))
         super().__init__(layers=[RowLayer(num_rows, cache_length, self.place) for _ in range(num_layers)])
 
-    def begin_prompts(self, rows: Tensor, lengths: Tensor) -> None:
+    def begin_prompts(self, rows: Tensor, lengths: Tensor, longest: int) -> None:
         """What comes next are N prompts, padded on the right, that become the contents of (N,) rows.
 
         Args:
             lengths: (N,) int64, without the padding.
+            longest: The largest of them.
         """
-        self.place.prompt_rows, self.place.prompt_lengths = rows, lengths
+        self.place.prompt_rows, self.place.is_padding = rows, _is_padding(lengths, longest)
 
     def begin_steps(self, num_rows: int, reach: int) -> None:
         """What comes next is one token for each of the first rows, written at their slots. See `Place`."""
-        self.place.prompt_rows = self.place.prompt_lengths = None
+        self.place.prompt_rows = self.place.is_padding = None
         self.place.num_rows, self.place.reach = num_rows, reach
 
     @property
@@ -75,12 +76,13 @@ class RowCache(Cache):
         Args:
             longest: The largest of the lengths, which are on the device.
         """
+        is_padding = _is_padding(lengths, longest)
         for layer in self.layers:
             assert isinstance(layer, RowLayer)
             if not layer.is_initialized:  # nothing was written yet
                 continue
             for states in (layer.keys, layer.values):
-                write_rows(states, targets, states[:, :, :longest].index_select(0, sources), lengths)
+                write_rows(states, targets, states[:, :, :longest].index_select(0, sources), is_padding)
 
 
 class RowLayer(CacheLayerMixin):
@@ -120,9 +122,9 @@ class RowLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         place = self.place
-        if place.prompt_rows is not None and place.prompt_lengths is not None:
-            write_rows(self.keys, place.prompt_rows, key_states, place.prompt_lengths)
-            write_rows(self.values, place.prompt_rows, value_states, place.prompt_lengths)
+        if place.prompt_rows is not None and place.is_padding is not None:
+            write_rows(self.keys, place.prompt_rows, key_states, place.is_padding)
+            write_rows(self.values, place.prompt_rows, value_states, place.is_padding)
             return key_states, value_states
         num_rows, reach = place.num_rows, place.reach
         rows, slots = place.row_ids[:num_rows], place.slots[:num_rows]
@@ -147,16 +149,19 @@ class RowLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
-def write_rows(cache: Tensor, rows: Tensor, states: Tensor, lengths: Tensor) -> None:
+def _is_padding(lengths: Tensor, longest: int) -> Tensor:
+    return torch.arange(longest, device=lengths.device) >= lengths[:, None]
+
+
+def write_rows(cache: Tensor, rows: Tensor, states: Tensor, is_padding: Tensor) -> None:
     """Makes states the contents of some rows of a cache, and zeros what follows them there.
 
     Args:
         cache: (B, num_key_value_heads, L, head_dim).
         rows: (N,) int64, all different.
-        states: (N, num_key_value_heads, S, head_dim); behind its length a row's are padding.
-        lengths: (N,) int64.
+        states: (N, num_key_value_heads, S, head_dim).
+        is_padding: (N, S) bool.
     """
     size = states.shape[2]
-    is_padding = torch.arange(size, device=cache.device) >= lengths[:, None]  # (N, S)
     cache[:, :, :size].index_copy_(0, rows, states.masked_fill(is_padding[:, None, :, None], 0))
     cache[:, :, size:].index_fill_(0, rows, 0)  # a mask hides what another left there, but not NaN

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from verl_valgen.backends.fast.modules import FusedAttention, FusedMLP, FusedNorm
+from verl_valgen.backends.fast.fused_attention import FusedAttention
+from verl_valgen.backends.fast.modules import FusedMLP, FusedNorm
 
 _TENSOR_NAMES = {"shape", "view", "reshape", "transpose", "contiguous", "torch"}
 _ATTENTION_NAMES = _TENSOR_NAMES | {

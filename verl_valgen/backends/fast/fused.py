@@ -1,8 +1,8 @@
 """Puts fused modules in the place of a model's own where they are proven to give the same, and takes them out again.
 
 Every module that is replaced is proven on what the model itself passes to it: prompts with padding behind one, then
-single tokens with a mask and a cache. For our own copies only. modules.py has the fused modules, counterparts.py
-says which could be replaced.
+single tokens with a mask and a cache. For our own copies only. modules.py and fused_attention.py have what replaces
+them, counterparts.py says which could be replaced.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from verl_valgen.backends.base import UnsuitableError
+from verl_valgen.backends.batching import MOST_PROMPT_TOKENS
 from verl_valgen.backends.fast.attention import attention_for_decoding
 from verl_valgen.backends.fast.cuda_graph import CudaGraph
 from verl_valgen.backends.fast.rows import Admission, Rows, Waiting, in_chunks, sizes
@@ -31,8 +32,6 @@ CHECK_EVERY = 8
 """Number of tokens from one look of the host to the next. Each waits for the device."""
 CHECK_EVERY_ON_CPU = 4
 """The same where there is no device to wait for."""
-MOST_PROMPT_TOKENS = 4096
-"""The most tokens, padding included, of prompts that are read at once."""
 FEWEST_ROWS = 16
 """A step of fewer rows takes no less time, so that no graph is captured for them."""
 REFILL_SHARE = 16

@@ -74,13 +74,14 @@ class Rows:
         """
         free = self.free(num_rows)
         given: list[Admission] = []
-        # A free row that holds a prompt that waits is given to it: so no row is overwritten that others copy.
+        # A free row that holds a prompt that waits is given to it. So none that is left holds one, and no row is
+        # overwritten that others copy.
         for row in list(free):
             if (request := waiting.take(self.prompts[row])) is not None:
                 free.remove(row)
                 given.append(self._give(row, request, self.prompts[row], row))
         for source, prompt in enumerate(self.prompts):
-            while free and source not in free and (request := waiting.take(prompt)) is not None:
+            while free and (request := waiting.take(prompt)) is not None:
                 given.append(self._give(free.pop(0), request, prompt, source))
         while free and (first := waiting.take_next()) is not None:
             request, prompt = first

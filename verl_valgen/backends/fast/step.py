@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from verl_valgen.backends.batching import as_id_set
+from verl_valgen.backends.fast.attention import attention_for_prompts
 from verl_valgen.backends.fast.cache import RowCache
 from verl_valgen.backends.fast.choice import CAPTURABLE, Choice
 
@@ -96,15 +97,17 @@ class Decoder:
         # The padding repeats a token of the prompt, as any other could have an embedding with NaN.
         input_ids = self._on_device([[*prefix, *[prefix[0]] * (length - len(prefix))] for prefix in prefixes])
         position_ids = torch.arange(length, device=self.device).expand(len(rows), -1)
-        self.cache.begin_prompts(self._on_device(rows), self._on_device([len(prefix) for prefix in prefixes]))
-        self.model(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            position_ids=position_ids,
-            past_key_values=self.cache,
-            use_cache=True,
-            **self.of_prompts,
-        )
+        lengths = self._on_device([len(prefix) for prefix in prefixes])
+        self.cache.begin_prompts(self._on_device(rows), lengths, length)
+        with attention_for_prompts(self.model):
+            self.model(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                position_ids=position_ids,
+                past_key_values=self.cache,
+                use_cache=True,
+                **self.of_prompts,
+            )
         return length
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], lengths: Sequence[int]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -95,7 +93,6 @@ def _num_splits(num_rows: int, num_blocks: int, num_multiprocessors: int) -> int
     return max(1, min(2 * num_multiprocessors // num_rows, num_blocks // 2, 32))
 
 
-@functools.cache
 def _multiprocessors(device: torch.device) -> tuple[int, int]:
     """Returns the number of a device's multiprocessors, and the bytes of memory that a program on one may share."""
     if device.type != "cuda":

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from gpu.test_cuda_graphs import (
     CUDA,
     GREEDY,
@@ -23,6 +24,7 @@ from gpu.test_cuda_graphs import (
 )
 
 from verl_valgen.backends.base import Limits
+from verl_valgen.backends.fast.attention import causal_attention
 from verl_valgen.backends.fast.backend import FastBackend
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.records import Request
@@ -101,3 +103,19 @@ def test_rows_take_no_more_than_the_plan_expects(in_bfloat16: Any, tokenizer):
         took = torch.cuda.max_memory_allocated() - before
         print(f"{rows} rows: {took / 2**20:.0f} MiB of {(rows * row + prompts) / 2**20:.0f}")
         assert rows * row / 2 < took <= rows * row + prompts
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype"), [(28, 128, torch.bfloat16), (4, 64, torch.float16), (8, 96, torch.float32)]
+)
+def test_prompts_attend_as_by_torch(heads, head_dim, dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, number, 77, head_dim, device=CUDA, dtype=dtype) for number in (heads, 4, 4))
+    expected = F.scaled_dot_product_attention(
+        query.double(), *(states.double().repeat_interleave(heads // 4, 1) for states in (key, value)), is_causal=True
+    )
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // 4
+    output, _ = causal_attention(module, query, key, value, None, scaling=head_dim**-0.5)
+    assert output.shape == (3, 77, heads, head_dim)
+    assert (output.transpose(1, 2) - expected).norm() <= 4e-3 * expected.norm()

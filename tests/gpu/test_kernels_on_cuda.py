@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+from random import Random
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_kernels_are_available():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_attention_of_random_shapes(seed):
-    draw = random.Random(seed)
+    draw = Random(seed)
     dtype = draw.choice([torch.bfloat16, torch.float16])
     cache_length, num_kv_heads = draw.randint(1, 3000), draw.choice([1, 2, 4, 8])
     slots = [draw.randrange(cache_length) for _ in range(draw.choice([1, 3, 17, 64]))]
