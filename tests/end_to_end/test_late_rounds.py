@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from end_to_end.test_training_goes_on import ANSWERS_WAIT_FOR_TRAINING
 from end_to_end.test_tour_samples import held_by_trackers
+from end_to_end.test_training_goes_on import ANSWERS_WAIT_FOR_TRAINING
 from end_to_end.tour import TRACKERS
 from end_to_end.trainer import GENERATION_CONFIG, Run
 from same_training import SEED_AND_REPORT
