@@ -111,16 +111,17 @@ def _rotates(module: Any) -> bool:
 
 
 @functools.cache
-def _conditions_of_rotation(cls: type) -> tuple[str | None, ...]:
+def _conditions_of_rotation(cls: Any) -> tuple[str | None, ...]:
     """The flags on which a class's `forward` rotates, None for a condition that is none; () where it always does."""
     try:
-        source = inspect.getsource(inspect.unwrap(cls.forward))  # type: ignore[attr-defined]
+        source = inspect.getsource(inspect.unwrap(cls.forward))
     except OSError:  # a class that was made in an interpreter
         return (None,)
     tree = ast.parse(textwrap.dedent(source))
     found: list[str | None] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and any("apply_rotary" in ast.unparse(inner) for inner in node.body):
-            flag = isinstance(node.test, ast.Attribute) and ast.unparse(node.test.value) == "self"
-            found.append(node.test.attr if flag else None)
+            test = node.test
+            is_flag = isinstance(test, ast.Attribute) and ast.unparse(test.value) == "self"
+            found.append(ast.unparse(test).removeprefix("self.") if is_flag else None)
     return tuple(found)
