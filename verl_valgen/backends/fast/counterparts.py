@@ -5,7 +5,10 @@ This module knows transformers' models; that the counterpart gives the same is p
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
+import textwrap
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
@@ -90,6 +93,35 @@ def _is_attention(module: Any) -> bool:
         and all(type(children[name]) is nn.Linear for name in projections)
         and len({children[name].bias is None for name in ("q_proj", "k_proj", "v_proj")}) == 1
         and not module._parameters
+        and _rotates(module)
         and all(hasattr(module, name) for name in ("config", "head_dim", "scaling", "layer_idx"))
         and module.config._attn_implementation == "sdpa"
     )
+
+
+def _rotates(module: Any) -> bool:
+    """Whether an attention rotates queries and keys: some models leave that out in some layers.
+
+    Without it there is no counterpart, and in 16 bits the proof may not see the difference. A condition other than a
+    flag of the module's counts as left out.
+    """
+    return all(
+        flag is not None and bool(getattr(module, flag, False)) for flag in _conditions_of_rotation(type(module))
+    )
+
+
+@functools.cache
+def _conditions_of_rotation(cls: Any) -> tuple[str | None, ...]:
+    """The flags on which a class's `forward` rotates, None for a condition that is none; () where it always does."""
+    try:
+        source = inspect.getsource(inspect.unwrap(cls.forward))
+    except OSError:  # a class that was made in an interpreter
+        return (None,)
+    tree = ast.parse(textwrap.dedent(source))
+    found: list[str | None] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and any("apply_rotary" in ast.unparse(inner) for inner in node.body):
+            test = node.test
+            is_flag = isinstance(test, ast.Attribute) and ast.unparse(test.value) == "self"
+            found.append(ast.unparse(test).removeprefix("self.") if is_flag else None)
+    return tuple(found)
