@@ -105,9 +105,8 @@ def _rotates(module: Any) -> bool:
     Without it there is no counterpart, and in 16 bits the proof may not see the difference. A condition other than a
     flag of the module's counts as left out.
     """
-    return all(
-        flag is not None and bool(getattr(module, flag, False)) for flag in _conditions_of_rotation(type(module))
-    )
+    cls: Any = type(module)
+    return all(flag is not None and bool(getattr(module, flag, False)) for flag in _conditions_of_rotation(cls))
 
 
 @functools.cache
