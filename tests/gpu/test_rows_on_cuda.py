@@ -48,15 +48,15 @@ def many(number: int, longest: int = 100) -> list[Request]:
 
 
 @pytest.mark.parametrize("name", ["greedy", "sampling", "nucleus", "min-p", "typical", "stop"])
-@pytest.mark.parametrize("rows", [7, 33])
-def test_they_say_what_hugging_face_says(plain, fused, tokenizer, name, rows):
+def test_they_say_what_hugging_face_says(plain, fused, tokenizer, name):
     """In float32, where the kernels differ too little for near-ties."""
     params, asked = PARAMETERS[name] | UNEVEN, many(40)
     expected = answer(HFBackend, plain, tokenizer, params, asked, batch_size=64)
-    answers = answer(FastBackend, fused, tokenizer, params, asked, batch_size=rows)
-    assert [one.output_ids for one in answers] == [one.output_ids for one in expected]
-    assert [one.finish_reason for one in answers] == [one.finish_reason for one in expected]
-    assert len({len(one.output_ids) for one in answers}) > 3 or name == "greedy"
+    for rows in (7, 33):
+        answers = answer(FastBackend, fused, tokenizer, params, asked, batch_size=rows)
+        assert [one.output_ids for one in answers] == [one.output_ids for one in expected]
+        assert [one.finish_reason for one in answers] == [one.finish_reason for one in expected]
+    assert len({len(one.output_ids) for one in expected}) > 3 or name == "greedy"
 
 
 def test_neither_order_nor_number_of_rows_matters(fused, tokenizer):
@@ -92,11 +92,11 @@ def test_nothing_is_left_behind_when_rows_were_refilled_and_moved(fused, tokeniz
 
 
 def test_rows_take_no_more_than_the_plan_expects(in_bfloat16: Any, tokenizer):
-    params, asked = SAMPLING | {"max_new_tokens": 400}, many(300, longest=1000)
+    params, asked = SAMPLING | {"max_new_tokens": 60}, many(90, longest=1000)
     answer(FastBackend, in_bfloat16, tokenizer, params, asked[:9], batch_size=9)  # its modules are fused
     asked = [Request(one.input_ids, one.key, params) for one in asked]
     row, prompts = rows_need(asked, in_bfloat16.config, torch.bfloat16)
-    for rows in (16, 200):
+    for rows in (16, 100):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         answer(FastBackend, in_bfloat16, tokenizer, params, asked, batch_size=rows)
