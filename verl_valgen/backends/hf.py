@@ -31,6 +31,7 @@ from verl_valgen.backends.base import Backend, UnsuitableError
 from verl_valgen.backends.batching import Group, as_id_set, even_length, group_requests
 from verl_valgen.backends.beams import BeamObserver
 from verl_valgen.backends.judging import logprobs
+from verl_valgen.backends.memory import as_list
 from verl_valgen.backends.observers import NanObserver, StopStringObserver
 from verl_valgen.backends.padding import Sharing, left_pad, next_batch
 from verl_valgen.backends.sampling import GumbelNoise, logits_warpers
@@ -159,13 +160,14 @@ class HFBackend(Backend):
             now = time.time()
             criteria.append(MaxTimeCriteria(self.limits.deadline - now, initial_timestamp=now))
 
-        output_ids = self.call_generate(
+        sequences = self.call_generate(
             input_ids,
             attention_mask=attention_mask,
             generation_config=config,
             logits_processor=processors,
             stopping_criteria=criteria,
-        )[:, input_ids.shape[1] :].tolist()  # (B, T)
+        )
+        output_ids = as_list(sequences[:, input_ids.shape[1] :])  # (B, T)
         eos_ids = as_id_set(config.eos_token_id)
         stop_lengths = stops.lengths(input_ids.shape[1]) if stops else [None] * len(requests)
         nan_lengths = nans.lengths(input_ids.shape[1])

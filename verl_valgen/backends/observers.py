@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria, StopStringCriteria
 
+from verl_valgen.backends.memory import as_list
+
 
 class FirstOccurrence:
     """Remembers how long each sequence was when something first occurred in it."""
@@ -35,7 +37,7 @@ class FirstOccurrence:
             prompt_length: Length of the padded prompts.
         """
         assert self.first_lengths is not None, "generate() calls its processors and criteria at least once"
-        return [length - prompt_length if length else None for length in self.first_lengths.tolist()]
+        return [length - prompt_length if length else None for length in as_list(self.first_lengths)]
 
 
 class StopStringObserver(FirstOccurrence, StoppingCriteria):

@@ -353,6 +353,18 @@ def test_the_longest_of_a_batch_does_not_choose_the_table_of_all(config_name, ca
     assert "Hugging Face's loop: an answer crosses a length beyond which the rotary tables are others" in caplog.text
 
 
+def test_rows_of_one_table_leave_nothing_to_those_of_another():
+    """A row that held more tokens than the next ones may; and a prompt that is one token beyond the length, so that it
+    lies below without its last."""
+    model = build("LlamaConfig", **with_longrope(24))
+    asked = requests(40, 26, 25, 4, 9, 17)
+    expected = [what_it_says(model, one) for one in asked]
+    with torch.no_grad():
+        for batch in (asked, asked[::-1]):
+            answers = FastBackend(copy.deepcopy(model), None, 0, Limits(batch_size=2)).generate(batch)
+            assert [one.output_ids for one in answers] == (expected if batch is asked else expected[::-1])
+
+
 def test_tables_of_each_layer_type_count():
     config = build("LlamaConfig", **SMALL).config
     rope = {"rope_type": "longrope", "original_max_position_embeddings": 24} | LONGROPE

@@ -70,8 +70,9 @@ def _begin(decoder: Decoder, by_row: dict[int, list[int]]) -> None:
         decoder.prefill(list(read), list(read.values()))
     if empty := [row for row in prompts if row not in read]:
         decoder.copy(empty, empty, [0] * len(empty))
+    # They end with the last token whose logits are wanted: one further on could need another rotary table.
     states = [
-        NOTHING._replace(tokens=prompt[-1], slots=len(prompt) - 1, limits=decoder.max_new_tokens + 1, has_ended=0)
+        NOTHING._replace(tokens=prompt[-1], slots=len(prompt) - 1, limits=NUM_STEPS + 1, has_ended=0)
         for prompt in prompts.values()
     ]
     decoder.begin(list(prompts), states, None)

@@ -1,7 +1,8 @@
 """The loop behind `generate(..., custom_generate=...)`: rows that are refilled, and steps captured as CUDA graphs.
 
 Without CUDA the same steps run operation by operation. This module knows transformers' `generate`, and of requests what
-a row needs; step.py has the step, rows.py the rows, together.py batches that are not refilled.
+a row needs; step.py has the step, rows.py the rows, together.py batches that are not refilled. (Over 200 lines, as a
+run from admission to answers is read together.)
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Forward pass, logits processing, sampling, end-of-sequence bookkeeping and the cache's update are tensor operations on
 tensors that stay where they are, so that one CUDA graph can hold them. This module knows transformers' models and
-processors; loop.py has the loop, rows.py which request a row answers.
+processors; loop.py has the loop, rows.py which request a row answers. (Over 200 lines, with what fills
+the same tensors between steps.)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from verl_valgen.backends.batching import as_id_set
 from verl_valgen.backends.fast.attention import attention_for_prompts
 from verl_valgen.backends.fast.cache import RowCache
 from verl_valgen.backends.fast.choice import CAPTURABLE, Choice
+from verl_valgen.backends.memory import as_list
 
 
 class State(NamedTuple):
@@ -188,11 +190,11 @@ class Decoder:
 
     def look(self, num_rows: int) -> list[State]:
         """Returns what is known of each of the first rows. Waits for the device."""
-        return [State(*row) for row in zip(*self.state[:, :num_rows].tolist(), strict=True)]
+        return [State(*row) for row in zip(*as_list(self.state[:, :num_rows]), strict=True)]
 
     def answers(self, rows: Sequence[int], length: int) -> list[list[int]]:
         """Returns the first tokens of these rows' answers, so many of each. Waits for the device."""
-        return self.output_ids[:, :length].index_select(0, self._on_device(rows)).tolist()
+        return as_list(self.output_ids[:, :length].index_select(0, self._on_device(rows)))
 
     def compile(self, step: Callable[[], Tensor | None], method: Method) -> Callable[[], Tensor | None]:
         """Compiles a step with inductor: all of it, or the model alone where the choice sorts a whole vocabulary.

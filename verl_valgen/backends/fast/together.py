@@ -18,6 +18,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from verl_valgen.backends.fast.attention import attention_for_decoding
 from verl_valgen.backends.fast.loop import CHECK_EVERY, DecodingLoop
 from verl_valgen.backends.fast.step import NOTHING, Method
+from verl_valgen.backends.memory import as_list
 
 
 class Batch:
@@ -81,8 +82,8 @@ class Batch:
     def _begin(self, input_ids: Tensor, attention_mask: Tensor, limit: int) -> None:
         """Fills the first rows with the prompts, without their padding."""
         decoder = self.loop.decoder
-        lengths = attention_mask.sum(-1).tolist()
-        prompts = [ids[len(ids) - length :] for ids, length in zip(input_ids.tolist(), lengths, strict=True)]
+        lengths = as_list(attention_mask.sum(-1))
+        prompts = [ids[len(ids) - length :] for ids, length in zip(as_list(input_ids), lengths, strict=True)]
         rows = range(len(prompts))
         self.loop.rows.forget(rows)
         prefilled = [row for row in rows if len(prompts[row]) > 1]
