@@ -266,7 +266,6 @@ class FastBackend(HFBackend):
             draws=params["do_sample"],
             stops=StopStringCriteria(self.tokenizer, stops) if stops else None,
             deadline=self.limits.deadline,
-            is_beside_training=self.is_ready,
             on_answers=lambda answers: take([(indices[place], answer) for place, answer in answers]),
         )
 

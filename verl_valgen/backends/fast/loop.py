@@ -33,8 +33,6 @@ CHECK_EVERY = 8
 """Number of tokens from one look of the host to the next. Each waits for the device."""
 CHECK_EVERY_ON_CPU = 4
 """The same where there is no device to wait for."""
-CHECK_EVERY_BESIDE_TRAINING = 2
-"""The same while training goes on: its kernels may have to wait behind all steps that are queued."""
 FEWEST_ROWS = 16
 """A step of fewer rows takes no less time, so that no graph is captured for them."""
 REFILL_SHARE = 16
@@ -133,8 +131,6 @@ class Asked:
     stops: StopStringCriteria | None
     deadline: float
     """`time.time()` when answers that are unfinished end."""
-    is_beside_training: bool
-    """Whether training goes on meanwhile."""
     on_answers: Callable[[list[tuple[int, Completion]]], None]
     """Called with the indices of requests and their answers, as they come to an end."""
 
@@ -265,8 +261,7 @@ class Run:
         live = self.rows.live()
         states = [self.states[row] for row in live]
         longest = max(state.limits - state.num_new_tokens for state in states)
-        check_every = CHECK_EVERY if self.loop.is_on_cuda else CHECK_EVERY_ON_CPU
-        num_steps = min(CHECK_EVERY_BESIDE_TRAINING if self.asked.is_beside_training else check_every, longest)
+        num_steps = min(CHECK_EVERY if self.loop.is_on_cuda else CHECK_EVERY_ON_CPU, longest)
         reach = max(state.slots for state in states) + 1
         with attention_for_decoding(self.decoder.model, self.decoder.cache):
             for number in range(num_steps):
