@@ -105,15 +105,15 @@ def _rotates(module: Any) -> bool:
     Without it there is no counterpart, and in 16 bits the proof may not see the difference. A condition other than a
     flag of the module's counts as left out.
     """
-    cls: Any = type(module)
-    return all(flag is not None and bool(getattr(module, flag, False)) for flag in _conditions_of_rotation(cls))
+    flags = _conditions_of_rotation(type(module).forward)
+    return all(flag is not None and bool(getattr(module, flag, False)) for flag in flags)
 
 
 @functools.cache
-def _conditions_of_rotation(cls: Any) -> tuple[str | None, ...]:
-    """The flags on which a class's `forward` rotates, None for a condition that is none; () where it always does."""
+def _conditions_of_rotation(forward: Callable[..., Any]) -> tuple[str | None, ...]:
+    """The flags on which a `forward` rotates, None for a condition that is none; () where it always does."""
     try:
-        source = inspect.getsource(inspect.unwrap(cls.forward))
+        source = inspect.getsource(inspect.unwrap(forward))
     except OSError:  # a class that was made in an interpreter
         return (None,)
     tree = ast.parse(textwrap.dedent(source))
