@@ -18,8 +18,8 @@ from verl_valgen.backends.fast.fused import fuse, is_fused
     ("name", "is_rotated"),
     [
         ("smollm3", [True, True, True, False]),  # by a flag of the layer
-        ("cohere2", [False] * 4),  # by whether it has a window: no flag, so that none is known to rotate
-        ("exaone4", [False] * 4),
+        ("cohere2", [True, True, True, False]),  # by whether it has a window
+        ("exaone4", [True, True, True, False]),  # by a condition of two parts
         ("qwen3", [True] * 4),
     ],
 )

@@ -102,25 +102,25 @@ def _is_attention(module: Any) -> bool:
 def _rotates(module: Any) -> bool:
     """Whether an attention rotates queries and keys: some models leave that out in some layers.
 
-    Without it there is no counterpart, and in 16 bits the proof may not see the difference. A condition other than a
-    flag of the module's counts as left out.
+    Without it there is no counterpart, and in 16 bits the proof may not see the difference. Where the condition cannot
+    be told from the module alone, it counts as left out.
     """
-    flags = _conditions_of_rotation(type(module).forward)
-    return all(flag is not None and bool(getattr(module, flag, False)) for flag in flags)
+    conditions = _conditions_of_rotation(type(module).forward)
+    try:
+        return conditions is not None and all(eval(condition, {}, {"self": module}) for condition in conditions)
+    except (AttributeError, NameError, TypeError):  # it asks for more than the module
+        return False
 
 
 @functools.cache
-def _conditions_of_rotation(forward: Callable[..., Any]) -> tuple[str | None, ...]:
-    """The flags on which a `forward` rotates, None for a condition that is none; () where it always does."""
+def _conditions_of_rotation(forward: Callable[..., Any]) -> tuple[CodeType, ...] | None:
+    """The expressions on which a `forward` rotates, () where it always does; None where its source is not there."""
     try:
         source = inspect.getsource(inspect.unwrap(forward))
     except OSError:  # a class that was made in an interpreter
-        return (None,)
-    tree = ast.parse(textwrap.dedent(source))
-    found: list[str | None] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and any("apply_rotary" in ast.unparse(inner) for inner in node.body):
-            test = node.test
-            is_flag = isinstance(test, ast.Attribute) and ast.unparse(test.value) == "self"
-            found.append(ast.unparse(test).removeprefix("self.") if is_flag else None)
-    return tuple(found)
+        return None
+    return tuple(
+        compile(ast.Expression(node.test), "condition of a rotation", "eval")
+        for node in ast.walk(ast.parse(textwrap.dedent(source)))
+        if isinstance(node, ast.If) and any("apply_rotary" in ast.unparse(inner) for inner in node.body)
+    )
