@@ -120,6 +120,8 @@ def plant() -> None:
 
     from verl_valgen import collectives as exchange
     from verl_valgen.backends import hf, lockstep, sampling
+    from verl_valgen.backends.fast import backend as fast
+    from verl_valgen.backends.fast.choice import Choice
     from verl_valgen.rounds import generation as answering
     from verl_valgen.rounds import proven
     from verl_valgen.rounds.rounds import ValidationRounds
@@ -174,6 +176,10 @@ def plant() -> None:
         faults.strike_in_pass("choose", *_RAISING)
         return noise(self, input_ids, scores)
 
+    def choose_in_step(self: Any, *args: Any, original: Any = Choice.__call__) -> Any:
+        faults.strike_in_pass("choose", *_RAISING)
+        return original(self, *args)
+
     class Json:
         """json, where a rank's answers fail."""
 
@@ -227,9 +233,11 @@ def plant() -> None:
         (proven, "first_link", unstruck(proven.first_link)),
         (proven, "second_link", unstruck(proven.second_link)),
         (hf, "how_to_share", unstruck(hf.how_to_share)),
+        (fast, "try_model", unstruck(fast.try_model)),
         (lockstep, "how_to_share", unstruck(lockstep.how_to_share)),
         (LlamaForCausalLM, "forward", forward),
         (sampling.GumbelNoise, "__call__", choose),
+        (Choice, "__call__", choose_in_step),
         (exchange, "json", Json),
         (Scoring, "__init__", note_scoring),
         (Scoring, "score", score),
