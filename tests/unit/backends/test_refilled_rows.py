@@ -17,6 +17,7 @@ from verl_valgen.backends.fast.cache import RowCache
 from verl_valgen.backends.fast.loop import CHECK_EVERY_ON_CPU, DecodingLoop
 from verl_valgen.backends.fast.step import Decoder
 from verl_valgen.backends.hf import HFBackend
+from verl_valgen.records import Request
 
 __all__ = ["model", "tokenizer"]
 
@@ -191,6 +192,19 @@ def test_what_cannot_be_captured_is_answered_by_hugging_faces_loop(model, tokeni
     assert answers == expected
     assert "Hugging Face's loop: a step cannot be captured: planted" in caplog.text
     assert max(one.num_before for one in answers[::2]) == 0 < max(one.num_before for one in answers[1::2])
+
+
+def test_a_prompt_that_could_not_be_read_is_not_taken_for_one_that_a_row_holds(model, tokenizer):
+    """One of its tokens does not exist, so that a run ends when it is read together with others."""
+    asked = [replace(one, params=params) for params in (SAMPLING, GREEDY) for one in requests(30, 50, 60, 70)]
+    expected = answer(HFBackend, model, tokenizer, asked, batch_size=1)
+    bad = Request([500, *range(5, 85)], (9, 0), SAMPLING)
+    backend = FastBackend(model, tokenizer, 0, Limits(batch_size=8))
+    with torch.no_grad():
+        backend.make_ready([*asked, bad])
+        *others, last = backend.generate([*asked, bad])
+    assert last.finish_reason == "error"
+    assert others[4:] == expected[4:]
 
 
 # What a trial must find, as forward passes that are other ones in our loop alone

@@ -186,6 +186,9 @@ class Run:
             self.stops = StopStrings(asked.stops, self.loop.num_rows, device)
         try:
             self._answer(num_rows)
+        except BaseException:
+            self.rows.forget(range(len(self.rows)))  # rows are noted to hold prompts before they do
+            raise
         finally:
             if live := self.rows.live():
                 self.rows.release(live)
