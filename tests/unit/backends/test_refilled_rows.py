@@ -11,7 +11,10 @@ import pytest
 import torch
 from row_cases import GREEDY, MIXED, PARAMETERS, SAMPLING, answer, model, requests, tokenizer
 
+from verl_valgen.backends import hf
 from verl_valgen.backends.base import Limits, UnsuitableError
+from verl_valgen.backends.fast import backend as fast_backend
+from verl_valgen.backends.fast import loop
 from verl_valgen.backends.fast.backend import FastBackend
 from verl_valgen.backends.fast.cache import RowCache
 from verl_valgen.backends.fast.loop import CHECK_EVERY_ON_CPU, DecodingLoop
@@ -205,6 +208,52 @@ def test_a_prompt_that_could_not_be_read_is_not_taken_for_one_that_a_row_holds(m
         *others, last = backend.generate([*asked, bad])
     assert last.finish_reason == "error"
     assert others[4:] == expected[4:]
+
+
+def test_no_answer_lacks_its_logprob_when_hugging_faces_loop_goes_on(model, tokenizer, monkeypatch):
+    """Nor when there was no memory for it beside the rows."""
+    step, mean_logprob, steps, calls = Decoder.step, FastBackend.mean_logprob, [], []
+
+    def ending(self: Decoder, *args: Any) -> Any:
+        steps.append(args)
+        if len(steps) == 30:
+            raise UnsuitableError("planted")
+        return step(self, *args)
+
+    def limited(self: Any, *args: Any) -> float:
+        calls.append(len(steps))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("planted")
+        return mean_logprob(self, *args)
+
+    asked = [replace(one, params=SAMPLING, wants_logprob=True) for one in requests(*MIXED)]
+    expected = answer(HFBackend, model, tokenizer, asked, batch_size=1)
+    answer(FastBackend, model, tokenizer, asked[:1])  # what is tried is tried
+    monkeypatch.setattr(Decoder, "step", ending)
+    monkeypatch.setattr(FastBackend, "mean_logprob", limited)
+    answers = answer(FastBackend, model, tokenizer, asked)
+    assert calls[0] < 30 == len(steps)
+    assert [one.output_ids for one in answers] == [one.output_ids for one in expected]
+    assert [one.mean_logprob for one in answers] == pytest.approx([one.mean_logprob for one in expected], rel=1e-4)
+
+
+def test_a_deadline_bounds_the_logprobs_too(model, tokenizer, monkeypatch):
+    now = [0.0]
+
+    class Clock:
+        time = staticmethod(lambda: now[0])
+        perf_counter = staticmethod(lambda: 0.0)
+
+    def slow(self: Any, *args: Any) -> float:
+        now[0] += 1.0
+        return -1.0
+
+    for module in (loop, hf, fast_backend):
+        monkeypatch.setattr(module, "time", Clock)
+    monkeypatch.setattr(FastBackend, "mean_logprob", slow)
+    asked = [replace(one, params=GREEDY | {"max_new_tokens": 3}, wants_logprob=True) for one in requests(*[9] * 40)]
+    answers = answer(FastBackend, model, tokenizer, asked, batch_size=8, deadline=9.5)
+    assert sum(bool(one.output_ids) for one in answers) == now[0] == 16
 
 
 # What a trial must find, as forward passes that are other ones in our loop alone

@@ -203,12 +203,18 @@ class FastBackend(HFBackend):
         """
         from verl_valgen.backends.fast.loop import Run
 
+        lacking: list[int] = []  # answers whose log-probability was not to be had beside the rows
+
         def take(answers: list[tuple[int, Completion]]) -> None:
             for i, answer in answers:
-                completions[i] = answer
+                with_logprob = self._with_logprob(requests[i], answer) if requests[i].wants_logprob else answer
+                if with_logprob is None:
+                    lacking.append(i)
+                completions[i] = with_logprob or answer
                 answered.add(i)
             self.on_answers(len(answers))
 
+        failure = None
         while (todo := [i for i in indices if i not in answered]) and time.time() <= self.limits.deadline:
             asked = self._asked(requests, todo, take)
             try:
@@ -218,10 +224,21 @@ class FastBackend(HFBackend):
                 if not self._halve(min(self.batch_size, len(todo)), e):
                     raise
             except Exception as e:  # a class that we do not know may do anything with our cache
-                return self._give_up(e)
-        if requests[indices[0]].wants_logprob:
-            self._add_logprobs(requests, [i for i in indices if i in answered], completions)
-        return None
+                failure = self._give_up(e)
+                break
+        if lacking and not self.is_ready:
+            self.release()
+        for i in lacking:
+            (completions[i],) = self.with_logprobs([requests[i]], [completions[i]])
+        return failure
+
+    def _with_logprob(self, request: Request, answer: Completion) -> Completion | None:
+        """Adds the log-probability, as answers come so that time limits hold; None where there is no memory for it."""
+        try:
+            return self.with_logprobs([request], [answer])[0]
+        except torch.OutOfMemoryError as e:
+            traceback.clear_frames(e.__traceback__)
+            return None
 
     def _give_up(self, error: Exception) -> str | None:
         """Our loop has failed: Hugging Face's goes on. Returns why, where nobody knew that it could."""
@@ -241,17 +258,6 @@ class FastBackend(HFBackend):
         traceback.clear_frames(error.__traceback__)  # they hold what was allocated
         self.release()
         return True
-
-    def _add_logprobs(self, requests: Sequence[Request], indices: list[int], completions: list[Completion]) -> None:
-        for i in indices:
-            try:
-                (completions[i],) = self.with_logprobs([requests[i]], [completions[i]])
-            except torch.OutOfMemoryError as e:
-                traceback.clear_frames(e.__traceback__)
-                if self.loop is None or self.is_ready:
-                    raise
-                self.release()
-                (completions[i],) = self.with_logprobs([requests[i]], [completions[i]])
 
     def _asked(self, requests: Sequence[Request], indices: list[int], take: Any) -> Asked:
         from verl_valgen.backends.fast.loop import Asked
