@@ -18,7 +18,7 @@ from verl_valgen.backends.fast import loop
 from verl_valgen.backends.fast.backend import FastBackend
 from verl_valgen.backends.fast.cache import RowCache
 from verl_valgen.backends.fast.loop import CHECK_EVERY_ON_CPU, DecodingLoop
-from verl_valgen.backends.fast.step import Decoder
+from verl_valgen.backends.fast.step import NOTHING, Decoder, Method
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.records import Request
 
@@ -254,6 +254,19 @@ def test_a_deadline_bounds_the_logprobs_too(model, tokenizer, monkeypatch):
     asked = [replace(one, params=GREEDY | {"max_new_tokens": 3}, wants_logprob=True) for one in requests(*[9] * 40)]
     answers = answer(FastBackend, model, tokenizer, asked, batch_size=8, deadline=9.5)
     assert sum(bool(one.output_ids) for one in answers) == now[0] == 16
+
+
+def test_a_row_from_which_an_answer_has_moved_writes_behind_what_it_holds(model):
+    """It goes on in vain, and its prompt may be asked for again."""
+    prompts = [list(range(5, 25)), list(range(30, 36))]
+    decoder, method = Decoder(model, 2, 64, 8), Method(None, (), 0)
+    with torch.no_grad():
+        decoder.prefill([0, 1], prompts)
+        decoder.begin([1], [NOTHING._replace(tokens=3, slots=6, limits=8, has_ended=0)], None)
+        held = decoder.cache.layers[0].keys[0, :, :20].clone()
+        decoder.move([1], [0], [6], [20])
+        decoder.step(method, 2, 64)
+    assert torch.equal(decoder.cache.layers[0].keys[1, :, :20], held)
 
 
 # What a trial must find, as forward passes that are other ones in our loop alone

@@ -146,6 +146,8 @@ class Decoder:
         for tensor, dim in ((self.state, 1), (self.output_ids, 0), (self.noise_keys, 0)):
             tensor.index_copy_(dim, target, tensor.index_select(dim, source))
         self.end(sources)
+        # Rows that have ended go on writing: behind what they hold.
+        self.fields.slots.index_copy_(0, source, self._on_device(others))
 
     def step(self, method: Method, num_rows: int, reach: int) -> Tensor | None:
         """Runs the model on the next inputs of the first rows, and accepts what is chosen.
