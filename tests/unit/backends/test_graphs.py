@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
 from row_cases import GREEDY, MIXED, SAMPLING, answer, model, requests, tokenizer
+from transformers import LogitsProcessorList
 
 from verl_valgen.backends.base import Limits, UnsuitableError
+from verl_valgen.backends.fast import backend as fast_backend
 from verl_valgen.backends.fast import cuda_graph, loop
 from verl_valgen.backends.fast.backend import FastBackend
+from verl_valgen.backends.fast.choice import Choice
 from verl_valgen.backends.fast.cuda_graph import CudaGraph
+from verl_valgen.backends.fast.step import Method
 from verl_valgen.backends.hf import HFBackend
 
 __all__ = ["model", "tokenizer"]
@@ -74,6 +79,59 @@ def test_what_was_made_ready_is_not_captured_again(model, tokenizer, on_cuda):
         assert len(on_cuda) == 3 + 3 + 1  # 9, 3 and 2 rows; what is chosen between the steps has one size
         assert backend.generate(asked) == expected
         assert len(on_cuda) == 7
+
+
+def test_when_compiling_fails_late_all_kinds_are_made_ready_again(model, tokenizer, on_cuda, monkeypatch):
+    compiled: list[Any] = []
+
+    def failing(*args: Any) -> Any:
+        raise RuntimeError("planted")
+
+    def compile(function: Any, **kwargs: Any) -> Any:
+        compiled.append(function)
+        return function if len(compiled) == 1 else failing
+
+    monkeypatch.setattr(fast_backend, "_compile_failures", [])
+    monkeypatch.setattr(torch, "compile", compile)
+    kinds = (SAMPLING, SAMPLING | {"repetition_penalty": 1.3}, GREEDY)
+    asked = [replace(one, params=kinds[i % 3]) for i, one in enumerate(requests(*MIXED))]
+    expected = answer(HFBackend, model, tokenizer, asked, batch_size=1)
+    backend = FastBackend(model, tokenizer, 0, Limits(batch_size=3, compile=True))
+    with torch.no_grad():
+        backend.make_ready(asked)
+        assert fast_backend._compile_failures
+        on_cuda.clear()
+        assert backend.generate(asked) == expected
+    assert not on_cuda
+    assert len(compiled) == 2
+
+
+def test_a_size_that_was_not_made_ready_is_neither_captured_nor_compiled(model, on_cuda):
+    made_ready = loop.DecodingLoop(model, 4, 64, 8, compile=True)
+    made_ready.seal()
+    before = num_compiled()
+    method = Method(Choice(LogitsProcessorList(), 90), (), 0)
+    with torch.no_grad():
+        for _ in range(3):
+            made_ready.step("kind", method, 2)()
+    assert not on_cuda
+    assert num_compiled() == before
+
+
+def num_compiled() -> int:
+    return torch._dynamo.utils.counters["frames"]["total"]
+
+
+def test_nothing_is_compiled_beside_training_where_there_are_no_graphs(model, tokenizer):
+    kinds = (SAMPLING, SAMPLING | {"repetition_penalty": 1.3})
+    asked = [replace(one, params=kinds[i % 2]) for i, one in enumerate(requests(*MIXED))]
+    expected = answer(HFBackend, model, tokenizer, asked, batch_size=1)
+    backend = FastBackend(model, tokenizer, 0, Limits(batch_size=3, compile=True))
+    with torch.no_grad():
+        backend.make_ready(asked)
+        before = num_compiled()
+        assert backend.generate(asked) == expected
+    assert num_compiled() == before
 
 
 def test_the_first_step_of_its_kind_warms_up(captures):

@@ -9,9 +9,9 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from verl_valgen.backends.fast.loop import Asked, DecodingLoop
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _compile_failures: list[str] = []
 """Why torch.compile failed in this process. It is not tried again: it would fail every time, after half a minute."""
@@ -71,12 +73,16 @@ class FastBackend(HFBackend):
         kinds = group_requests(requests, self.model.config)
         while True:
             try:
+                num_failures = len(_compile_failures)
                 for groups in kinds:
                     self._make_kind_ready(requests, groups)
-                break
+                if len(_compile_failures) == num_failures:  # else the graphs of the kinds before are gone
+                    break
             except torch.OutOfMemoryError as e:
                 if not self._halve(min(self.batch_size, self._most_requests), e):
                     raise
+        if self.loop is not None:
+            self.loop.seal()
         self.is_ready = True
 
     def _make_kind_ready(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
@@ -92,19 +98,23 @@ class FastBackend(HFBackend):
 
     def _capture(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
         from verl_valgen.backends.fast.loop import Run
-        from verl_valgen.backends.fast.step import Method
 
         self.prepare(requests, groups)
         cached = [group for group in groups if group.use_cache and group.max_new_tokens > 0]
         if self.unsuitable is not None or not cached:
             return
         if not is_refillable(requests[cached[0].indices[0]].params, self.model.device):
-            loop = self._own_loop()
-            loop.capture("", Method(None, (), 0), [min(loop.num_rows, self._batch_rows)])
+            self._compiling_if_it_works(self._capture_batch)
             return
         for indices in refilled_groups(requests, cached, self.model.config):
             asked = self._asked(requests, indices, None)
             self._run(lambda asked=asked: Run(self._own_loop(), asked, captures_only=True), asked)
+
+    def _capture_batch(self) -> None:
+        from verl_valgen.backends.fast.step import Method
+
+        loop = self._own_loop()
+        loop.capture("", Method(None, (), 0), [min(loop.num_rows, self._batch_rows)])
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         try:
@@ -277,13 +287,17 @@ class FastBackend(HFBackend):
 
     def _run(self, make_run: Any, asked: Asked) -> None:
         """Enters `generate` for a run of our loop, with torch.compile if that is wanted and works."""
+        self._compiling_if_it_works(lambda: self._enter(make_run(), asked))
+
+    def _compiling_if_it_works(self, call: Callable[[], T]) -> T:
+        """Calls what may use torch.compile, a second time without it where it has failed."""
         try:
-            self._enter(make_run(), asked)
+            return call()
         except (UnsuitableError, torch.OutOfMemoryError):
             raise
         except Exception as e:
             self._note_compile_failure(e)
-            self._enter(make_run(), asked)
+            return call()
 
     def _enter(self, run: Any, asked: Asked) -> None:
         first, device = asked.requests[0], self.model.device
@@ -312,7 +326,7 @@ class FastBackend(HFBackend):
 
     @property
     def _compiles(self) -> bool:
-        return self.limits.compile and not _compile_failures
+        return self.limits.compile and not _compile_failures and not self.is_ready
 
     # Batches that begin together
 
@@ -324,13 +338,8 @@ class FastBackend(HFBackend):
             return self._in_hugging_faces_loop(requests, group, reason)
         try:
             self.uses_own_loop = True
-            try:
-                return super().generate_batch(requests, group)
-            except (UnsuitableError, torch.OutOfMemoryError):
-                raise
-            except Exception as e:
-                self._note_compile_failure(e)
-                return super().generate_batch(requests, group)
+            generate_batch = super().generate_batch
+            return self._compiling_if_it_works(lambda: generate_batch(requests, group))
         except torch.OutOfMemoryError:
             raise
         except Exception as e:  # a class that we do not know may do anything with our cache

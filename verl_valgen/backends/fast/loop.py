@@ -23,7 +23,7 @@ from verl_valgen.backends.batching import MOST_PROMPT_TOKENS
 from verl_valgen.backends.fast.attention import attention_for_decoding
 from verl_valgen.backends.fast.cuda_graph import CudaGraph
 from verl_valgen.backends.fast.rows import Admission, Rows, Waiting, in_chunks, sizes
-from verl_valgen.backends.fast.step import NOTHING, Decoder, Method, State
+from verl_valgen.backends.fast.step import NOTHING, Decoder, Method, State, model_logits
 from verl_valgen.backends.fast.stops import StopStrings
 from verl_valgen.backends.hf import finish
 from verl_valgen.backends.sampling import stream_keys
@@ -76,6 +76,7 @@ class DecodingLoop:
         self.has_fixed_shapes = self.is_on_cuda or compile
         self.pool = torch.cuda.graph_pool_handle() if self.captures else None
         self.key = (key, num_rows, cache_length, compile)
+        self.is_sealed = False
         self._steps: dict[tuple[str, int], Step] = {}
 
     def step(self, kind: str, method: Method, num_rows: int) -> Step:
@@ -90,6 +91,8 @@ class DecodingLoop:
             def step() -> Tensor | None:
                 return decoder.step(method, num_rows, decoder.cache_length)
 
+            if self.is_sealed:
+                return step
             function: Step = decoder.compile(step, method) if self.compile else step
             # What is allocated at the first step is not to lie in a graph's memory.
             key = (self.key, kind, num_rows) if decoder.cache.is_allocated else None
@@ -109,6 +112,11 @@ class DecodingLoop:
                 step = self.step(kind, method, num_rows)
                 while isinstance(step, CudaGraph) and step.graph is None:
                     step()
+
+    def seal(self) -> None:
+        """From now on nothing is captured or compiled: steps that no graph holds run operation by operation."""
+        self.is_sealed, self.has_fixed_shapes = True, self.is_on_cuda
+        self.decoder.model_logits = model_logits
 
     def forget_steps(self) -> None:
         """Frees what was captured."""
