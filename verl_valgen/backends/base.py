@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,9 +45,6 @@ class Backend(ABC):
         limits: Batch size, deadline, and whether to compile.
     """
 
-    refills_rows: ClassVar[bool] = False
-    """Whether a request that waits takes the place of one that has ended; else batches run until all have."""
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -59,6 +56,12 @@ class Backend(ABC):
         self.on_answers: Callable[[int], None] = lambda num_answers: None
         """Called by `generate`, between batches, with the number of answers that have come to an end since the last
         call: to show how far it is. Nothing may depend on it."""
+
+    @classmethod
+    def refills_rows(cls, requests: Sequence[Request]) -> bool:
+        """Whether a request that waits takes the place of one that has ended, with any of these requests' parameters;
+        else batches run until all have. (What the model says to it is not asked.)"""
+        return False
 
     def make_ready(self, requests: Sequence[Request]) -> None:  # noqa: B027  (most need nothing)
         """Does now what `generate` must not do for these requests while training goes on in another thread.

@@ -22,6 +22,8 @@ UNAFFECTED_BY_PADDING = SAMPLING_ONLY | {
 
 MOST_PROMPT_TOKENS = 4096
 """The most tokens, padding included, of prompts that are read at once to fill rows, but for a longer prompt."""
+MOST_IN_A_BATCH = 64
+"""So many sequences at once that run until the longest answer has ended; more gain little, for their memory."""
 ROW_MULTIPLE = 64
 """The number of tokens that a row has room for is a multiple of this."""
 
@@ -70,7 +72,7 @@ def group_requests(requests: Sequence[Request], config: PretrainedConfig) -> lis
     by_kind: dict[str, dict[tuple[Any, ...], list[int]]] = {}
     boundaries, unshifted = table_boundaries(config), unshifted_length(config)
     for request in requests:  # kinds in the order of their first request
-        by_kind.setdefault(_kind(request), {})
+        by_kind.setdefault(kind_of(request), {})
     for i in sorted(range(len(requests)), key=lambda i: len(requests[i].input_ids)):
         request, length = requests[i], len(requests[i].input_ids)
         limit = most_new_tokens(request, config)
@@ -80,7 +82,7 @@ def group_requests(requests: Sequence[Request], config: PretrainedConfig) -> lis
             request.params.keys() <= UNAFFECTED_BY_PADDING and side == end_side and length + limit <= unshifted
         )
         key = (limit, side == end_side, side, 0 if may_be_padded else length)
-        by_kind[_kind(request)].setdefault(key, []).append(i)
+        by_kind[kind_of(request)].setdefault(key, []).append(i)
     return [[Group(indices, *key[:2]) for key, indices in kind.items()] for kind in by_kind.values()]
 
 
@@ -137,8 +139,8 @@ def unshifted_length(config: PretrainedConfig) -> float:
     return min(chunk or math.inf, (first_scaled or math.inf) - 1)
 
 
-def _kind(request: Request) -> str:
-    """Equal for requests with equal parameters."""
+def kind_of(request: Request) -> str:
+    """Equal for requests that are answered alike: those of one of `group_requests`' lists."""
     return repr((sorted(request.params.items()), request.wants_logprob))
 
 

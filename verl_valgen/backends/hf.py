@@ -60,6 +60,8 @@ class HFBackend(Backend):
 
     most_at_once: int = sys.maxsize
     """The number of requests for which there is memory, as far as is known: halved whenever there was too little."""
+    most_in_a_batch: int = sys.maxsize
+    """The largest number of requests that begin together, where more may be at once in another way."""
     _sharing: Sharing | None = None
     """Which prompts may share a batch, once that was asked."""
 
@@ -105,7 +107,8 @@ class HFBackend(Backend):
         for group in groups:
             todo = group.indices
             while todo and time.time() <= self.limits.deadline:
-                indices = next_batch(requests, todo, self.batch_size, self.sharing(requests))
+                most = min(self.batch_size, self.most_in_a_batch)
+                indices = next_batch(requests, todo, most, self.sharing(requests))
                 batch = [requests[i] for i in indices]
                 try:
                     answers = self.generate_batch(batch, group)

@@ -317,9 +317,7 @@ class Answerer:
 
     def _rows_need(self, requests: Sequence[Request], way: Way) -> tuple[int | None, int]:
         """What a row takes, and what is read at once to fill some; None and 0 where a copy answers in batches."""
-        # Several rows would be one request's.
-        has_beams = any(request.params.get("num_beams", 1) > 1 for request in requests)
-        if way is SHARDED or has_beams or not backend_class(way.backend, self.host.device.type).refills_rows:
+        if way is SHARDED or not backend_class(way.backend, self.host.device.type).refills_rows(requests):
             return None, 0
         return rows_need(requests, self.host.model_config.get_text_config(), self.dtype)
 

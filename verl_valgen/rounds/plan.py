@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from verl_valgen.backends.batching import MOST_IN_A_BATCH
+
 
 class Bounds(NamedTuple):
     """Bounds of `generation.batch_size: auto`."""
@@ -21,7 +23,7 @@ class Bounds(NamedTuple):
     """So many at once are faster than fewer one after the other; more gain little, for their memory."""
 
 
-BATCHES = Bounds(32, 64)
+BATCHES = Bounds(32, MOST_IN_A_BATCH)
 """Of batches that run until their longest answer has ended. (Measured: docs/performance.md.)"""
 ROWS = Bounds(64, 256)
 """Of rows that the next request takes when an answer ends. (Measured: docs/performance.md.)"""

@@ -13,6 +13,7 @@ from row_cases import GREEDY, MIXED, PARAMETERS, SAMPLING, answer, model, reques
 
 from verl_valgen.backends import hf
 from verl_valgen.backends.base import Limits, UnsuitableError
+from verl_valgen.backends.batching import MOST_PROMPT_TOKENS
 from verl_valgen.backends.fast import backend as fast_backend
 from verl_valgen.backends.fast import loop
 from verl_valgen.backends.fast.backend import FastBackend
@@ -267,6 +268,32 @@ def test_a_row_from_which_an_answer_has_moved_writes_behind_what_it_holds(model)
         decoder.move([1], [0], [6], [20])
         decoder.step(method, 2, 64)
     assert torch.equal(decoder.cache.layers[0].keys[1, :, :20], held)
+
+
+def test_what_begins_together_takes_no_more_memory_than_a_batch(model, tokenizer, monkeypatch):
+    """However many rows there are: neither to read prompts, nor in Hugging Face's loop."""
+    read, batches = [], []
+    prefill, left_pad = Decoder.prefill, hf.left_pad
+
+    def noting(self: Decoder, rows: Any, prefixes: Any) -> int:
+        read.append(len(rows) * max(map(len, prefixes)))
+        return prefill(self, rows, prefixes)
+
+    def padding(prompts: Any, device: Any) -> Any:
+        batches.append(len(prompts))
+        return left_pad(prompts, device)
+
+    asked = requests(*[101] * 70, **GREEDY | {"max_new_tokens": 2, "repetition_penalty": 1.3})
+    answer(FastBackend, model, tokenizer, asked[:1])
+    monkeypatch.setattr(Decoder, "prefill", noting)
+    monkeypatch.setattr(hf, "left_pad", padding)
+    answer(FastBackend, model, tokenizer, asked, batch_size=256)
+    assert sum(read) == 70 * 100
+    assert max(read) <= MOST_PROMPT_TOKENS
+    assert batches == [64, 6]
+    monkeypatch.setattr(fast_backend, "why_unsuitable", lambda *args: "planted")
+    answer(FastBackend, model, tokenizer, requests(*[9] * 70), GREEDY | {"max_new_tokens": 2}, batch_size=256)
+    assert batches[-2:] == [64, 6]
 
 
 # What a trial must find, as forward passes that are other ones in our loop alone

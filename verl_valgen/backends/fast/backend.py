@@ -18,7 +18,15 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from verl_valgen.backends.base import UnsuitableError
-from verl_valgen.backends.batching import ROW_MULTIPLE, Group, group_requests, most_new_tokens, refilled_groups
+from verl_valgen.backends.batching import (
+    MOST_IN_A_BATCH,
+    ROW_MULTIPLE,
+    Group,
+    group_requests,
+    kind_of,
+    most_new_tokens,
+    refilled_groups,
+)
 from verl_valgen.backends.fast.choice import CAPTURABLE
 from verl_valgen.backends.fast.fused import is_fused, unfuse
 from verl_valgen.backends.fast.suitability import try_model, why_unsuitable
@@ -49,16 +57,16 @@ _IN_A_STEP = (WITHOUT_PROCESSORS | {"renormalize_logits", "remove_invalid_values
 """Parameters of which a step can hold all. (`max_time` is that of a batch.)"""
 
 
-def is_refillable(params: Mapping[str, Any], device: torch.device) -> bool:
+def is_refillable(params: Mapping[str, Any]) -> bool:
     """Whether requests with these parameters may take rows from which others have gone."""
-    warpers = logits_warpers(params, device) if params["do_sample"] else []
+    warpers = logits_warpers(params, torch.device("cpu")) if params["do_sample"] else []
     return params.keys() <= _IN_A_STEP and all(isinstance(warper, CAPTURABLE) for warper in warpers)
 
 
 class FastBackend(HFBackend):
     """Generates with `DecodingLoop` where it can, on CUDA with one graph launch per token."""
 
-    refills_rows = True
+    most_in_a_batch = MOST_IN_A_BATCH
     loop: DecodingLoop | None = None
     """Kept from one kind of parameters for the next."""
     uses_own_loop = False
@@ -67,6 +75,12 @@ class FastBackend(HFBackend):
     """Why Hugging Face's loop runs instead, None where ours does."""
     is_ready = False
     """Whether `make_ready` has captured what `generate` needs, which then captures nothing."""
+
+    @classmethod
+    def refills_rows(cls, requests: Sequence[Request]) -> bool:
+        by_kind = {repr(one.params): one.params for one in requests}
+        # What transformers refuses is no refusal of the whole round.
+        return all(attempt(partial(is_refillable, params))[0] for params in by_kind.values())
 
     def make_ready(self, requests: Sequence[Request]) -> None:
         self._begin(requests)
@@ -93,7 +107,7 @@ class FastBackend(HFBackend):
         if error is not None:
             self.unsuitable = str(error) if isinstance(error, UnsuitableError) else describe(error)
         if self.unsuitable is not None:
-            self._reasons[_kind(requests[groups[0].indices[0]])] = self.unsuitable
+            self._reasons[kind_of(requests[groups[0].indices[0]])] = self.unsuitable
             super().sharing(requests)
 
     def _capture(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
@@ -103,7 +117,7 @@ class FastBackend(HFBackend):
         cached = [group for group in groups if group.use_cache and group.max_new_tokens > 0]
         if self.unsuitable is not None or not cached:
             return
-        if not is_refillable(requests[cached[0].indices[0]].params, self.model.device):
+        if not is_refillable(requests[cached[0].indices[0]].params):
             self._compiling_if_it_works(self._capture_batch)
             return
         for indices in refilled_groups(requests, cached, self.model.config):
@@ -152,10 +166,10 @@ class FastBackend(HFBackend):
 
     def prepare(self, requests: Sequence[Request], groups: Sequence[Group]) -> None:
         cached = [group for group in groups if group.use_cache]
-        found = self._reasons.get(_kind(requests[groups[0].indices[0]]))
+        found = self._reasons.get(kind_of(requests[groups[0].indices[0]]))
         self.unsuitable = found or self._why_unsuitable(requests, cached)
         if cached and self.unsuitable is None:
-            self._batch_rows = max(len(group.indices) for group in cached)
+            self._batch_rows = min(max(len(group.indices) for group in cached), self.most_in_a_batch)
             may_fuse = self.limits.fuse and self.model.device.type == "cuda"
             self.unsuitable = try_model(self.model, requests, may_fuse=may_fuse).unsuitable
         if self.unsuitable is not None:
@@ -191,7 +205,7 @@ class FastBackend(HFBackend):
         self, requests: Sequence[Request], groups: Sequence[Group], completions: list[Completion]
     ) -> None:
         params, failure = requests[groups[0].indices[0]].params, None
-        if self.unsuitable is None and is_refillable(params, self.model.device):
+        if self.unsuitable is None and is_refillable(params):
             answered: set[int] = set()
             for indices in refilled_groups(requests, groups, self.model.config):
                 failure = failure or self._generate_refilled(requests, indices, completions, answered)
@@ -372,10 +386,6 @@ class FastBackend(HFBackend):
         loop = self._own_loop()
         batch = Batch(loop, min(loop.num_rows, self._batch_rows))
         return super().call_generate(input_ids, custom_generate=batch, **kwargs)
-
-
-def _kind(request: Request) -> str:
-    return repr((sorted(request.params.items()), request.wants_logprob))
 
 
 def _cache_length(requests: Sequence[Request], groups: Sequence[Group]) -> int:

@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
+from verl_valgen.backends.batching import MOST_PROMPT_TOKENS
 from verl_valgen.backends.fast.attention import attention_for_decoding
 from verl_valgen.backends.fast.loop import CHECK_EVERY, DecodingLoop
+from verl_valgen.backends.fast.rows import in_chunks
 from verl_valgen.backends.fast.step import NOTHING, Method
 from verl_valgen.backends.memory import as_list
 
@@ -82,13 +84,13 @@ class Batch:
     def _begin(self, input_ids: Tensor, attention_mask: Tensor, limit: int) -> None:
         """Fills the first rows with the prompts, without their padding."""
         decoder = self.loop.decoder
-        lengths = as_list(attention_mask.sum(-1))
-        prompts = [ids[len(ids) - length :] for ids, length in zip(as_list(input_ids), lengths, strict=True)]
+        nums_tokens = as_list(attention_mask.sum(-1))
+        prompts = [ids[len(ids) - number :] for ids, number in zip(as_list(input_ids), nums_tokens, strict=True)]
         rows = range(len(prompts))
         self.loop.rows.forget(rows)
-        prefilled = [row for row in rows if len(prompts[row]) > 1]
-        if prefilled:
-            decoder.prefill(prefilled, [prompts[row][:-1] for row in prefilled])
+        lengths = {row: len(prompt) - 1 for row, prompt in enumerate(prompts) if len(prompt) > 1}
+        for chunk in in_chunks(lengths, MOST_PROMPT_TOKENS):
+            decoder.prefill(chunk, [prompts[row][:-1] for row in chunk])
         if empty := [row for row in rows if len(prompts[row]) == 1]:
             decoder.copy(empty, empty, [0] * len(empty))
         states = [
