@@ -238,6 +238,19 @@ def test_no_answer_lacks_its_logprob_when_hugging_faces_loop_goes_on(model, toke
     assert [one.mean_logprob for one in answers] == pytest.approx([one.mean_logprob for one in expected], rel=1e-4)
 
 
+def test_noise_is_prepared_for_the_rows_alone(model, tokenizer, monkeypatch):
+    sizes, stream_keys = [], loop.stream_keys
+
+    def noting(seed: int, rows: Any, *args: Any) -> Any:
+        sizes.append(len(rows))
+        return stream_keys(seed, rows, *args)
+
+    monkeypatch.setattr(loop, "stream_keys", noting)
+    answer(FastBackend, model, tokenizer, requests(*MIXED), SAMPLING)
+    assert max(sizes) == 3
+    assert sum(sizes) == len(MIXED)
+
+
 def test_a_deadline_bounds_the_logprobs_too(model, tokenizer, monkeypatch):
     now = [0.0]
 

@@ -157,7 +157,6 @@ class Run:
         self.states: list[State] = [NOTHING] * loop.num_rows
         self.padding = [0] * loop.num_rows
         self.stops: StopStrings | None = None
-        self.noise_keys: Tensor | None = None
 
     def __call__(
         self,
@@ -187,11 +186,9 @@ class Run:
         if self.captures_only:
             self.loop.capture(self.asked.kind, self.method, self.loop.sizes(num_rows))
             return input_ids
-        device, asked = model.device, self.asked
-        if asked.draws:
-            self.noise_keys = _noise_keys(asked, device)
+        asked = self.asked
         if asked.stops is not None:
-            self.stops = StopStrings(asked.stops, self.loop.num_rows, device)
+            self.stops = StopStrings(asked.stops, self.loop.num_rows, model.device)
         try:
             self._answer(num_rows)
         except BaseException:
@@ -245,9 +242,7 @@ class Run:
             NOTHING._replace(tokens=prompt[-1], slots=lengths[row], limits=limits[row], has_ended=0)
             for row, prompt in prompts.items()
         ]
-        noise_keys = self.noise_keys
-        if noise_keys is not None:
-            noise_keys = noise_keys.index_select(0, torch.tensor(requests, device=noise_keys.device))
+        noise_keys = _noise_keys(asked, requests, decoder.device) if asked.draws else None
         decoder.begin(rows, states, noise_keys)
         if self.stops is not None:
             self.stops.begin(rows, list(prompts.values()))
@@ -319,8 +314,8 @@ class Run:
         asked.on_answers(answers)
 
 
-def _noise_keys(asked: Asked, device: torch.device) -> Tensor:
-    """(N, T) int64: where the noise of all requests begins, for every position."""
-    keys = torch.tensor([request.key for request in asked.requests], dtype=torch.int64, device=device)
+def _noise_keys(asked: Asked, given: Sequence[int], device: torch.device) -> Tensor:
+    """(N, T) int64: where the noise of N requests begins, for every position. (Of all at once it would take memory.)"""
+    keys = torch.tensor([asked.requests[i].key for i in given], dtype=torch.int64, device=device)
     rows, completions = keys.T[:, :, None]  # (N, 1) each
     return stream_keys(asked.seed, rows, completions, torch.arange(max(asked.limits), device=device))
