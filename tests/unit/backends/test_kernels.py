@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from verl_valgen.backends.fast import kernels
+from verl_valgen.backends.fast.attention import has_flash
 
 CASES = Path(__file__).parents[2] / "kernel_cases.py"
 
@@ -75,3 +76,19 @@ def test_running_out_of_memory_says_nothing_about_kernels(monkeypatch):
         kernels.are_available(torch.device("cuda"))
     monkeypatch.setattr(kernels, "_try_kernel", lambda device: None)
     assert kernels.are_available(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("device", "is_built", "capability", "expected"),
+    [
+        ("cuda", True, (9, 0), True),
+        ("cuda", True, (8, 0), True),
+        ("cuda", True, (7, 5), False),
+        ("cuda", False, (9, 0), False),
+        ("cpu", True, (9, 0), False),
+    ],
+)
+def test_flash_attention_is_asked_for_where_it_is(monkeypatch, device, is_built, capability, expected):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: is_built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_flash(torch.device(device)) is expected

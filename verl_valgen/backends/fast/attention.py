@@ -104,11 +104,11 @@ def causal_attention(
     head_dim = query.shape[-1]
     can_be_flash = (
         attention_mask is None
-        and query.device.type == "cuda"
         and query.dtype in (torch.bfloat16, torch.float16)
         and head_dim == value.shape[-1] <= 256
         and head_dim % 8 == 0
         and getattr(module, "is_causal", True)
+        and has_flash(query.device)
     )
     if not can_be_flash:
         attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -116,6 +116,15 @@ def causal_attention(
     key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     return flash(query, key, value, 0.0, True, scale=scaling)[0].transpose(1, 2), None
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether torch was built with FlashAttention, and a device can run it: from compute capability 8.0 on."""
+    return (
+        device.type == "cuda"
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 @contextmanager
