@@ -351,3 +351,26 @@ def test_a_trial_finds_what_rows_do_not_suit(model, tokenizer, monkeypatch, faul
     with torch.no_grad():
         assert backend.generate([replace(one, params=GREEDY) for one in asked]) == expected
     assert str(backend.unsuitable).startswith("its logits differ by")
+
+
+@pytest.mark.parametrize("needs_no_kernels", [True, False])
+def test_a_model_that_fails_with_kernels_is_tried_without_them(model, monkeypatch, caplog, needs_no_kernels):
+    from verl_valgen.backends.fast import kernels, suitability
+
+    decoded_logits = suitability.decoded_logits
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if kernels.are_available(model.device) or not needs_no_kernels:
+            raise RuntimeError("planted")
+        return decoded_logits(*args, **kwargs)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(kernels, "_why_unavailable", lambda device_type: None)
+    monkeypatch.setattr(kernels, "_given_up", [])
+    monkeypatch.setattr(suitability, "_findings", {})
+    monkeypatch.setattr(suitability, "decoded_logits", failing)
+    with torch.no_grad(), caplog.at_level("DEBUG", kernels.__name__):
+        finding = suitability.try_model(model, requests(*MIXED, **GREEDY), may_fuse=False)
+    assert (finding.unsuitable is None) is needs_no_kernels
+    assert len(caplog.records) == needs_no_kernels
+    assert kernels.are_available(model.device) is not needs_no_kernels

@@ -15,6 +15,7 @@ from transformers.generation import GenerationMode
 
 from verl_valgen.backends.base import UnsuitableError
 from verl_valgen.backends.batching import even_length, most_positions
+from verl_valgen.backends.fast import kernels
 from verl_valgen.backends.fast.decoded import decoded_logits
 from verl_valgen.backends.fast.fused import Proven, fuse, unfuse
 from verl_valgen.backends.trial import (
@@ -99,7 +100,20 @@ class _Trial:
         self.is_finite = bool(self.expected.isfinite().all())
 
     def outcome(self, may_fuse: bool) -> Finding:
-        """Tries what is wanted, then less. What is proven is in place afterwards."""
+        """Tries what is wanted, then less, at last without kernels. What is proven is in place afterwards."""
+        finding = self._outcome(may_fuse)
+        if finding.unsuitable is None or not kernels.are_available(self.model.device):
+            return finding
+        try:
+            with kernels.given_up(f"{type(self.model).__name__}: {finding.unsuitable}"):
+                without = self._outcome(may_fuse)
+                if without.unsuitable is not None:
+                    raise UnsuitableError(without.unsuitable)  # then it is not for the kernels
+        except UnsuitableError:
+            return finding
+        return without
+
+    def _outcome(self, may_fuse: bool) -> Finding:
         if may_fuse:
             proven, error = attempt(lambda: fuse(self.model, lambda: decoded_logits(self.model, self.sequences)))
             reason = self._why_wrong(coarse_tolerance(self.model)) if error is None else _said(error)

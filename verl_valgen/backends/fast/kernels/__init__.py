@@ -9,12 +9,17 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from verl_valgen.text import describe
 
 logger = logging.getLogger(__name__)
+
+_given_up: list[str] = []
+"""Why this process does without kernels that it could have."""
 
 
 def are_available(device: torch.device) -> bool:
@@ -25,7 +30,19 @@ def are_available(device: torch.device) -> bool:
     """
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return False
-    return _why_unavailable(device.type) is None
+    return not _given_up and _why_unavailable(device.type) is None
+
+
+@contextmanager
+def given_up(reason: str) -> Iterator[None]:
+    """Does without kernels from now on, and says why at DEBUG; with them again where the block raises."""
+    _given_up.append(reason)
+    try:
+        yield
+    except BaseException:
+        _given_up.remove(reason)
+        raise
+    logger.debug("no Triton kernels any more, torch's operations instead: %s", reason)
 
 
 @functools.cache
