@@ -106,6 +106,10 @@ class BesideTraining(Generic[T]):
         ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, exit)
 
     def _run(self) -> None:
+        # Who leaves its thread's outermost autocast empties the cache of cast weights, which all threads share: the
+        # trainer's forward pass, under way, would cast again, and round its gradients otherwise. The model's code has
+        # such blocks; here none is the outermost one. The count is by thread, and ends with it.
+        torch.autocast_increment_nesting()
         try:
             with ExitStack() as stack:
                 if self._device.type == "cuda":  # what is current is so by thread

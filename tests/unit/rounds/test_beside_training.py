@@ -6,6 +6,8 @@ import gc
 import logging
 import threading
 import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,6 +77,31 @@ def test_a_loop_that_never_ends_can_be_ended():
     beside.stop()
     assert beside.wait(60)
     assert isinstance(beside.result()[1], RuntimeError)
+
+
+def gradient(job: Callable[[], Any] | None) -> torch.Tensor:
+    """Of a weight that a forward pass uses twice, with a job beside it in between."""
+    torch.manual_seed(0)
+    layer, states = torch.nn.Linear(64, 64), torch.randn(8, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        states = layer(states)
+        if job is not None:
+            assert BesideTraining(job, CPU).result()[1] is None
+        states = layer(states)
+    states.float().square().sum().backward()
+    assert layer.weight.grad is not None
+    return layer.weight.grad
+
+
+@pytest.mark.parametrize("blocks", [1, 2], ids=["one block", "one within another"])
+def test_the_cast_weights_of_a_forward_pass_beside_it_stay(blocks):
+    def job() -> None:
+        with ExitStack() as stack:  # as rotary embeddings in transformers have it
+            for _ in range(blocks):
+                stack.enter_context(torch.autocast("cpu", enabled=False))
+
+    assert torch.equal(gradient(job), gradient(None))
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_without_cuda_there_are_no_streams_and_memory_is_not_counted():
