@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from verl_valgen.collectives import agree
 from verl_valgen.rounds import overlap as overlap_module
 from verl_valgen.rounds.links import texts_to_read
 from verl_valgen.rounds.overlap import TrainingMemory
+from verl_valgen.rounds.reading import Finding
 from verl_valgen.rounds.rounds import ValidationRounds
 from verl_valgen.settings.load import GenerationSettings
 from verl_valgen.weights.plain_copy import PlainCopy
@@ -72,6 +74,11 @@ def plant(kind: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(PlainCopy, "finish", wrong_weights)
     if kind == "padding":
         patch.setattr(HFBackend, "generate_batch", wrong_tokens)
+
+
+def close_the_sharded_model(patch: pytest.MonkeyPatch) -> None:
+    """On all ranks: as with fused kernels."""
+    patch.setattr(SmallHost, "why_not_sharded", lambda self: "there are no logits")
 
 
 OTHERS = ("before training", "tokenizer", "exit in the thread", "early end")
@@ -237,6 +244,42 @@ def test_where_no_text_can_be_read_the_answers_are_unchecked(outcomes, directory
     assert found[1] in (None, "")  # the first file makes room for the type that comes later
     assert (found[2], found[3], found[4]) == (True, True, True)
     assert outcomes[0]["tokenizer"]["beside"] == [True, True, True, False]
+
+
+# Where no safer way is left
+
+
+def with_one_way_left(directory: Path, here: Path, planted: dict[str, Finding], **chosen: Any) -> dict[str, Any]:
+    """Three rounds on the last way of a copy, with links that always find so."""
+    host, rounds = make_rounds(directory, here, **chosen)
+    beside = []
+    with warnings_of_rounds() as records, pytest.MonkeyPatch.context() as patch, rounds:
+        if not chosen:
+            close_the_sharded_model(patch)
+        rounds.answerer.ways = rounds.answerer.ways[1:]
+        for name, finding in planted.items():
+            patch.setattr(f"verl_valgen.rounds.proven.{name}", lambda *args, finding=finding: finding)
+        for step in STEPS[:3]:
+            host.at_batch()
+            host.rounds(step)
+            beside.append(rounds.is_unsettled)
+    ways = [way.name for way in rounds.answerer.ways]
+    return {"beside": beside, "warnings": records, "ways": ways, "met": agree(True, CPU)}
+
+
+# Ranks with different numbers of forward passes cannot go through the sharded model, either.
+@pytest.mark.parametrize(
+    ("chosen", "verified"), [({}, True), ({"extra": {"guidance_scale": 1.5}}, None)], ids=["no logits", "not in step"]
+)
+def test_the_last_way_that_can_be_taken_is_kept(directory, tmp_path, chosen, verified):
+    planted = {"second_link": Finding(False, "planted")}
+    outcomes = run_distributed(partial(with_one_way_left, **chosen), 2, tmp_path, directory, tmp_path, planted)
+    for outcome in outcomes:
+        assert outcome["beside"] == [True, False, True]  # what is waited for is checked again, and has not failed
+        assert outcome["ways"][0] == "hf, one prompt at a time"
+        assert outcome["met"]
+    assert verdicts(tmp_path) == {1: False, 2: verified, 3: False}
+    assert outcomes[0]["warnings"][0].endswith("made the same way, as there is no other")
 
 
 # What comes while a round is under way

@@ -215,6 +215,10 @@ class Answerer:
         assert gathered.backend is not None
         return self._timed(gathered.backend, gathered)
 
+    def why_not_sharded(self, requests: Sequence[Request]) -> str | None:
+        """Why these requests, the same on all ranks, cannot be answered without a copy; None where they can."""
+        return self.host.why_not_sharded() or _why_not_in_step(requests)
+
     def _hand_out(self, requests: Sequence[Request] | None) -> tuple[int, list[Request]]:
         """Returns the logging rank and its requests on every rank. Collective: all ranks must call."""
         packed, error = None, None
@@ -305,7 +309,7 @@ class Answerer:
             gather=gather,
             ranks=settings.ranks,
             batch_size=settings.batch_size,
-            why_not_sharded=host.why_not_sharded() or _why_not_in_step(requests),
+            why_not_sharded=self.why_not_sharded(requests),
         )
         logger.debug("%s for %d prompts; %.1f GiB are free", plan, len(requests), free / 2**30)
         if plan.is_sharded and gather == "auto" and host.is_logging_rank:

@@ -49,6 +49,8 @@ class ProvenAnswerer:
         """The safer ways that have failed, too. (One that could not be taken, for want of time, say, has not.)"""
         self.first_finding = NOT_CHECKED
         """What the copy of the round under way was found to be, before training went on."""
+        self.safer: list[Way] = []
+        """The ways that could be taken in place of that of the round under way."""
         self.is_doubted = False
         """Whether the last answers failed: then the next ones are waited for, to be made again if need be."""
         self.told: set[str] = set()
@@ -93,6 +95,7 @@ class ProvenAnswerer:
         Args:
             prompts: Those of the round, on the logging rank.
         """
+        self.safer = self._safer(gathered)
         if self.is_checking:
             texts = texts_to_read(prompts, self.host.tokenizer)
             self.first_finding = first_link(self._reading(gathered), texts)
@@ -123,12 +126,14 @@ class ProvenAnswerer:
         verified, reason = broadcast(finding or [None, ""], self.host.is_logging_rank, self.host.device) or [None, ""]
         self.is_proven = self.is_proven or verified is True
         if verified is False:
-            way, self.ways = self.ways[0], self.ways[1:]
-            self.is_proven, self.is_doubted = False, True
+            way, self.is_proven, self.is_doubted = self.ways[0], False, True
+            if self.safer:  # else the next round, which is waited for, is answered and checked the same way
+                self.ways = self.ways[self.ways.index(self.safer[0]) :]
+            another = f"another way: {self.safer[0].name}" if self.safer else "the same way, as there is no other"
             self._warn(
                 way,
                 f"{reason}; those answers are in the JSONL files alone, without scores, and the next ones are waited "
-                f"for, and made another way: {self.ways[0].name}",
+                f"for, and made {another}",
             )
 
     def finish(self, gathered: GatheredRound | None) -> ProvenAnswers | None:
@@ -158,7 +163,7 @@ class ProvenAnswerer:
         if verified is not False:
             self.is_proven = self.is_proven or verified is True
             return answers
-        for way in [way for way in self._safer(gathered) if way not in self.failed]:
+        for way in self._safer(gathered):
             # What fails on the logging rank alone has ended with no check on all ranks.
             result, error = attempt(partial(self._made_again, gathered, way))
             again, verified, found = result or (None, None, describe(error) if error else "")
@@ -209,10 +214,13 @@ class ProvenAnswerer:
         return self._checked(self.answerer.begin(requests, way, gathered.deadline))
 
     def _safer(self, gathered: GatheredRound) -> list[Way]:
-        """The ways after the one that a round took."""
+        """The ways after the one that a round took, without those that have failed or that are closed to it."""
         if gathered.plan.is_sharded:  # there was no room for a copy, whatever is made of it
-            return [way for way in (SHARDED,) if gathered.way is not way]
-        return self.ways[self.ways.index(gathered.way) + 1 :]
+            ways = [way for way in (SHARDED,) if gathered.way is not way]
+        else:
+            ways = self.ways[self.ways.index(gathered.way) + 1 :]
+        closed = {SHARDED} if self.answerer.why_not_sharded(gathered.requests) is not None else set()
+        return [way for way in ways if way not in self.failed | closed]
 
     def _log(self, message: str, *args: object) -> None:
         if self.host.is_logging_rank:
