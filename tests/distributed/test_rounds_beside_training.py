@@ -17,6 +17,7 @@ from distributed.test_proven import wrong_tokens, wrong_weights
 from distributed.test_rounds import Rows, SmallHost, warnings_of_rounds
 from distributed.testing import run_distributed
 
+from verl_valgen.backends import SHARDED
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.collectives import agree
 from verl_valgen.rounds import overlap as overlap_module
@@ -249,12 +250,16 @@ def test_where_no_text_can_be_read_the_answers_are_unchecked(outcomes, directory
 # Where no safer way is left
 
 
-def with_one_way_left(directory: Path, here: Path, planted: dict[str, Finding], **chosen: Any) -> dict[str, Any]:
+def with_one_way_left(
+    directory: Path, here: Path, planted: dict[str, Finding], *, has_failed: bool = False, **chosen: Any
+) -> dict[str, Any]:
     """Three rounds on the last way of a copy, with links that always find so."""
     host, rounds = make_rounds(directory, here, **chosen)
     beside = []
     with warnings_of_rounds() as records, pytest.MonkeyPatch.context() as patch, rounds:
-        if not chosen:
+        if has_failed:
+            rounds.answerer.failed = {SHARDED}
+        elif not chosen:
             close_the_sharded_model(patch)
         rounds.answerer.ways = rounds.answerer.ways[1:]
         for name, finding in planted.items():
@@ -280,6 +285,19 @@ def test_the_last_way_that_can_be_taken_is_kept(directory, tmp_path, chosen, ver
         assert outcome["met"]
     assert verdicts(tmp_path) == {1: False, 2: verified, 3: False}
     assert outcomes[0]["warnings"][0].endswith("made the same way, as there is no other")
+
+
+@pytest.mark.parametrize("has_failed", [False, True], ids=["closed", "has failed"])
+def test_a_copy_that_is_wrong_answers_unverified_where_no_other_way_is_left(directory, tmp_path, has_failed):
+    planted = {"first_link": Finding(False, "planted: the copy")}
+    run = partial(with_one_way_left, has_failed=has_failed)
+    outcomes = run_distributed(run, 2, tmp_path, directory, tmp_path, planted)
+    for outcome in outcomes:
+        assert outcome["beside"] == [False] * 3
+        assert outcome["met"]
+    assert verdicts(tmp_path) == {1: False, 2: True, 3: False}  # what is waited for is checked again, and passes
+    assert all(record["generation"] for round in records_of(tmp_path).values() for record in round)
+    assert "planted: the copy; no safer way does better" in outcomes[0]["warnings"][0]
 
 
 # What comes while a round is under way

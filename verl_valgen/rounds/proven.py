@@ -140,7 +140,8 @@ class ProvenAnswerer:
         """Answers the requests of a gathered round, and has the answers checked. Collective: all ranks must call.
 
         Where they fail, they are made again on the safer ways, and the first way that passes stays for the run. Where
-        none passes, the last answers are returned, unverified, and later rounds try none again that has failed.
+        none passes, the last answers are returned, unverified, and later rounds try none again that has failed. A copy
+        that was found to be wrong before it has answered is made again for that.
 
         The check needs the weights that were gathered: the trainer must not have taken a step since.
 
@@ -154,12 +155,12 @@ class ProvenAnswerer:
             return None
         answers: ProvenAnswers | None = None
         verified, reason = self.first_finding
+        has_answers = verified is not False
         self.is_doubted = False  # on all ranks, whatever is raised on one
-        if self.first_finding.verified is False:
-            gathered.discard()
-        else:
+        if has_answers:
             answers, verified, reason = self._checked(gathered)
-        self.is_doubted = verified is False
+        else:
+            gathered.discard()
         if verified is not False:
             self.is_proven = self.is_proven or verified is True
             return answers
@@ -170,12 +171,14 @@ class ProvenAnswerer:
             self._log("%s: %s", way.name, found or "passed")
             if verified:
                 self.ways, self.is_proven = self.ways[self.ways.index(way) :], True
-                self.is_doubted = False
                 self._warn(gathered.way, f"{reason}; the answers were made again, and will be from now on: {way.name}")
                 return again
             if verified is False:
-                answers = again
+                answers, has_answers = again, True
                 self.failed.add(way)
+        self.is_doubted = True
+        if not has_answers:
+            answers = self._unproven(gathered)
         self._warn(
             gathered.way,
             f"{reason}; no safer way does better, so the answers are in the JSONL files alone, without scores",
@@ -212,6 +215,18 @@ class ProvenAnswerer:
         """`_checked` for the same requests, answered another way. Collective: all ranks must call."""
         requests = gathered.requests if self.host.is_logging_rank else None
         return self._checked(self.answerer.begin(requests, way, gathered.deadline))
+
+    def _unproven(self, gathered: GatheredRound) -> ProvenAnswers | None:
+        """Answers the same requests the same way, without a check. Collective: all ranks must call.
+
+        Raises:
+            Exception: As for `finish`.
+        """
+        again = self.answerer.begin(gathered.requests, gathered.way, gathered.deadline)
+        completions = self.answerer.finish(again)
+        if again is None or completions is None:
+            return None
+        return ProvenAnswers(completions, False, _name(again.dtype), again.deadline)
 
     def _safer(self, gathered: GatheredRound) -> list[Way]:
         """The ways after the one that a round took, without those that have failed or that are closed to it."""
