@@ -24,6 +24,7 @@ from verl_valgen.rounds import overlap as overlap_module
 from verl_valgen.rounds.links import texts_to_read
 from verl_valgen.rounds.overlap import TrainingMemory
 from verl_valgen.rounds.reading import Finding
+from verl_valgen.rounds.recorder import Recorder
 from verl_valgen.rounds.rounds import ValidationRounds
 from verl_valgen.settings.load import GenerationSettings
 from verl_valgen.weights.plain_copy import PlainCopy
@@ -31,6 +32,7 @@ from verl_valgen.weights.plain_copy import PlainCopy
 CPU = torch.device("cpu")
 STEPS = (1, 2, 3, 4)
 """The last is the last of training, too."""
+NUM_ROUNDS = {"early end": 2, "early end, wrong": 1}
 BATCH = {"input_ids": torch.arange(5, 25).reshape(2, 10)}
 
 
@@ -73,7 +75,9 @@ def plant(kind: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(TrainingMemory, "free_bytes", lambda self: 1000.0)
     if kind == "copy":
         patch.setattr(PlainCopy, "finish", wrong_weights)
-    if kind == "padding":
+    if kind == "judge":
+        patch.setattr(Recorder, "judge", once(Recorder.judge))
+    if kind in ("padding", "judge", "early end, wrong"):
         patch.setattr(HFBackend, "generate_batch", wrong_tokens)
 
 
@@ -82,7 +86,7 @@ def close_the_sharded_model(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SmallHost, "why_not_sharded", lambda self: "there are no logits")
 
 
-OTHERS = ("before training", "tokenizer", "exit in the thread", "early end")
+OTHERS = ("before training", "tokenizer", "exit in the thread", "early end", "judge")
 SETTINGS: dict[str, dict[str, Any]] = {
     "unchecked": {"verify": False},
     "first": {"verify": "first"},
@@ -106,7 +110,7 @@ def four_rounds(directory: Path, here: Path, kind: str) -> dict[str, Any]:
     with warnings_of_rounds() as records, pytest.MonkeyPatch.context() as patch, rounds:
         if dist.get_rank() == 0:
             plant(kind, patch)
-        for step in STEPS[:2] if kind == "early end" else STEPS:
+        for step in STEPS[: NUM_ROUNDS.get(kind, 4)]:
             if kind != "before training" or step > 1:
                 host.at_batch()
             host.rounds(step)
@@ -140,6 +144,7 @@ WARNINGS = {
     "cache": "generation.overlap: training waits for the answers: transformers may compile and capture what runs with ",
     "copy": "the answers of LlamaForCausalLM (hf) failed the check: the copy is not the trainer's model: ",
     "padding": "the answers of LlamaForCausalLM (hf) failed the check: ",
+    "early end, wrong": "the answers of LlamaForCausalLM (hf) failed the check: ",
 }
 
 
@@ -229,6 +234,16 @@ def test_wrong_answers_stay_and_the_next_ones_are_waited_for_another_way(outcome
     (warning,) = first["warnings"]
     assert warning.endswith("the next ones are waited for, and made another way: hf, one prompt at a time")
     assert all(record["generation"] and record["scores"] == {} for record in records_of(directory / "padding")[1])
+
+
+def test_what_was_found_of_answers_that_could_not_be_judged_counts(outcomes, directory):
+    first, second = (outcome["judge"] for outcome in outcomes)
+    assert first["beside"] == [True, False, True, False]
+    assert first["ways"][0] == second["ways"][0] == "hf, one prompt at a time"
+    failed, lost = first["warnings"]
+    assert failed.startswith(WARNINGS["padding"])
+    assert lost == "no samples of the validation at step 1: RuntimeError: planted; training goes on"
+    assert verdicts(directory / "judge") == {2: True, 3: True, 4: True}
 
 
 def test_the_links_can_be_had_once_or_not_at_all(outcomes, directory):

@@ -117,24 +117,31 @@ class ProvenAnswerer:
             finding = min(finding, second, key=lambda link: {False: 0, None: 1, True: 2}[link.verified])
         return ProvenAnswers(completions, finding.verified, _name(gathered.dtype), gathered.deadline), finding
 
+    def tell(self, finding: Finding) -> None:
+        """Warns, on the logging rank, of answers that were made beside training and failed. Not collective.
+
+        To be called before `note`, for which the other ranks are wanted: a run may end before.
+        """
+        if finding.verified is False:
+            another = f"another way: {self.safer[0].name}" if self.safer else "the same way, as there is no other"
+            self._warn(
+                self.ways[0],
+                f"{finding.reason}; those answers are in the JSONL files alone, without scores, and the next ones are "
+                f"waited for, and made {another}",
+            )
+
     def note(self, finding: Finding | None) -> None:
         """Takes note, on all ranks, of what came of answers that were made beside training. Collective: all must call.
 
         Args:
             finding: On the logging rank; None there where no answers came.
         """
-        verified, reason = broadcast(finding or [None, ""], self.host.is_logging_rank, self.host.device) or [None, ""]
+        verified = broadcast(finding and finding.verified, self.host.is_logging_rank, self.host.device)
         self.is_proven = self.is_proven or verified is True
         if verified is False:
-            way, self.is_proven, self.is_doubted = self.ways[0], False, True
+            self.is_proven, self.is_doubted = False, True
             if self.safer:  # else the next round, which is waited for, is answered and checked the same way
                 self.ways = self.ways[self.ways.index(self.safer[0]) :]
-            another = f"another way: {self.safer[0].name}" if self.safer else "the same way, as there is no other"
-            self._warn(
-                way,
-                f"{reason}; those answers are in the JSONL files alone, without scores, and the next ones are waited "
-                f"for, and made {another}",
-            )
 
     def finish(self, gathered: GatheredRound | None) -> ProvenAnswers | None:
         """Answers the requests of a gathered round, and has the answers checked. Collective: all ranks must call.

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from verl_valgen.collectives import broadcast
+from verl_valgen.collectives import attempt, broadcast
 from verl_valgen.hosts.base import Host
 from verl_valgen.prompts.datasets import mask_is_shifted
 from verl_valgen.prompts.files import OwnPrompt
@@ -62,7 +62,7 @@ class RoundUnderWay(NamedTuple):
 
     opened: OpenRound
     gathered: GatheredRound
-    answers: BesideTraining[tuple[Round, Finding]]
+    answers: BesideTraining[tuple[Finding, Round | None, Exception | None]]
 
 
 class ValidationRounds:
@@ -237,12 +237,12 @@ class ValidationRounds:
 
     def _answers_and_scores(
         self, opened: OpenRound, gathered: GatheredRound, recorder: Recorder
-    ) -> tuple[Round, Finding]:
-        """What the thread does."""
+    ) -> tuple[Finding, Round | None, Exception | None]:
+        """What the thread does. Returns what was found of the answers, and the round, or why there is none."""
         proven, finding = self.answerer.answer_alone(gathered)
         seconds = time.time() - opened.started_at
         logger.debug("the answers of step %d took %.3f s beside training", opened.step, seconds)
-        return recorder.judge(opened.queries, proven, opened.step, seconds), finding
+        return finding, *attempt(lambda: recorder.judge(opened.queries, proven, opened.step, seconds))
 
     def record_under_way(self) -> None:
         """Waits for the round that is under way, if any, records it, and frees what it held. Never raises. Not
@@ -255,8 +255,12 @@ class ValidationRounds:
             if error is not None:
                 raise error
             assert result is not None
+            self.found, round, error = result
+            self.answerer.tell(self.found)
+            if error is not None:
+                raise error
+            assert round is not None
             assert self.recorder is not None
-            round, self.found = result
             with preserved_random_state(self.host.device):
                 self.recorder.record(round)
 
