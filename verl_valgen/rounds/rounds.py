@@ -163,7 +163,7 @@ class ValidationRounds:
             return
         self.asked_at.add(step)
         self.record_under_way()
-        with self._failures_told("no samples at this validation"):
+        with self._apart_from_training(), self._failures_told("no samples at this validation"):
             self._settle()
             self._go_on_or_end(self.begin(step))
 
@@ -173,6 +173,19 @@ class ValidationRounds:
         self.memory.note()
         if self.under_way is not None and self.under_way.answers.is_done:
             self.record_under_way()
+
+    @contextmanager
+    def _apart_from_training(self) -> Iterator[None]:
+        """While open, training waits, and what is allocated is none of its steps'.
+
+        Before the first step it counts all the same, as nothing else is known.
+        """
+        self.memory.note()
+        try:
+            yield
+        finally:
+            if self.num_batches > 0 and self.under_way is None:
+                self.memory.leave_out()
 
     @contextmanager
     def _failures_told(self, problem: str) -> Iterator[None]:
@@ -231,7 +244,7 @@ class ValidationRounds:
             self.under_way = RoundUnderWay(opened, gathered, BesideTraining(job, self.host.device))
         except RuntimeError:  # no more threads
             gathered.discard()
-            self.memory.held = 0
+            self.memory.end_holding()
             raise
         _log_waits(opened, gathered)
 
@@ -267,8 +280,9 @@ class ValidationRounds:
     def _let_go(self) -> None:
         """Frees what the round held that was under way, and is done."""
         if self.under_way is not None:
+            self.memory.end_holding()
             self.under_way.gathered.discard()
-            self.under_way, self.memory.held = None, 0
+            self.under_way = None
 
     def _settle(self) -> None:
         """Tells all ranks what came of the answers that were made beside training. Collective: all ranks must call."""
@@ -286,6 +300,8 @@ class ValidationRounds:
         if answers.wait(_MAX_WAIT_S):
             answers.result()
             self._let_go()
+        else:  # what the thread still holds counts as training's, should there be another `fit()`
+            self.memory.end_holding()
         self.under_way = None
 
     def end(self, round: OpenRound) -> None:
@@ -306,7 +322,7 @@ class ValidationRounds:
         queries: list[Query] = []
         error: Exception | None = None
         self.record_under_way()
-        with preserved_random_state(self.host.device):
+        with self._apart_from_training(), preserved_random_state(self.host.device):
             self._settle()
             if self.host.is_logging_rank:
                 try:

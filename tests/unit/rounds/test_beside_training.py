@@ -16,6 +16,7 @@ import torch
 
 from verl_valgen.rounds.overlap import BesideTraining, TrainingMemory, on_own_stream
 from verl_valgen.rounds.proven import ProvenAnswerer
+from verl_valgen.rounds.rounds import RoundUnderWay, ValidationRounds
 from verl_valgen.settings.load import GenerationSettings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -153,10 +154,73 @@ def test_what_is_free_beside_the_highest_level_of_training(monkeypatch):
     assert free() == 80 - 60 - 1
     device.peak = 73
     assert free() == 80 - 63 - 1
-    memory.held = 0
-    assert free() == 80 - 63 - 1
+    device.peak = 75  # since the last training batch
+    memory.end_holding()
+    assert free() == 80 - 65 - 1
     device.peak = 90
     assert free() == 0
+
+
+class RoundsOfAGPU(ValidationRounds):
+    """Rounds whose memory is the device's, on one rank."""
+
+    def __init__(self) -> None:
+        host: Any = SimpleNamespace(
+            device=CPU, is_logging_rank=False, generation_config=None, tokenizer=None, own_tokenizer=None
+        )
+        super().__init__(host, GenerationSettings(enabled=True, overlap=True))
+        self.memory = TrainingMemory(CUDA)
+        self.memory._allocated = 30 * 2**30
+
+    def level(self) -> float:
+        self.memory.note()
+        return self.memory.level / 2**30
+
+
+def ask_in_a_round(rounds: ValidationRounds) -> None:
+    rounds.run(1)
+
+
+def ask_for_samples(rounds: ValidationRounds) -> None:
+    rounds.generate_samples({})
+
+
+@pytest.mark.parametrize("ask", [ask_in_a_round, ask_for_samples])
+def test_the_peak_of_a_round_that_training_waits_for_is_none_of_training(monkeypatch, ask):
+    device, rounds = Device(monkeypatch), RoundsOfAGPU()
+
+    def begin(*args: Any) -> None:
+        device.peak += 10
+
+    monkeypatch.setattr(rounds.answerer, "begin", begin)
+    device.peak = 40
+    ask(rounds)
+    assert rounds.level() == 50  # before the first step nothing else is known
+    rounds.at_batch()
+    device.peak = 60
+    ask(rounds)
+    assert rounds.level() == 60
+    device.peak = 75
+    rounds.at_batch()
+    assert rounds.level() == 75
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["done", "never done"])
+def test_what_a_round_held_is_held_no_longer(monkeypatch, ends):
+    device, rounds = Device(monkeypatch), RoundsOfAGPU()
+    freed: list[int] = []
+    answers = SimpleNamespace(
+        is_done=False, stop=lambda: None, wait=lambda timeout_s: ends, result=lambda: (None, RuntimeError("stopped"))
+    )
+    gathered = SimpleNamespace(discard=lambda: freed.append(rounds.memory.held))
+    rounds.under_way = RoundUnderWay(SimpleNamespace(step=1), gathered, answers)  # type: ignore[arg-type]
+    device.allocated += 10
+    rounds.memory.begin_holding()
+    device.peak = 70  # beside it, since the last training batch
+    rounds._abandon()
+    assert rounds.under_way is None
+    assert freed == [0] * ends
+    assert (rounds.memory.held, rounds.level()) == (0, 60)
 
 
 @pytest.mark.parametrize(
