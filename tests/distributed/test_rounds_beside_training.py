@@ -92,7 +92,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "first": {"verify": "first"},
     "fast": {"backend": "fast", "best_of": 2},
 }
-CACHE: dict[str, dict[str, Any]] = {"cache": {"extra": {"cache_implementation": "static"}}}
+CAPTURED: dict[str, dict[str, Any]] = {
+    "cache": {"extra": {"cache_implementation": "static"}},
+    "chunks": {"extra": {"prefill_chunk_size": 4}},
+}
 
 
 def make_rounds(directory: Path, here: Path, **chosen: Any) -> tuple[SmallHost, ValidationRounds]:
@@ -104,7 +107,7 @@ def make_rounds(directory: Path, here: Path, **chosen: Any) -> tuple[SmallHost, 
 
 def four_rounds(directory: Path, here: Path, kind: str) -> dict[str, Any]:
     """Four rounds with a fault on rank 0; afterwards both ranks must still meet."""
-    host, rounds = make_rounds(directory, here, **(SETTINGS | CACHE).get(kind, {}))
+    host, rounds = make_rounds(directory, here, **(SETTINGS | CAPTURED).get(kind, {}))
     state = torch.get_rng_state()
     beside = []
     with warnings_of_rounds() as records, pytest.MonkeyPatch.context() as patch, rounds:
@@ -142,6 +145,7 @@ WARNINGS = {
     "memory": "generation.overlap: training waits for the answers: beside training a round needs 0.0 GiB on each ",
     "no room": "generation.overlap: training waits for the answers: torch.OutOfMemoryError: planted: ",
     "cache": "generation.overlap: training waits for the answers: transformers may compile and capture what runs with ",
+    "chunks": "generation.overlap: training waits for the answers: transformers may compile and capture what ",
     "copy": "the answers of LlamaForCausalLM (hf) failed the check: the copy is not the trainer's model: ",
     "padding": "the answers of LlamaForCausalLM (hf) failed the check: ",
     "early end, wrong": "the answers of LlamaForCausalLM (hf) failed the check: ",
@@ -214,7 +218,7 @@ def test_after_a_failure_the_next_round_is_complete(outcomes, directory, kind):
     assert {step: len(round) for step, round in records_of(directory / kind).items()} == {2: 3, 3: 3, 4: 3}
 
 
-@pytest.mark.parametrize("kind", ["memory", "no room", "cache"])
+@pytest.mark.parametrize("kind", ["memory", "no room", *CAPTURED])
 def test_where_memory_lacks_or_something_may_be_captured_training_waits(outcomes, directory, kind):
     assert outcomes[0][kind]["beside"] == [False] * 4
     assert verdicts(directory / kind) == dict.fromkeys(STEPS, True)

@@ -276,8 +276,8 @@ class Answerer:
         _, beside_training = free[logging_rank]
         least = max(0, min(beside_training, *(now for now, _ in free)) - self._reading_bytes(requests))
         try:
-            if any(request.params.get("cache_implementation") for request in requests):
-                raise ValueError("transformers may compile and capture what runs with generation.cache_implementation")
+            if (reason := _why_not_beside_training(requests)) is not None:
+                raise ValueError(reason)
             return self._plan(requests, least, way, replace(self.settings, gather="copy", ranks=1))
         except (MemoryError, ValueError) as e:
             if self.host.is_logging_rank:
@@ -407,6 +407,14 @@ class Answerer:
 def _as_lists(completions: Sequence[Completion]) -> list[list[Any]]:
     """The fields of each, to be sent."""
     return [list(astuple(completion)) for completion in completions]
+
+
+def _why_not_beside_training(requests: Sequence[Request]) -> str | None:
+    """Why what transformers does with these requests would reach into the process."""
+    for name in ("cache_implementation", "prefill_chunk_size"):  # the latter sets a switch of torch's compiler
+        if any(request.params.get(name) for request in requests):
+            return f"transformers may compile and capture what runs with generation.{name}"
+    return None
 
 
 def _why_not_in_step(requests: Sequence[Request]) -> str | None:
