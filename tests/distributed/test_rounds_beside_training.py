@@ -67,6 +67,8 @@ def plant(kind: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(HFBackend, "make_ready", lack_memory)
     if kind == "no thread":
         patch.setattr(overlap_module.threading.Thread, "start", once(threading.Thread.start))
+    if kind == "no room for a copy":
+        patch.setattr(PlainCopy, "receive", once(PlainCopy.receive, lack_memory))
     if kind == "gather":
         patch.setattr(PlainCopy, "receive", once(PlainCopy.receive))
     if kind == "tokenizer":
@@ -144,6 +146,7 @@ WARNINGS = {
     "gather": "no samples at this validation: RuntimeError: planted; training goes on",
     "memory": "generation.overlap: training waits for the answers: beside training a round needs 0.0 GiB on each ",
     "no room": "generation.overlap: training waits for the answers: torch.OutOfMemoryError: planted: ",
+    "no room for a copy": "generation.overlap: training waits for the answers: torch.OutOfMemoryError: planted: ",
     "cache": "generation.overlap: training waits for the answers: transformers may compile and capture what runs with ",
     "chunks": "generation.overlap: training waits for the answers: transformers may compile and capture what ",
     "copy": "the answers of LlamaForCausalLM (hf) failed the check: the copy is not the trainer's model: ",
@@ -222,6 +225,11 @@ def test_after_a_failure_the_next_round_is_complete(outcomes, directory, kind):
 def test_where_memory_lacks_or_something_may_be_captured_training_waits(outcomes, directory, kind):
     assert outcomes[0][kind]["beside"] == [False] * 4
     assert verdicts(directory / kind) == dict.fromkeys(STEPS, True)
+
+
+def test_where_memory_lacks_for_the_copy_that_round_is_waited_for(outcomes, directory):
+    assert outcomes[0]["no room for a copy"]["beside"] == [False, True, True, False]
+    assert verdicts(directory / "no room for a copy") == dict.fromkeys(STEPS, True)
 
 
 def test_a_wrong_copy_is_found_before_training_goes_on(outcomes, directory):

@@ -247,15 +247,17 @@ class Answerer:
             Exception: On the logging rank alone, after the last collective: why not.
         """
         gathered.is_beside_training, gathered.gathered_at = True, time.monotonic()
-        error, lacks_memory = gathered.error, False
+        error = gathered.error
         if error is None and gathered.model is not None:
             _, error = attempt(lambda: self._make_ready(gathered))
-            lacks_memory = isinstance(error, torch.OutOfMemoryError)
         gathered.ready_at = time.monotonic()
-        outcome = smallest(1 if error is None else 0 if lacks_memory else -1, self.host.device)
+        # Where another rank kept this one from its copy, that rank knows why.
+        may_try_again = isinstance(error, torch.OutOfMemoryError | OtherRankError)
+        outcome = smallest(1 if error is None else 0 if may_try_again else -1, self.host.device)
+        error = error or OtherRankError("another rank could not take part in the gather")
         if outcome < 0 and self.host.is_logging_rank:
-            raise error or OtherRankError("another rank could not take part in the gather")
-        if error is not None and outcome == 0:
+            raise error
+        if outcome == 0 and self.host.is_logging_rank:
             self._warn_of_waiting(describe(error))
         return None if outcome == 0 else outcome > 0
 
