@@ -334,6 +334,19 @@ def with_answers_that_wait(directory: Path, here: Path) -> dict[str, Any]:
     """Answers that come when they are told to, and others that never come: training ends with an error before."""
     host, rounds = make_rounds(directory, here)
     assert host.own_tokenizer is not host.tokenizer
+    borrowed_by = []  # threads that look at the trainer's tokenizer
+
+    class Watched(SmallHost):
+        @property
+        def tokenizer(self) -> Any:
+            borrowed_by.append(threading.current_thread())
+            return self.__dict__["tokenizer"]
+
+        @tokenizer.setter
+        def tokenizer(self, value: Any) -> None:
+            self.__dict__["tokenizer"] = value
+
+    host.__class__ = Watched
     may_answer = threading.Event()
     generate, threads = HFBackend.generate, []
 
@@ -365,6 +378,7 @@ def with_answers_that_wait(directory: Path, here: Path) -> dict[str, Any]:
         with pytest.raises(KeyError):
             train()
     alive = [thread.is_alive() for thread in threads if thread is not threading.main_thread()]
+    seen["borrowed by others"] = len(set(borrowed_by) - {threading.main_thread()})
     return seen | {"alive": alive, "warnings": records, "met": agree(True, CPU)}
 
 
@@ -372,6 +386,7 @@ def test_training_is_not_held_and_a_crash_of_it_loses_the_round_under_way(direct
     first, second = run_distributed(with_answers_that_wait, 2, tmp_path, directory, tmp_path)
     assert first["while it waits"] == []
     assert first["recorded"] == [1]
+    assert first["borrowed by others"] == 0
     assert (first["samples"], second["samples"]) == ([2, 2], [0, 0])
     assert sorted(records_of(tmp_path)) == [1]
     assert (first["alive"], second["alive"]) == ([False, False], [])

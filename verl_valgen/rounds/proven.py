@@ -1,6 +1,7 @@
 """Answers that are proven: on the fastest way whose answers pass the check, which stays for the run.
 
-This module owns the choice of the way. All of its state is the same on all ranks.
+This module owns the choice of the way. All of its state is the same on all ranks. (Over 200 lines, as answers that are
+waited for and those beside training choose among the same ways.)
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class ProvenAnswerer:
         self.is_doubted = False
         """Whether the last answers failed: then the next ones are waited for, to be made again if need be."""
         self.told: set[str] = set()
-        """Why training waits, as far as it was said."""
+        """What was said once: why training waits, or why there is no proof."""
         self.warnings = OnceLogger(logger)
 
     @property
@@ -71,11 +72,11 @@ class ProvenAnswerer:
     ) -> GatheredRound | None:
         """See `Answerer.begin`. Collective: all ranks must call."""
         self.first_finding = NOT_CHECKED
-        if free_beside_training is not None and (reason := self._why_not_beside_training()) is not None:
-            free_beside_training = None
-            if reason not in self.told and self.host.is_logging_rank:
-                logger.info("generation.overlap: training waits for the answers: %s", reason)
-            self.told.add(reason)
+        if free_beside_training is not None:
+            reason = broadcast(self._why_not_beside_training(), self.host.is_logging_rank, self.host.device)
+            if reason is not None:
+                free_beside_training = None
+                self._tell_once(f"generation.overlap: training waits for the answers: {reason}")
         return self.answerer.begin(requests, self.ways[0], None, free_beside_training)
 
     def _why_not_beside_training(self) -> str | None:
@@ -86,6 +87,8 @@ class ProvenAnswerer:
             return "the model that is trained answers itself"
         if self.is_doubted:
             return "the last answers failed the check"
+        if self.host.is_logging_rank and self.host.own_tokenizer is self.host.tokenizer:
+            return "the tokenizer, which the data set uses meanwhile, cannot be copied"
         return None
 
     def may_go_on(self, gathered: GatheredRound, prompts: Sequence[Prompt]) -> bool:
@@ -100,6 +103,11 @@ class ProvenAnswerer:
             texts = texts_to_read(prompts, self.host.tokenizer)
             self.first_finding = first_link(self._reading(gathered), texts)
             self._log("the copy beside the trainer's model: %s", self.first_finding)
+            if self.first_finding.verified is None:
+                self._tell_once(
+                    "generation.overlap: the copy is not compared with the trainer's model, so that answers which are "
+                    f"made while training goes on stay without proof: {self.first_finding.reason}"
+                )
         return self.first_finding.verified is not False
 
     def answer_alone(self, gathered: GatheredRound) -> tuple[ProvenAnswers, Finding]:
@@ -111,7 +119,10 @@ class ProvenAnswerer:
         completions = self.answerer.answer_alone(gathered)
         finding = self.first_finding
         if self.is_checking:
-            second = second_link(self._reading(gathered), gathered.requests, completions)
+            # The special tokens were made on the trainer's thread, whose tokenizer is in use by now.
+            copy: Any = gathered.model
+            reading = Reading(self.host, copy.generation_config, self.settings.seed, gathered.dtype, copy)
+            second = second_link(reading, gathered.requests, completions)
             self._log("the answers beside the copy: %s", second)
             # Right are those answers of which both links are.
             finding = min(finding, second, key=lambda link: {False: 0, None: 1, True: 2}[link.verified])
@@ -243,6 +254,11 @@ class ProvenAnswerer:
             ways = self.ways[self.ways.index(gathered.way) + 1 :]
         closed = {SHARDED} if self.answerer.why_not_sharded(gathered.requests) is not None else set()
         return [way for way in ways if way not in self.failed | closed]
+
+    def _tell_once(self, message: str) -> None:
+        if message not in self.told and self.host.is_logging_rank:
+            logger.info("%s", message)
+        self.told.add(message)
 
     def _log(self, message: str, *args: object) -> None:
         if self.host.is_logging_rank:

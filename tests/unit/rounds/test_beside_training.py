@@ -16,6 +16,7 @@ import torch
 
 from verl_valgen.rounds.overlap import BesideTraining, TrainingMemory, on_own_stream
 from verl_valgen.rounds.proven import ProvenAnswerer
+from verl_valgen.rounds.reading import Finding
 from verl_valgen.rounds.rounds import RoundUnderWay, ValidationRounds
 from verl_valgen.settings.load import GenerationSettings
 
@@ -224,17 +225,22 @@ def test_what_a_round_held_is_held_no_longer(monkeypatch, ends):
 
 
 @pytest.mark.parametrize(
-    ("device_type", "gather", "reason"),
+    ("device_type", "gather", "own_tokenizer", "reason"),
     [
-        ("xpu", "auto", "beside training nobody has tried devices of type xpu"),
-        ("cpu", "sharded", "the model that is trained answers itself"),
-        ("cpu", "auto", None),
+        ("xpu", "auto", "a copy", "beside training nobody has tried devices of type xpu"),
+        ("cpu", "sharded", "a copy", "the model that is trained answers itself"),
+        ("cpu", "auto", None, "the tokenizer, which the data set uses meanwhile, cannot be copied"),
+        ("cpu", "auto", "a copy", None),
     ],
 )
-def test_where_training_waits_that_is_said_once(monkeypatch, caplog, device_type, gather, reason):
+def test_where_training_waits_that_is_said_once(monkeypatch, caplog, device_type, gather, own_tokenizer, reason):
     caplog.set_level(logging.INFO, "verl_valgen")
     host: Any = SimpleNamespace(
-        device=torch.device(device_type), is_logging_rank=True, generation_config=None, tokenizer=None
+        device=torch.device(device_type),
+        is_logging_rank=True,
+        generation_config=None,
+        tokenizer=None,
+        own_tokenizer=own_tokenizer,
     )
     answerer = ProvenAnswerer(host, GenerationSettings(enabled=True, overlap=True, gather=gather))
     begun: list[Any] = []
@@ -244,3 +250,17 @@ def test_where_training_waits_that_is_said_once(monkeypatch, caplog, device_type
     assert begun == [free_bytes if reason is None else None] * 2
     told = [] if reason is None else [f"generation.overlap: training waits for the answers: {reason}"]
     assert [record.getMessage() for record in caplog.records] == told
+
+
+def test_a_copy_that_is_not_compared_is_told_once(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "verl_valgen")
+    host: Any = SimpleNamespace(device=CPU, is_logging_rank=True, generation_config=None, tokenizer=None)
+    answerer = ProvenAnswerer(host, GenerationSettings(enabled=True, overlap=True))
+    monkeypatch.setattr(answerer, "_safer", lambda gathered: [])
+    monkeypatch.setattr(answerer, "_reading", lambda gathered: None)
+    monkeypatch.setattr("verl_valgen.rounds.proven.texts_to_read", lambda *args: [])
+    monkeypatch.setattr("verl_valgen.rounds.proven.first_link", lambda *args: Finding(None, "no row"))
+    gathered: Any = None
+    assert [answerer.may_go_on(gathered, []) for _ in range(2)] == [True, True]
+    (record,) = caplog.records
+    assert record.getMessage().endswith("stay without proof: no row")
