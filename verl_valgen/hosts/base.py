@@ -150,7 +150,8 @@ class Host(ABC):
     @cached_property
     def own_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer for another thread than the trainer's, whose data set may use its own at the same time: while
-        one is in use it refuses some calls ("Already borrowed"), and training would end."""
+        one is in use it refuses some calls ("Already borrowed"), and training would end. It is the trainer's where it
+        cannot be copied: then there may be no such thread."""
         own, error = attempt(lambda: copy.deepcopy(self.tokenizer))
         return self.tokenizer if error is not None else own
 

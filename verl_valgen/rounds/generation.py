@@ -215,6 +215,10 @@ class Answerer:
         assert gathered.backend is not None
         return self._timed(gathered.backend, gathered)
 
+    def why_not_sharded(self, requests: Sequence[Request]) -> str | None:
+        """Why these requests, the same on all ranks, cannot be answered without a copy; None where they can."""
+        return self.host.why_not_sharded() or _why_not_in_step(requests)
+
     def _hand_out(self, requests: Sequence[Request] | None) -> tuple[int, list[Request]]:
         """Returns the logging rank and its requests on every rank. Collective: all ranks must call."""
         packed, error = None, None
@@ -243,15 +247,17 @@ class Answerer:
             Exception: On the logging rank alone, after the last collective: why not.
         """
         gathered.is_beside_training, gathered.gathered_at = True, time.monotonic()
-        error, lacks_memory = gathered.error, False
+        error = gathered.error
         if error is None and gathered.model is not None:
             _, error = attempt(lambda: self._make_ready(gathered))
-            lacks_memory = isinstance(error, torch.OutOfMemoryError)
         gathered.ready_at = time.monotonic()
-        outcome = smallest(1 if error is None else 0 if lacks_memory else -1, self.host.device)
+        # Where another rank kept this one from its copy, that rank knows why.
+        may_try_again = isinstance(error, torch.OutOfMemoryError | OtherRankError)
+        outcome = smallest(1 if error is None else 0 if may_try_again else -1, self.host.device)
+        error = error or OtherRankError("another rank could not take part in the gather")
         if outcome < 0 and self.host.is_logging_rank:
-            raise error or OtherRankError("another rank could not take part in the gather")
-        if error is not None and outcome == 0:
+            raise error
+        if outcome == 0 and self.host.is_logging_rank:
             self._warn_of_waiting(describe(error))
         return None if outcome == 0 else outcome > 0
 
@@ -272,8 +278,8 @@ class Answerer:
         _, beside_training = free[logging_rank]
         least = max(0, min(beside_training, *(now for now, _ in free)) - self._reading_bytes(requests))
         try:
-            if any(request.params.get("cache_implementation") for request in requests):
-                raise ValueError("transformers may compile and capture what runs with generation.cache_implementation")
+            if (reason := _why_not_beside_training(requests)) is not None:
+                raise ValueError(reason)
             return self._plan(requests, least, way, replace(self.settings, gather="copy", ranks=1))
         except (MemoryError, ValueError) as e:
             if self.host.is_logging_rank:
@@ -305,7 +311,7 @@ class Answerer:
             gather=gather,
             ranks=settings.ranks,
             batch_size=settings.batch_size,
-            why_not_sharded=host.why_not_sharded() or _why_not_in_step(requests),
+            why_not_sharded=self.why_not_sharded(requests),
         )
         logger.debug("%s for %d prompts; %.1f GiB are free", plan, len(requests), free / 2**30)
         if plan.is_sharded and gather == "auto" and host.is_logging_rank:
@@ -401,6 +407,14 @@ class Answerer:
 def _as_lists(completions: Sequence[Completion]) -> list[list[Any]]:
     """The fields of each, to be sent."""
     return [list(astuple(completion)) for completion in completions]
+
+
+def _why_not_beside_training(requests: Sequence[Request]) -> str | None:
+    """Why what transformers does with these requests would reach into the process."""
+    for name in ("cache_implementation", "prefill_chunk_size"):  # the latter sets a switch of torch's compiler
+        if any(request.params.get(name) for request in requests):
+            return f"transformers may compile and capture what runs with generation.{name}"
+    return None
 
 
 def _why_not_in_step(requests: Sequence[Request]) -> str | None:

@@ -4,7 +4,8 @@ When such answers are there the trainer's weights have moved on, and its forward
 beside training. So the proof of verification.py is cut in two. Before training goes on, the model in training and the
 copy, as it will generate, read the same texts, and their logits are compared: that finds a wrong copy. With the answers
 the copy, without a cache and without padding, reads two of them: that finds a wrong way through it. This module decides
-what is read; reading.py has the readers, comparing.py and judging.py the rules.
+what is read; reading.py has the readers, comparing.py and judging.py the rules. (Over 200 lines, as neither link proves
+anything without the other.)
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def _objections_to_answers(
     reading: Reading, requests: Sequence[Request], completions: Sequence[Completion]
 ) -> list[str | None]:
     model: Any = reading.copy
-    backend = HFBackend(model, reading.host.tokenizer, reading.seed)
+    backend = HFBackend(model, reading.host.own_tokenizer, reading.seed)
 
     def judge(excerpt: Excerpt) -> str | None:
         logits = read_by_copy(model, excerpt.input_ids, len(excerpt.output_ids))

@@ -106,6 +106,10 @@ class BesideTraining(Generic[T]):
         ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, exit)
 
     def _run(self) -> None:
+        # Who leaves its thread's outermost autocast empties the cache of cast weights, which all threads share: the
+        # trainer's forward pass, under way, would cast again, and round its gradients otherwise. The model's code has
+        # such blocks; here none is the outermost one. The count is by thread, and ends with it.
+        torch.autocast_increment_nesting()
         try:
             with ExitStack() as stack:
                 if self._device.type == "cuda":  # what is current is so by thread
@@ -131,7 +135,11 @@ class TrainingMemory:
         self.level = 0
         """Bytes allocated at the highest level of a training step."""
         self.held = 0
-        """Bytes allocated for the round that is under way, which are none of training's."""
+        """Bytes allocated for the round that is under way, which are none of training's.
+
+        The thread frees the answers' cache and graphs before the round ends, and they still count: where training comes
+        to its highest level after that, `level` is so much too low.
+        """
         self._peak = 0
         self._allocated = 0
 
@@ -149,8 +157,18 @@ class TrainingMemory:
         self._allocated = self._now()
 
     def begin_holding(self) -> None:
-        """What has been allocated since `before_gather` is the round's, until `held` is set to 0."""
+        """What has been allocated since `before_gather` is the round's, until `end_holding`."""
         self.held = max(0, self._now() - self._allocated)
+
+    def end_holding(self) -> None:
+        """The peak so far was beside what the round held; later ones are training's alone."""
+        self.note()
+        self.held = 0
+
+    def leave_out(self) -> None:
+        """The peak so far is not training's. To be called only where `level` is known from a training step."""
+        if self.device.type == "cuda":
+            self._peak = torch.cuda.max_memory_allocated(self.device)
 
     def _now(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0

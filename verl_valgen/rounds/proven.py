@@ -1,6 +1,7 @@
 """Answers that are proven: on the fastest way whose answers pass the check, which stays for the run.
 
-This module owns the choice of the way. All of its state is the same on all ranks.
+This module owns the choice of the way. All of its state is the same on all ranks. (Over 200 lines, as answers that are
+waited for and those beside training choose among the same ways.)
 """
 
 from __future__ import annotations
@@ -49,10 +50,12 @@ class ProvenAnswerer:
         """The safer ways that have failed, too. (One that could not be taken, for want of time, say, has not.)"""
         self.first_finding = NOT_CHECKED
         """What the copy of the round under way was found to be, before training went on."""
+        self.safer: list[Way] = []
+        """The ways that could be taken in place of that of the round under way."""
         self.is_doubted = False
         """Whether the last answers failed: then the next ones are waited for, to be made again if need be."""
         self.told: set[str] = set()
-        """Why training waits, as far as it was said."""
+        """What was said once: why training waits, or why there is no proof."""
         self.warnings = OnceLogger(logger)
 
     @property
@@ -69,11 +72,11 @@ class ProvenAnswerer:
     ) -> GatheredRound | None:
         """See `Answerer.begin`. Collective: all ranks must call."""
         self.first_finding = NOT_CHECKED
-        if free_beside_training is not None and (reason := self._why_not_beside_training()) is not None:
-            free_beside_training = None
-            if reason not in self.told and self.host.is_logging_rank:
-                logger.info("generation.overlap: training waits for the answers: %s", reason)
-            self.told.add(reason)
+        if free_beside_training is not None:
+            reason = broadcast(self._why_not_beside_training(), self.host.is_logging_rank, self.host.device)
+            if reason is not None:
+                free_beside_training = None
+                self._tell_once(f"generation.overlap: training waits for the answers: {reason}")
         return self.answerer.begin(requests, self.ways[0], None, free_beside_training)
 
     def _why_not_beside_training(self) -> str | None:
@@ -84,6 +87,8 @@ class ProvenAnswerer:
             return "the model that is trained answers itself"
         if self.is_doubted:
             return "the last answers failed the check"
+        if self.host.is_logging_rank and self.host.own_tokenizer is self.host.tokenizer:
+            return "the tokenizer, which the data set uses meanwhile, cannot be copied"
         return None
 
     def may_go_on(self, gathered: GatheredRound, prompts: Sequence[Prompt]) -> bool:
@@ -93,10 +98,16 @@ class ProvenAnswerer:
         Args:
             prompts: Those of the round, on the logging rank.
         """
+        self.safer = self._safer(gathered)
         if self.is_checking:
             texts = texts_to_read(prompts, self.host.tokenizer)
             self.first_finding = first_link(self._reading(gathered), texts)
             self._log("the copy beside the trainer's model: %s", self.first_finding)
+            if self.first_finding.verified is None:
+                self._tell_once(
+                    "generation.overlap: the copy is not compared with the trainer's model, so that answers which are "
+                    f"made while training goes on stay without proof: {self.first_finding.reason}"
+                )
         return self.first_finding.verified is not False
 
     def answer_alone(self, gathered: GatheredRound) -> tuple[ProvenAnswers, Finding]:
@@ -108,11 +119,27 @@ class ProvenAnswerer:
         completions = self.answerer.answer_alone(gathered)
         finding = self.first_finding
         if self.is_checking:
-            second = second_link(self._reading(gathered), gathered.requests, completions)
+            # The special tokens were made on the trainer's thread, whose tokenizer is in use by now.
+            copy: Any = gathered.model
+            reading = Reading(self.host, copy.generation_config, self.settings.seed, gathered.dtype, copy)
+            second = second_link(reading, gathered.requests, completions)
             self._log("the answers beside the copy: %s", second)
             # Right are those answers of which both links are.
             finding = min(finding, second, key=lambda link: {False: 0, None: 1, True: 2}[link.verified])
         return ProvenAnswers(completions, finding.verified, _name(gathered.dtype), gathered.deadline), finding
+
+    def tell(self, finding: Finding) -> None:
+        """Warns, on the logging rank, of answers that were made beside training and failed. Not collective.
+
+        To be called before `note`, for which the other ranks are wanted: a run may end before.
+        """
+        if finding.verified is False:
+            another = f"another way: {self.safer[0].name}" if self.safer else "the same way, as there is no other"
+            self._warn(
+                self.ways[0],
+                f"{finding.reason}; those answers are in the JSONL files alone, without scores, and the next ones are "
+                f"waited for, and made {another}",
+            )
 
     def note(self, finding: Finding | None) -> None:
         """Takes note, on all ranks, of what came of answers that were made beside training. Collective: all must call.
@@ -120,22 +147,19 @@ class ProvenAnswerer:
         Args:
             finding: On the logging rank; None there where no answers came.
         """
-        verified, reason = broadcast(finding or [None, ""], self.host.is_logging_rank, self.host.device) or [None, ""]
+        verified = broadcast(finding and finding.verified, self.host.is_logging_rank, self.host.device)
         self.is_proven = self.is_proven or verified is True
         if verified is False:
-            way, self.ways = self.ways[0], self.ways[1:]
             self.is_proven, self.is_doubted = False, True
-            self._warn(
-                way,
-                f"{reason}; those answers are in the JSONL files alone, without scores, and the next ones are waited "
-                f"for, and made another way: {self.ways[0].name}",
-            )
+            if self.safer:  # else the next round, which is waited for, is answered and checked the same way
+                self.ways = self.ways[self.ways.index(self.safer[0]) :]
 
     def finish(self, gathered: GatheredRound | None) -> ProvenAnswers | None:
         """Answers the requests of a gathered round, and has the answers checked. Collective: all ranks must call.
 
         Where they fail, they are made again on the safer ways, and the first way that passes stays for the run. Where
-        none passes, the last answers are returned, unverified, and later rounds try none again that has failed.
+        none passes, the last answers are returned, unverified, and later rounds try none again that has failed. A copy
+        that was found to be wrong before it has answered is made again for that.
 
         The check needs the weights that were gathered: the trainer must not have taken a step since.
 
@@ -149,28 +173,30 @@ class ProvenAnswerer:
             return None
         answers: ProvenAnswers | None = None
         verified, reason = self.first_finding
+        has_answers = verified is not False
         self.is_doubted = False  # on all ranks, whatever is raised on one
-        if self.first_finding.verified is False:
-            gathered.discard()
-        else:
+        if has_answers:
             answers, verified, reason = self._checked(gathered)
-        self.is_doubted = verified is False
+        else:
+            gathered.discard()
         if verified is not False:
             self.is_proven = self.is_proven or verified is True
             return answers
-        for way in [way for way in self._safer(gathered) if way not in self.failed]:
+        for way in self._safer(gathered):
             # What fails on the logging rank alone has ended with no check on all ranks.
             result, error = attempt(partial(self._made_again, gathered, way))
             again, verified, found = result or (None, None, describe(error) if error else "")
             self._log("%s: %s", way.name, found or "passed")
             if verified:
                 self.ways, self.is_proven = self.ways[self.ways.index(way) :], True
-                self.is_doubted = False
                 self._warn(gathered.way, f"{reason}; the answers were made again, and will be from now on: {way.name}")
                 return again
             if verified is False:
-                answers = again
+                answers, has_answers = again, True
                 self.failed.add(way)
+        self.is_doubted = True
+        if not has_answers:
+            answers = self._unproven(gathered)
         self._warn(
             gathered.way,
             f"{reason}; no safer way does better, so the answers are in the JSONL files alone, without scores",
@@ -208,11 +234,31 @@ class ProvenAnswerer:
         requests = gathered.requests if self.host.is_logging_rank else None
         return self._checked(self.answerer.begin(requests, way, gathered.deadline))
 
+    def _unproven(self, gathered: GatheredRound) -> ProvenAnswers | None:
+        """Answers the same requests the same way, without a check. Collective: all ranks must call.
+
+        Raises:
+            Exception: As for `finish`.
+        """
+        again = self.answerer.begin(gathered.requests, gathered.way, gathered.deadline)
+        completions = self.answerer.finish(again)
+        if again is None or completions is None:
+            return None
+        return ProvenAnswers(completions, False, _name(again.dtype), again.deadline)
+
     def _safer(self, gathered: GatheredRound) -> list[Way]:
-        """The ways after the one that a round took."""
+        """The ways after the one that a round took, without those that have failed or that are closed to it."""
         if gathered.plan.is_sharded:  # there was no room for a copy, whatever is made of it
-            return [way for way in (SHARDED,) if gathered.way is not way]
-        return self.ways[self.ways.index(gathered.way) + 1 :]
+            ways = [way for way in (SHARDED,) if gathered.way is not way]
+        else:
+            ways = self.ways[self.ways.index(gathered.way) + 1 :]
+        closed = {SHARDED} if self.answerer.why_not_sharded(gathered.requests) is not None else set()
+        return [way for way in ways if way not in self.failed | closed]
+
+    def _tell_once(self, message: str) -> None:
+        if message not in self.told and self.host.is_logging_rank:
+            logger.info("%s", message)
+        self.told.add(message)
 
     def _log(self, message: str, *args: object) -> None:
         if self.host.is_logging_rank:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from verl_valgen.collectives import broadcast
+from verl_valgen.collectives import attempt, broadcast
 from verl_valgen.hosts.base import Host
 from verl_valgen.prompts.datasets import mask_is_shifted
 from verl_valgen.prompts.files import OwnPrompt
@@ -62,7 +62,7 @@ class RoundUnderWay(NamedTuple):
 
     opened: OpenRound
     gathered: GatheredRound
-    answers: BesideTraining[tuple[Round, Finding]]
+    answers: BesideTraining[tuple[Finding, Round | None, Exception | None]]
 
 
 class ValidationRounds:
@@ -163,7 +163,7 @@ class ValidationRounds:
             return
         self.asked_at.add(step)
         self.record_under_way()
-        with self._failures_told("no samples at this validation"):
+        with self._apart_from_training(), self._failures_told("no samples at this validation"):
             self._settle()
             self._go_on_or_end(self.begin(step))
 
@@ -173,6 +173,19 @@ class ValidationRounds:
         self.memory.note()
         if self.under_way is not None and self.under_way.answers.is_done:
             self.record_under_way()
+
+    @contextmanager
+    def _apart_from_training(self) -> Iterator[None]:
+        """While open, training waits, and what is allocated is none of its steps'.
+
+        Before the first step it counts all the same, as nothing else is known.
+        """
+        self.memory.note()
+        try:
+            yield
+        finally:
+            if self.num_batches > 0 and self.under_way is None:
+                self.memory.leave_out()
 
     @contextmanager
     def _failures_told(self, problem: str) -> Iterator[None]:
@@ -231,18 +244,18 @@ class ValidationRounds:
             self.under_way = RoundUnderWay(opened, gathered, BesideTraining(job, self.host.device))
         except RuntimeError:  # no more threads
             gathered.discard()
-            self.memory.held = 0
+            self.memory.end_holding()
             raise
         _log_waits(opened, gathered)
 
     def _answers_and_scores(
         self, opened: OpenRound, gathered: GatheredRound, recorder: Recorder
-    ) -> tuple[Round, Finding]:
-        """What the thread does."""
+    ) -> tuple[Finding, Round | None, Exception | None]:
+        """What the thread does. Returns what was found of the answers, and the round, or why there is none."""
         proven, finding = self.answerer.answer_alone(gathered)
         seconds = time.time() - opened.started_at
         logger.debug("the answers of step %d took %.3f s beside training", opened.step, seconds)
-        return recorder.judge(opened.queries, proven, opened.step, seconds), finding
+        return finding, *attempt(lambda: recorder.judge(opened.queries, proven, opened.step, seconds))
 
     def record_under_way(self) -> None:
         """Waits for the round that is under way, if any, records it, and frees what it held. Never raises. Not
@@ -255,16 +268,21 @@ class ValidationRounds:
             if error is not None:
                 raise error
             assert result is not None
+            self.found, round, error = result
+            self.answerer.tell(self.found)
+            if error is not None:
+                raise error
+            assert round is not None
             assert self.recorder is not None
-            round, self.found = result
             with preserved_random_state(self.host.device):
                 self.recorder.record(round)
 
     def _let_go(self) -> None:
         """Frees what the round held that was under way, and is done."""
         if self.under_way is not None:
+            self.memory.end_holding()
             self.under_way.gathered.discard()
-            self.under_way, self.memory.held = None, 0
+            self.under_way = None
 
     def _settle(self) -> None:
         """Tells all ranks what came of the answers that were made beside training. Collective: all ranks must call."""
@@ -282,6 +300,8 @@ class ValidationRounds:
         if answers.wait(_MAX_WAIT_S):
             answers.result()
             self._let_go()
+        else:  # what the thread still holds counts as training's, should there be another `fit()`
+            self.memory.end_holding()
         self.under_way = None
 
     def end(self, round: OpenRound) -> None:
@@ -302,7 +322,7 @@ class ValidationRounds:
         queries: list[Query] = []
         error: Exception | None = None
         self.record_under_way()
-        with preserved_random_state(self.host.device):
+        with self._apart_from_training(), preserved_random_state(self.host.device):
             self._settle()
             if self.host.is_logging_rank:
                 try:

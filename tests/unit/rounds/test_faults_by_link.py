@@ -34,7 +34,7 @@ TEXTS = [text[:33] for text in language(2, 48, seed=77)]
 class Reader:
     """As much of a host as the first link asks for, of one rank: its model computes in a dtype as verl's does."""
 
-    is_logging_rank, device, largest_unit_bytes, tokenizer = True, CPU, 0, None
+    is_logging_rank, device, largest_unit_bytes, own_tokenizer = True, CPU, 0, None
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         self.model, self.compute_dtype = copy.deepcopy(model), dtype
@@ -168,7 +168,7 @@ def of_thread(function: Any, *args: Any) -> Any:
 
 def alone(faulty: Any) -> Reading:
     """For the second link, which may ask the trainer for nothing but its tokenizer."""
-    host: Any = SimpleNamespace(tokenizer=None)
+    host: Any = SimpleNamespace(own_tokenizer=None)
     return Reading(host, faulty.generation_config, SEED, torch.float32, faulty)
 
 
