@@ -22,16 +22,17 @@ from transformers import PreTrainedTokenizerBase
 from verl_valgen.backends.comparing import closeness, dissimilarity, gaps
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.backends.judging import logprobs
-from verl_valgen.collectives import attempt, broadcast, gather_values
-from verl_valgen.hosts.base import Host, has_experts
+from verl_valgen.collectives import attempt, broadcast
+from verl_valgen.hosts.base import has_experts
 from verl_valgen.records import Completion, Prompt, Request
-from verl_valgen.rounds.needs import reading_bytes
+from verl_valgen.rounds.needs import largest_reading_bytes
 from verl_valgen.rounds.reading import (
     MAX_LOGPROB_GAP,
     Excerpt,
     Finding,
     Reading,
     agree_on_memory,
+    agreed_finding,
     chosen_excerpts,
     each,
     loaded,
@@ -86,13 +87,7 @@ def first_link(reading: Reading, sequences: Sequence[Sequence[int]]) -> Finding:
         return Finding(None, reason)
     compare = _compared_logits if host.why_not_sharded() is None else _compared_logprobs
     objections, error = attempt(lambda: compare(reading, received))
-    reports = gather_values([objections, None if error is None else describe(error)], host.device)
-    # An objection stands, whatever fails elsewhere.
-    if found := [text for texts, _ in reports for text in texts or () if text is not None]:
-        return Finding(False, found[0])
-    if failures := [text for _, text in reports if text is not None]:
-        return Finding(None, failures[0])
-    return Finding(True)
+    return agreed_finding(objections, error, host.device)
 
 
 class _Text(NamedTuple):
@@ -104,11 +99,6 @@ class _Text(NamedTuple):
     @classmethod
     def of(cls, ids: list[int]) -> _Text:
         return cls(ids[:-1], ids[-min(_MAX_READ, len(ids) - 1) :])
-
-
-def _bytes_to_read(host: Host, texts: Sequence[_Text]) -> int:
-    config = host.model_config.get_text_config()
-    return max(reading_bytes(config, len(ids), len(output_ids), host.compute_dtype) for ids, output_ids in texts)
 
 
 def _value(value: Any, error: Exception | None) -> Any:
@@ -127,7 +117,7 @@ def _compared_logits(reading: Reading, sequences: Sequence[list[int]]) -> list[s
     """
     host, texts = reading.host, [_Text.of(ids) for ids in sequences]
     with loaded(host):
-        agree_on_memory(host, _bytes_to_read(host, texts))
+        agree_on_memory(host, largest_reading_bytes(texts, host.model_config.get_text_config(), host.compute_dtype))
         # What fails between two passes on one rank must not keep it from the next, in which the others wait for it.
         read = [attempt(partial(host.read, text.input_ids, len(text.output_ids))) for text in texts]
     expected = [_value(*outcome) for outcome in read]
@@ -147,7 +137,7 @@ def _compared_logits(reading: Reading, sequences: Sequence[list[int]]) -> list[s
 def _compared_logprobs(reading: Reading, sequences: Sequence[list[int]]) -> list[str | None]:
     """As `_compared_logits`, with verl's own forward, which gives log-probabilities alone."""
     host, texts = reading.host, [_Text.of(ids) for ids in sequences]
-    agree_on_memory(host, _bytes_to_read(host, texts))
+    agree_on_memory(host, largest_reading_bytes(texts, host.model_config.get_text_config(), host.compute_dtype))
     read = [attempt(partial(host.mean_logprob, *text)) for text in texts]
     of_trainer = [_value(*outcome) for outcome in read]
     if not host.is_logging_rank:

@@ -6,8 +6,8 @@ Pure functions, but for `free_bytes`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -62,6 +62,15 @@ def prompt_bytes(config: Any, num_tokens: int, dtype: torch.dtype) -> int:
     return num_tokens * (6 * config.hidden_size + 3 * intermediate_size) * dtype.itemsize
 
 
+class Text(Protocol):
+    """What is read, and which tokens are asked for: of the last one nothing is, so that it is only predicted."""
+
+    @property
+    def input_ids(self) -> list[int]: ...
+    @property
+    def output_ids(self) -> list[int]: ...
+
+
 def reading_bytes(config: Any, num_tokens: int, num_read: int, dtype: torch.dtype) -> int:
     """Bytes that a forward pass over one sequence takes beside the weights, estimated on the large side.
 
@@ -72,6 +81,11 @@ def reading_bytes(config: Any, num_tokens: int, num_read: int, dtype: torch.dtyp
     """
     logits = (num_tokens + num_read) * config.vocab_size * dtype.itemsize
     return sequence_bytes(config, num_tokens, 0, dtype) + logits + _JUDGING_BYTES
+
+
+def largest_reading_bytes(texts: Iterable[Text], config: Any, dtype: torch.dtype) -> int:
+    """`reading_bytes` of the text that takes the most, of at least one: they are read one after the other."""
+    return max(reading_bytes(config, len(text.input_ids), len(text.output_ids), dtype) for text in texts)
 
 
 def largest_sequence_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> int:

@@ -20,8 +20,9 @@ from verl_valgen.backends.batching import table_boundaries
 from verl_valgen.backends.beams import beam_objection
 from verl_valgen.backends.judging import objection, shortfalls, tolerance
 from verl_valgen.backends.memory import fits
-from verl_valgen.collectives import agree, attempt
+from verl_valgen.collectives import agree, attempt, gather_values
 from verl_valgen.records import Completion, Request
+from verl_valgen.text import describe
 
 if TYPE_CHECKING:
     from verl_valgen.hosts.base import Host
@@ -141,7 +142,7 @@ def agree_on_memory(host: Host, num_bytes: int) -> None:
     """Raises MemoryError on all ranks where one has no room for its reading. Collective: all ranks must call.
 
     Args:
-        num_bytes: That this rank's reading takes, see `plan.reading_bytes`.
+        num_bytes: That this rank's reading takes, see `needs.largest_reading_bytes`.
     """
     # While one unit computes the next is gathered. Its size is that in float32.
     units = 2 * host.largest_unit_bytes * host.compute_dtype.itemsize // torch.float32.itemsize
@@ -186,3 +187,19 @@ def each(judgements: Iterable[Callable[[], str | None]]) -> list[str | None]:
     if errors and not any(objections):
         raise errors[0]
     return objections
+
+
+def agreed_finding(objections: Sequence[str | None] | None, error: Exception | None, device: torch.device) -> Finding:
+    """Makes one finding of what all ranks have read. Collective: all ranks must call.
+
+    Args:
+        objections: This rank's, one for each text that it read; None where it failed.
+        error: Why it failed.
+    """
+    reports = gather_values([objections, None if error is None else describe(error)], device)
+    # An objection stands, whatever fails elsewhere.
+    if found := [text for texts, _ in reports for text in texts or () if text is not None]:
+        return Finding(False, found[0])
+    if failures := [text for _, text in reports if text is not None]:
+        return Finding(None, failures[0])
+    return Finding(True)

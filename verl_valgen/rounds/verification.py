@@ -18,16 +18,16 @@ from transformers import LogitsProcessorList
 
 from verl_valgen.backends.hf import HFBackend, has_processors
 from verl_valgen.backends.judging import logprobs
-from verl_valgen.collectives import attempt, broadcast, gather_values, rank, world_size
-from verl_valgen.hosts.base import Host
+from verl_valgen.collectives import attempt, broadcast, rank, world_size
 from verl_valgen.records import Completion, Request
-from verl_valgen.rounds.needs import reading_bytes
+from verl_valgen.rounds.needs import largest_reading_bytes
 from verl_valgen.rounds.reading import (
     MAX_LOGPROB_GAP,
     Excerpt,
     Finding,
     Reading,
     agree_on_memory,
+    agreed_finding,
     chosen_excerpts,
     each,
     loaded,
@@ -63,13 +63,7 @@ def verify(reading: Reading, requests: Sequence[Request], completions: Sequence[
     else:
         own = excerpts if world_size() == 1 else [excerpts[rank() % len(excerpts)]]
         result, error = attempt(lambda: _objections_of_trainer(reading, own))
-    reports = gather_values([result, None if error is None else describe(error)], host.device)
-    # An objection stands, whatever fails elsewhere.
-    if found := [text for texts, _ in reports for text in texts or () if text is not None]:
-        return Finding(False, found[0])
-    if failures := [text for _, text in reports if text is not None]:
-        return Finding(None, failures[0])
-    return Finding(True)
+    return agreed_finding(result, error, host.device)
 
 
 # The readers
@@ -85,18 +79,13 @@ def _objections_of_trainer(reading: Reading, own: Sequence[Excerpt]) -> list[str
     """
     host = reading.host
     with loaded(host):
-        agree_on_memory(host, _bytes_to_read(host, own))
+        agree_on_memory(host, largest_reading_bytes(own, host.model_config.get_text_config(), host.compute_dtype))
         read = [host.read(excerpt.input_ids, len(excerpt.output_ids)) for excerpt in own]
         processors = _logits_processors(reading, own)
     return each(
         partial(_objection, reading, *of_excerpt, host.compute_dtype)
         for of_excerpt in zip(own, read, processors, strict=True)
     )
-
-
-def _bytes_to_read(host: Host, own: Sequence[Excerpt]) -> int:
-    config = host.model_config.get_text_config()
-    return max(reading_bytes(config, len(e.input_ids), len(e.output_ids), host.compute_dtype) for e in own)
 
 
 def _objection(
@@ -131,7 +120,8 @@ def _objections_of_copy(reading: Reading, own: Sequence[Excerpt]) -> list[str | 
         MemoryError: On all ranks, where one has no room for the reading.
         Exception: On the rank concerned, after verl's last forward pass.
     """
-    agree_on_memory(reading.host, _bytes_to_read(reading.host, own))
+    host = reading.host
+    agree_on_memory(host, largest_reading_bytes(own, host.model_config.get_text_config(), host.compute_dtype))
     of_trainer = [reading.host.mean_logprob(excerpt.input_ids, excerpt.output_ids) for excerpt in own]
     if reading.copy is None:
         return []

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreted import assert_cases_pass
 from transformers import (
     EpsilonLogitsWarper,
     InfNanRemoveLogitsProcessor,
@@ -24,7 +20,6 @@ from verl_valgen.backends.fast.choice import Choice, for_kernels
 from verl_valgen.backends.observers import NanObserver
 from verl_valgen.backends.sampling import GumbelNoise
 
-CASES = Path(__file__).parents[2] / "choice_cases.py"
 CPU = torch.device("cpu")
 NOISE = GumbelNoise(0, [(0, 0), (1, 0)], 1, 1, CPU)
 OBSERVER = NanObserver(2)
@@ -39,10 +34,7 @@ class OfAnotherKind(TopPLogitsWarper):
 
 @pytest.mark.any_verl
 def test_kernels_choose_what_transformers_does():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(CASES)]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert_cases_pass("choice_cases.py")
 
 
 def names(value: object) -> str:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import assert_cases_pass
 
 from verl_valgen.backends.fast import kernels
 from verl_valgen.backends.fast.attention import has_flash
-
-CASES = Path(__file__).parents[2] / "kernel_cases.py"
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +22,7 @@ def forgotten():
 
 @pytest.mark.any_verl
 def test_kernels_give_what_torchs_operations_do():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(CASES)]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert_cases_pass("kernel_cases.py")
 
 
 def test_no_kernels_on_cpu(monkeypatch, caplog):
