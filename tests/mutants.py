@@ -123,7 +123,7 @@ MUTANTS = [
     ),
     Mutant(
         "the rounds do not see verl's loggers",
-        "hosts/base.py",
+        "hosts/trainer_host.py",
         "self.verl_loggers.clear()",
         "self.verl_loggers = {}",
         "tests/end_to_end/test_tour_samples.py",

@@ -23,7 +23,7 @@ from verl_valgen.backends.comparing import closeness, dissimilarity, gaps
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.backends.judging import logprobs
 from verl_valgen.collectives import attempt, broadcast
-from verl_valgen.hosts.base import has_experts
+from verl_valgen.hosts.model_host import has_experts
 from verl_valgen.records import Completion, Prompt, Request
 from verl_valgen.rounds.needs import largest_reading_bytes
 from verl_valgen.rounds.reading import (
