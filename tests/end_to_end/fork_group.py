@@ -75,9 +75,7 @@ def get(refs: Any, *, timeout: float | None = None) -> Any:
     if any(isinstance(reply, Put) for reply in replies):
         values = [reply.value for reply in replies]
     else:
-        missing = _wait_until(
-            replies, lambda: any(r.error for r in replies) or all(r.is_there for r in replies), timeout
-        )
+        _wait_until(replies, lambda: any(r.error for r in replies) or all(r.is_there for r in replies), timeout)
         for reply in replies:
             if reply.error is not None:
                 raise reply.error.as_instanceof_cause() if isinstance(reply.error, RayTaskError) else reply.error
