@@ -24,6 +24,8 @@ VERL_VERSION = Version(version("verl"))
 FSDP_SFT, ENGINE = "verl.trainer.fsdp_sft_trainer", "verl.trainer.sft_trainer"
 # verl 0.6 and 0.7.0 have both: there the variable asks for the second.
 VERL_MODULE = os.environ.get("VALGEN_TEST_TRAINER") or (FSDP_SFT if Version("0.7.1") > VERL_VERSION else ENGINE)
+RAY = "verl.trainer.sft_trainer_ray"
+HAS_RAY = Version("0.7") <= VERL_VERSION  # the trainer, whether or not Ray itself is installed
 HAS_ENGINES = VERL_MODULE == ENGINE
 TRAINER_NAME = "SFTTrainer" if HAS_ENGINES else "FSDPSFTTrainer"
 CONFIG_NAME = "sft_trainer_engine" if HAS_ENGINES else "sft_trainer"
