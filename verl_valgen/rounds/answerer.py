@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from verl_valgen.records import Prompt, ProvenAnswers, Request
 from verl_valgen.rounds.reading import Finding
@@ -17,8 +17,15 @@ from verl_valgen.rounds.reading import Finding
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-Answers = tuple[ProvenAnswers, Finding]
-"""What was answered beside training, and what is to be told of it."""
+
+class Answers(NamedTuple):
+    """What was answered beside training."""
+
+    proven: ProvenAnswers
+    finding: Finding
+    """What is to be told of it."""
+    waited_s: float = 0.0
+    """How long they were there before they were asked for."""
 
 
 class Gathered(Protocol):

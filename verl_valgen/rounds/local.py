@@ -79,7 +79,7 @@ class LocalAnswerer(RoundAnswerer[GatheredRound]):
         self.memory.begin_holding()
         self.is_holding = True
         try:
-            job = partial(then, partial(self.proven.answer_alone, gathered))
+            job = partial(then, lambda: Answers(*self.proven.answer_alone(gathered)))
             answers = BesideTraining(job, self.host.device)
         except RuntimeError:  # no more threads
             self.let_go(gathered, is_done=True)

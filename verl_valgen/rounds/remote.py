@@ -7,6 +7,7 @@ are here, as they agree on what is called with what.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -90,10 +91,11 @@ class RemoteAnswerer(RoundAnswerer[Begun]):
         self.under_way = None  # the workers have let go of theirs, or will when they are asked next
 
     def finish(self, gathered: Begun | None) -> ProvenAnswers | None:
-        return None if gathered is None else self.workers.call("finish")
+        proven = None if gathered is None else self.workers.call("finish")
+        return None if proven is None else _at_this_clock(proven)
 
     def tell(self, finding: Finding) -> None:
-        self.workers.call("tell", finding)
+        pass  # the worker did, with its answers: this may be at the end of a run that workers are in the middle of
 
     def note(self, finding: Finding | None) -> None:
         self.workers.call("note", finding)
@@ -137,7 +139,17 @@ def _answers_of(given: FromThread) -> Answers:
     if given.failure is not None:
         raise given.failure.as_error()
     assert given.answers is not None
-    return given.answers
+    return given.answers._replace(proven=_at_this_clock(given.answers.proven))
+
+
+def _left(proven: ProvenAnswers) -> ProvenAnswers:
+    """With the seconds until the deadline in its place: clocks of other nodes go differently."""
+    return proven._replace(deadline=proven.deadline - time.time())
+
+
+def _at_this_clock(proven: ProvenAnswers) -> ProvenAnswers:
+    """What `_left` was given."""
+    return proven._replace(deadline=proven.deadline + time.time())
 
 
 @dataclass
@@ -147,7 +159,8 @@ class _Open:
     gathered: GatheredRound
     stack: ExitStack
     """Closed when training goes on."""
-    beside: BesideTraining[Answers] | None = None
+    beside: BesideTraining[tuple[Answers, float]] | None = None
+    """Gives the answers, and `time.time()` at which they were there; on the logging rank."""
 
 
 class WorkersPart:
@@ -189,25 +202,27 @@ class WorkersPart:
 
     def beside(self) -> None:
         with self._closing() as opened:
-            opened.beside = self.answerer.beside(opened.gathered, lambda answer: answer())
+            opened.beside = self.answerer.beside(opened.gathered, lambda answer: (answer(), time.time()))
             if opened.beside is not None:
                 self.open = opened
 
     def finish(self) -> ProvenAnswers | None:
         with self._closing() as opened:
-            return self.answerer.finish(opened.gathered)
+            proven = self.answerer.finish(opened.gathered)
+        return None if proven is None else _left(proven)
 
     def result(self) -> FromThread | None:
         """Waits for the answers; None on other ranks than the logging rank."""
         opened, self.open = self.open, None
         if opened is None or opened.beside is None:
             return None
-        answers, error = opened.beside.result()
+        result, error = opened.beside.result()
         self.answerer.let_go(opened.gathered, is_done=True)
-        return FromThread(answers, None if error is None else Failure.of(error))
-
-    def tell(self, finding: Finding) -> None:
-        self.answerer.tell(finding)
+        if error is not None or result is None:
+            return FromThread(None, Failure.of(error or RuntimeError("no answers came")))
+        answers, ended_at = result
+        self.answerer.tell(answers.finding)
+        return FromThread(Answers(_left(answers.proven), answers.finding, time.time() - ended_at), None)
 
     def note(self, finding: Finding | None) -> None:
         self.answerer.note(finding)

@@ -228,8 +228,8 @@ class ValidationRounds:
     ) -> tuple[Finding, Round | None, Exception | None]:
         """What the thread does. Returns what was found of the answers, and the round, or why there is none."""
         assert recorder is not None  # only the logging rank has such a thread
-        proven, finding = answer()
-        seconds = time.time() - opened.started_at
+        proven, finding, waited_s = answer()
+        seconds = time.time() - opened.started_at - waited_s
         logger.debug("the answers of step %d took %.3f s beside training", opened.step, seconds)
         return finding, *attempt(lambda: recorder.judge(opened.queries, proven, opened.step, seconds))
 
