@@ -16,6 +16,8 @@ from verl_valgen.records import Request
 
 _JUDGING_BYTES = 2**28
 """What judging.py makes of some rows of logits at a time."""
+_WORKSPACE_BYTES = 2**25
+"""What cuBLAS keeps for the stream on which steps are captured, at most: so much on Hopper."""
 
 
 def free_bytes(device: torch.device) -> float:
@@ -103,14 +105,14 @@ def largest_sequence_bytes(requests: Sequence[Request], config: Any, dtype: torc
 def rows_need(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> tuple[int, int]:
     """`Needs.row` and `Needs.prompts` of requests, of which there is at least one.
 
-    All rows are as long as the longest sequence. Prompts are padded to the longest of those that are read at once.
+    All rows are as long as the longest sequence. Prompts are padded to the longest of those that are read at once; to
+    what these take comes what is needed once.
     """
     prompts = [len(request.input_ids) for request in requests]
     longest = max(length + most_new_tokens(request, config) for length, request in zip(prompts, requests, strict=True))
     at_once = min(len(prompts) * max(prompts), max(MOST_PROMPT_TOKENS, *prompts))
-    return row_bytes(config, ROW_MULTIPLE * math.ceil(longest / ROW_MULTIPLE), dtype), prompt_bytes(
-        config, at_once, dtype
-    )
+    row = row_bytes(config, ROW_MULTIPLE * math.ceil(longest / ROW_MULTIPLE), dtype)
+    return row, prompt_bytes(config, at_once, dtype) + _WORKSPACE_BYTES
 
 
 def logprobs_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> int:
