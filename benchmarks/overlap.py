@@ -16,7 +16,7 @@ import logging
 import math
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,10 +110,27 @@ class Measured:
 
     waits: float
     parts: tuple[float, ...]
-    slowed_by: float
-    first: float
-    beside: list[float] = field(default_factory=list)
-    """Of the other steps that began and ended while answers were made."""
+    steps: list[float]
+    """Of all training steps behind it, in their order, with what was done for the round between them."""
+    num_beside: int
+    """Steps that began while answers were made, the first of all. The answers are recorded before the one behind."""
+    left_over: float
+    """What there was still to wait for behind the last step."""
+
+    @property
+    def beside(self) -> list[float]:
+        """Of the steps that began and ended while answers were made, but the first."""
+        return self.steps[1 : self.num_beside - 1]
+
+    @property
+    def behind(self) -> list[float]:
+        """Of the steps that nothing was done beside."""
+        return self.steps[self.num_beside + 1 :]
+
+    def slowed_by(self, alone: float) -> float:
+        """How much longer training took from the first step to the one before which the answers were recorded."""
+        concerned = self.steps[: self.num_beside + 1]
+        return sum(concerned) - len(concerned) * alone + self.left_over
 
 
 class Waits(logging.Handler):
@@ -150,49 +167,43 @@ def blocking_seconds(host: BenchmarkHost, training: Training, case: tuple[int, i
 
 
 def beside_training(
-    rounds: ValidationRounds, training: Training, waits: Waits, alone: float, num_steps: int, number: int
+    rounds: ValidationRounds, training: Training, waits: Waits, num_steps: int, number: int
 ) -> Measured:
     """A round that training goes on beside, and enough steps for it to end."""
     rounds.at_batch()
     training.step()
     waited = seconds(lambda: rounds.run(number))
-    times, is_beside = [], []
+    steps, num_beside = [], 0
     for _ in range(num_steps):
         began_at = time.perf_counter()
         rounds.at_batch()
         handed_over = time.perf_counter() - began_at
-        under_way = rounds.under_way
-        times.append(handed_over + training.step())
-        is_beside.append(under_way is not None and not under_way.answers.is_done)
+        num_beside += rounds.under_way is not None
+        steps.append(handed_over + training.step())
     began_at = time.perf_counter()
     rounds.record_under_way()
-    left_over = time.perf_counter() - began_at
-    return Measured(
-        waited,
-        waits.parts,
-        sum(times) + left_over - num_steps * alone,
-        times[0],
-        [value for value, beside in zip(times[1:], is_beside[1:], strict=True) if beside],
-    )
+    return Measured(waited, waits.parts, steps, num_beside, time.perf_counter() - began_at)
 
 
-def show_case(host: BenchmarkHost, training: Training, case: tuple[int, int], waits: Waits, repetitions: int) -> None:
+def show_case(
+    host: BenchmarkHost, training: Training, case: tuple[int, int], waits: Waits, repetitions: int, *, verbose: bool
+) -> None:
     blocking = blocking_seconds(host, training, case, repetitions)
     alone_s = [training.step() for _ in range(12)]
     rounds = new_rounds(host, *case, overlap=True)
     # The same number of steps on all ranks, of which one alone knows when the answers are there.
-    (num_steps, alone), *_ = gather_values(
-        [math.ceil(1.6 * blocking / statistics.median(alone_s)) + 4, statistics.median(alone_s)], host.device
-    )
-    measured = [
-        beside_training(rounds, training, waits, alone, num_steps, number) for number in range(repetitions + 1)
-    ][1:]  # the first warms up
+    num_steps, *_ = gather_values(math.ceil(1.6 * blocking / statistics.median(alone_s)) + 5, host.device)
+    measured = [beside_training(rounds, training, waits, num_steps, number) for number in range(repetitions + 1)][1:]
+    # (the first warms up)
     if rounds.recorder is not None:
         recorder: Any = rounds.recorder
         assert recorder.num_rounds == repetitions + 1, "a round failed"
-    alone = statistics.median([*alone_s, *(training.step() for _ in range(6))])
+    # The clock of a device under load drifts by a few per cent: what is alone is taken from the whole time.
+    alone_s += [value for one in measured for value in one.behind] + [training.step() for _ in range(6)]
+    alone = statistics.median(alone_s)
     synchronize(host.device)
-    costs = [one.waits + one.slowed_by for one in measured]
+    slowed = [one.slowed_by(alone) for one in measured]
+    costs = [one.waits + slow for one, slow in zip(measured, slowed, strict=True)]
     steps = [value for one in measured for value in one.beside]
 
     def median_of(values: list[float]) -> str:
@@ -201,12 +212,15 @@ def show_case(host: BenchmarkHost, training: Training, case: tuple[int, int], wa
     parts = [f"{statistics.median(part):.2f}" for part in zip(*(one.parts for one in measured), strict=True)]
     cells = [
         f"{case[0]} x {case[1]}", f"{blocking:.2f}", median_of([one.waits for one in measured]), " + ".join(parts),
-        median_of([one.slowed_by for one in measured]), median_of([cost / blocking for cost in costs]),
+        median_of(slowed), median_of([cost / blocking for cost in costs]),
         f"{alone * 1e3:.0f}", f"{statistics.median(steps) * 1e3:.0f}" if steps else "-",
         f"{statistics.median(steps) / alone:.3f}" if steps else "-",
-        f"{statistics.median([one.first for one in measured]) * 1e3:.0f}", str(len(steps)),
+        f"{statistics.median([one.steps[0] for one in measured]) * 1e3:.0f}", str(len(steps)),
     ]  # fmt: skip
     say("| " + " | ".join(cells) + " |")
+    for one in measured if verbose else ():
+        steps_ms = [f"{value * 1e3:.0f}" for value in one.steps]
+        say(f"  waited {one.waits:.3f} s; steps, ms: {' '.join(steps_ms)}; {one.num_beside} of them beside answers")
 
 
 def main() -> None:
@@ -216,6 +230,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8, help="of a training step on each rank")
     parser.add_argument("--tokens", type=int, default=64, help="of each of these")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--verbose", action="store_true", help="the time of every step")
     arguments = parser.parse_args()
 
     device = start()
@@ -244,7 +259,7 @@ def main() -> None:
     default = ["8x128", "8x512"] if device.type == "cuda" else ["4x32"]
     for text in arguments.rounds or default:
         num_prompts, num_tokens = map(int, text.split("x"))
-        show_case(host, training, (num_prompts, num_tokens), waits, arguments.repetitions)
+        show_case(host, training, (num_prompts, num_tokens), waits, arguments.repetitions, verbose=arguments.verbose)
     dist.destroy_process_group()
 
 

@@ -45,10 +45,9 @@ TOUR = "tests/end_to_end/test_tour.py"
 MUTANTS = [
     Mutant(
         "training differs by one bit",
-        "weights/gather.py",
-        "shard = parameter.to_local().to(device=device, dtype=target)",
-        "shard = parameter.to_local().to(device=device, dtype=target); "
-        "shard.view(-1)[:1].view(torch.int32).bitwise_xor_(1)",
+        "weights/dtensors.py",
+        "shard = one.parameter.to_local()  # type",
+        "shard = one.parameter.to_local(); shard.view(-1)[:1].view(torch.int32).bitwise_xor_(1)  # type",
         TOUR,
     ),
     Mutant(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 from distributed.test_proven import small_host, wrong_weights
 from distributed.testing import run_distributed
+from transformers import LlamaForCausalLM
 
 from verl_valgen.collectives import agree
 from verl_valgen.hosts.base import Host
@@ -70,6 +73,100 @@ def test_a_right_copy_passes_and_a_wrong_one_does_not(directory, tmp_path, strat
     assert wrong[1].startswith("the copy is not the trainer's model: at half of 39 positions its logits differ by ")
 
 
+@contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """The number of texts of each pass of the trainer's model."""
+    reads: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        read = Host.read
+        patch.setattr(Host, "read", lambda self, texts, *args: (reads.append(len(texts)), read(self, texts, *args))[1])
+        yield reads
+
+
+def with_copies(change: Callable[[Any], Any]) -> Callable[[PlainCopy], Any]:
+    """As `PlainCopy.finish`, with a fault in the copy."""
+    finish = PlainCopy.finish
+
+    def changed(self: PlainCopy) -> Any:
+        model = finish(self)
+        change(model)
+        return model
+
+    return changed
+
+
+def blind_to(token: int) -> Callable[[Any], Any]:
+    """A copy that takes one token for another."""
+
+    def embed(module: Any, args: Any) -> Any:
+        (ids,) = args
+        return (ids.where(ids != token, 3),)
+
+    return lambda model: model.get_input_embeddings().register_forward_pre_hook(embed)
+
+
+def of_neighbours(model: Any) -> None:
+    """As if a text had another's state where there are several."""
+
+    def mixed(module: Any, args: Any, output: Any) -> None:
+        output.logits = output.logits if len(output.logits) == 1 else output.logits.flip(0)
+
+    model.register_forward_hook(mixed)
+
+
+def of_passes(directory: Path, strategy: str) -> dict[str, Any]:
+    """The findings of two rounds and the passes that they took, each with texts in one pass where that may be."""
+    host = small_host(directory, strategy)
+    texts = [[5 + i % 2 for i in range(40)], [70, 71, 72, 73, 74]]
+    apart = lambda *args: False  # noqa: E731
+    has_room = iter([False, True] * 2)
+    results = {}
+    for name, faults in {
+        "right": [],
+        "wrong in both": [(PlainCopy, "finish", wrong_weights)],
+        "wrong in the longer": [(PlainCopy, "finish", with_copies(blind_to(6)))],
+        "wrong in the shorter": [(PlainCopy, "finish", with_copies(blind_to(71)))],
+        "room for one": [(reading_module, "fits", lambda *args: next(has_room))],
+        "stateful": [(LlamaForCausalLM, "_is_stateful", True)],
+        "neighbours": [(PlainCopy, "finish", with_copies(of_neighbours))],
+    }.items():
+        for way, more in (("", []), (", apart", [(links_module, "may_be_read_together", apart)])):
+            if way and not name.startswith(("right", "wrong")):
+                continue
+            with pytest.MonkeyPatch.context() as patch, counted_reads() as reads:
+                for owner, attribute, replacement in [*faults, *more]:
+                    patch.setattr(owner, attribute, replacement, raising=False)
+                found = [finding(host, dtype=torch.float32, texts=texts) for _ in range(2)]
+                results[name + way] = {"found": found, "reads": list(reads)}
+    return results
+
+
+@pytest.fixture(scope="module")
+def passes(directory, tmp_path_factory) -> dict[str, Any]:
+    first, second = run_distributed(of_passes, 2, tmp_path_factory.mktemp("passes"), directory, "fsdp2")
+    assert first == second
+    return first
+
+
+def test_unequal_texts_in_one_pass_are_found_what_they_are_one_at_a_time(passes):
+    assert passes["right"] == {"found": [[True, ""]] * 2, "reads": [2, 2]}
+    assert passes["right, apart"] == {"found": [[True, ""]] * 2, "reads": [1] * 4}
+    for where in ("both", "the longer", "the shorter"):
+        together, alone = passes[f"wrong in {where}"], passes[f"wrong in {where}, apart"]
+        assert [verified for verified, _ in together["found"]] == [False] * 2, where
+        assert together["found"] == alone["found"]
+        assert together["reads"] == [2, 1, 1] * 2
+    assert "at half of 4 positions" in passes["wrong in the shorter"]["found"][0][1]
+    assert "at half of 39 positions" in passes["wrong in the longer"]["found"][0][1]
+
+
+def test_texts_are_read_one_at_a_time_where_they_may_not_share_a_pass(passes):
+    assert passes["stateful"] == {"found": [[True, ""]] * 2, "reads": [1] * 4}
+    assert passes["room for one"] == {"found": [[True, ""]] * 2, "reads": [1] * 4}
+    # Nothing told of this one before; then it is known.
+    assert passes["neighbours"] == {"found": [[True, ""]] * 2, "reads": [2, 1, 1, 1, 1]}
+
+
 def of_failures(directory: Path) -> dict[str, Any]:
     host = small_host(directory)
     other, logging = dist.get_rank() == 1, dist.get_rank() == 0
@@ -114,8 +211,8 @@ def of_logprobs(directory: Path) -> dict[str, Any]:
         results["without a forward pass"] = finding(host)
 
         def mean_logprob(self: Any, input_ids: Any, output_ids: Any) -> float | None:
-            logits = self.read(input_ids, len(output_ids)).float()
-            found = logits.log_softmax(-1).gather(1, torch.tensor(output_ids)[:, None]).mean().item()
+            (logits,) = self.read([input_ids], [len(output_ids)])
+            found = logits.float().log_softmax(-1).gather(1, torch.tensor(output_ids)[:, None]).mean().item()
             return found if self.is_logging_rank else None
 
         patch.setattr(type(host), "mean_logprob", mean_logprob)

@@ -17,11 +17,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from verl_valgen.collectives import agree
 from verl_valgen.hosts.cpu import cpu_platform
+from verl_valgen.weights import dtensors
 from verl_valgen.weights import gather as gather_module
+from verl_valgen.weights.dtensors import Wanted, whole_tensors
 from verl_valgen.weights.empty import empty_from_config, empty_like
 from verl_valgen.weights.gather import collect, gather
 from verl_valgen.weights.plain_copy import PlainCopy
@@ -323,3 +326,51 @@ def test_the_copy_shares_no_memory_with_the_model():
         for tensor in (*plain.parameters(), *plain.buffers()):
             tensor.add_(1)
     assert all(torch.equal(before[name], tensor) for name, tensor in source.state_dict().items())
+
+
+def of_placements() -> dict[str, Any]:
+    """Tensors in every way that a mesh of two ranks can share them, whole again, and the collectives that it took."""
+    mesh, two_dims = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
+    torch.manual_seed(0)
+    tensors = {
+        "even": (torch.randn(6, 4), mesh, [Shard(0)], torch.float32),
+        "uneven": (torch.randn(5, 3), mesh, [Shard(0)], torch.float32),
+        "cast": (torch.randn(5, 3, 2), mesh, [Shard(0)], torch.bfloat16),
+        "on one rank": (torch.randn(1, 7), mesh, [Shard(0)], torch.bfloat16),
+        "of one dimension": (torch.randn(3), mesh, [Shard(0)], torch.float64),
+        "numbers": (torch.arange(7), mesh, [Shard(0)], torch.int64),
+        "nothing": (torch.randn(0, 3), mesh, [Shard(0)], torch.float32),
+        "by columns": (torch.randn(4, 6), mesh, [Shard(1)], torch.bfloat16),
+        "everywhere": (torch.randn(4, 6), mesh, [Replicate()], torch.bfloat16),
+        "in two dimensions": (torch.randn(4, 6), two_dims, [Replicate(), Shard(0)], torch.float32),
+        "there, too": (torch.randn(5, 2), two_dims, [Replicate(), Shard(0)], torch.bfloat16),
+        "in both": (torch.randn(4, 6), two_dims, [Shard(0), Shard(1)], torch.float32),
+        "no DTensor": (torch.randn(2, 3), None, None, torch.bfloat16),
+        "large": (torch.randn(300, 2), mesh, [Shard(0)], torch.float32),
+        "a quarter of it": (torch.randn(75, 2), mesh, [Shard(0)], torch.float32),
+        "another quarter": (torch.randn(75, 2), mesh, [Shard(0)], torch.float32),
+        "a third": (torch.randn(100, 2), mesh, [Shard(0)], torch.float32),
+    }
+    wanted = [
+        Wanted(name, value if mesh is None else distribute_tensor(value, mesh, placements), dtype)
+        for name, (value, mesh, placements, dtype) in tensors.items()
+    ]
+    sizes: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        send = dtensors._all_gather
+        patch.setattr(dtensors, "_all_gather", lambda out, *args: (sizes.append(out.numel()), send(out, *args)))
+        whole = [(name, tensor.clone()) for name, tensor in whole_tensors(wanted, CPU)]
+    assert [name for name, _ in whole] == list(tensors)
+    wrong = [
+        name for name, found in whole if not torch.equal(found, tensors[name][0].to(tensors[name][3]))
+    ]  # torch.equal is false where dtypes differ
+    return {"wrong": wrong, "sizes": sizes, "shapes": [tuple(found.shape) for _, found in whole]}
+
+
+def test_tensors_are_whole_however_they_are_shared(tmp_path: Path):
+    first, second = run_distributed(of_placements, 2, tmp_path)
+    assert first == second
+    assert first["wrong"] == []
+    # Six together, two of the other mesh, the large one, two that have half of its bytes together, and one more.
+    assert len(first["sizes"]) == 5
+    assert first["sizes"][2:] == [2400, 2 * 2 * 38 * 2 * 4, 800]

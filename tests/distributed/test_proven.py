@@ -281,7 +281,7 @@ def test_a_way_that_could_not_be_taken_is_tried_again(directory, tmp_path):
 def fsdp1_memory_after_reading(directory: Path) -> list[int]:
     host = small_host(directory, "fsdp")
     sizes = [whole_bytes(host.model)]
-    host.read([5, 6, 7, 8], 2)
+    host.read([[5, 6, 7, 8]], [2])
     return [*sizes, whole_bytes(host.model)]
 
 

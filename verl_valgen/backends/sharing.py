@@ -50,6 +50,11 @@ _findings: dict[str, Sharing] = {}
 """By `model_key`. A round has a new copy of the same model."""
 
 
+def known_sharing(model: Any) -> Sharing | None:
+    """What `how_to_share` has found of a model; None where it was not asked."""
+    return _findings.get(model_key(model))
+
+
 @torch.no_grad()
 def how_to_share(
     backend: HFBackend,

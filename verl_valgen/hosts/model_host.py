@@ -89,14 +89,14 @@ class ModelHost(SharedHost):
         """The reason why `generate` cannot run through the sharded model, None if it can."""
         return None
 
-    def read(self, input_ids: Sequence[int], num_last: int) -> Tensor:
-        """The model's own logits for one sequence, computed as verl validates. Collective: all ranks must call.
+    def read(self, texts: Sequence[Sequence[int]], nums_last: Sequence[int]) -> list[Tensor]:
+        """The model's own logits for texts, computed as verl validates, in one pass. Collective: all ranks must call.
 
         See `verl_valgen.weights.sharded.read`. Only where `why_not_sharded` gives no reason.
         """
         from verl_valgen.weights.sharded import read
 
-        return read(self.model, input_ids, num_last, self.compute_dtype, self.device)
+        return read(self.model, texts, nums_last, self.compute_dtype, self.device)
 
     def mean_logprob(self, input_ids: Sequence[int], output_ids: Sequence[int]) -> float | None:
         """The mean of ln p(token | preceding tokens) over an answer's tokens, as verl's own forward pass has it.

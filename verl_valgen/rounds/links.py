@@ -11,7 +11,7 @@ anything without the other.)
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from verl_valgen.backends.comparing import closeness, dissimilarity, gaps
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.backends.judging import logprobs
+from verl_valgen.backends.side_by_side import may_be_read_together, read_apart_from_now_on
 from verl_valgen.collectives import attempt, broadcast
-from verl_valgen.hosts.model_host import has_experts
+from verl_valgen.hosts.model_host import ModelHost, has_experts
 from verl_valgen.records import Completion, Prompt, Request
 from verl_valgen.rounds.needs import largest_reading_bytes
 from verl_valgen.rounds.reading import (
@@ -79,15 +80,30 @@ def first_link(reading: Reading, sequences: Sequence[Sequence[int]]) -> Finding:
         The same on all ranks. Nothing is known (`verified` is None) where the comparison was not possible.
     """
     host = reading.host
-    texts, error = attempt(lambda: [[int(i) for i in ids][-_MAX_TOKENS:] for ids in sequences[:_NUM_TEXTS]])
-    readable = [ids for ids in texts or [] if len(ids) > 1]
+    found, error = attempt(lambda: [[int(i) for i in ids][-_MAX_TOKENS:] for ids in sequences[:_NUM_TEXTS]])
+    readable = [ids for ids in found or [] if len(ids) > 1]
     reason = "no row that could be read" if error is None else describe(error)
-    received, reason = broadcast([readable, reason], host.is_logging_rank, host.device)
-    if not received:
+    may_be_together, _ = attempt(lambda: may_be_read_together(reading.copy, [len(ids) - 1 for ids in readable]))
+    message = [readable, reason, len(readable) > 1 and may_be_together is True]
+    received, reason, is_together = broadcast(message, host.is_logging_rank, host.device)
+    texts = [_Text.of(ids) for ids in received]
+    if not texts:
         return Finding(None, reason)
-    compare = _compared_logits if host.why_not_sharded() is None else _compared_logprobs
-    objections, error = attempt(lambda: compare(reading, received))
-    return agreed_finding(objections, error, host.device)
+    if host.why_not_sharded() is not None:
+        return _agreed(partial(_compared_logprobs, reading, texts), host)
+    together = _agreed(partial(_compared_logits, reading, [texts]), host) if is_together else Finding(None)
+    if together.verified:
+        return together
+    # A batch may be what the two readers take otherwise, or what there is no room for.
+    alone = _agreed(partial(_compared_logits, reading, [[text] for text in texts]), host)
+    if alone.verified and together.verified is False and host.is_logging_rank:
+        read_apart_from_now_on(reading.copy)
+    return together if alone.verified is None and together.verified is False else alone
+
+
+def _agreed(compare: Callable[[], list[str | None]], host: ModelHost) -> Finding:
+    """One finding of what all ranks' comparisons show. Collective: all ranks must call."""
+    return agreed_finding(*attempt(compare), host.device)
 
 
 class _Text(NamedTuple):
@@ -108,36 +124,44 @@ def _value(value: Any, error: Exception | None) -> Any:
     return value
 
 
-def _compared_logits(reading: Reading, sequences: Sequence[list[int]]) -> list[str | None]:
+def _compared_logits(reading: Reading, batches: Sequence[Sequence[_Text]]) -> list[str | None]:
     """What the logits of the copy show, on the rank that has it; [] elsewhere. Collective: all ranks must call.
+
+    Args:
+        batches: The texts that are read in one pass each.
 
     Raises:
         MemoryError: On all ranks, where one has no room for the reading.
         Exception: On the rank concerned, after the last forward pass of the trainer's model.
     """
-    host, texts = reading.host, [_Text.of(ids) for ids in sequences]
+    host = reading.host
+    arguments = [([text.input_ids for text in batch], [len(text.output_ids) for text in batch]) for batch in batches]
     with loaded(host):
-        agree_on_memory(host, largest_reading_bytes(texts, host.model_config.get_text_config(), host.compute_dtype))
+        agree_on_memory(host, largest_reading_bytes(batches, host.model_config, host.compute_dtype))
         # What fails between two passes on one rank must not keep it from the next, in which the others wait for it.
-        read = [attempt(partial(host.read, text.input_ids, len(text.output_ids))) for text in texts]
+        read = [attempt(partial(host.read, *of_batch)) for of_batch in arguments]
     expected = [_value(*outcome) for outcome in read]
     if not host.is_logging_rank:
         return []
     allowed = closeness((reading.dtype, host.compute_dtype), has_experts(reading.copy), host.device)
 
-    def compare(text: _Text, logits: Tensor) -> str | None:
-        found = gaps(logits, read_by_copy(reading.copy, text.input_ids, len(text.output_ids)))
-        reason = dissimilarity(found, allowed)
-        logger.debug("the copy beside the trainer's model: logits differ by up to %.2g", found.max().item())
-        return None if reason is None else f"the copy is not the trainer's model: {reason}"
+    def compare(of_batch: tuple[Any, ...], of_trainer: Sequence[Tensor]) -> str | None:
+        of_copy = read_by_copy(reading.copy, *of_batch)
+        found = [gaps(*pair) for pair in zip(of_trainer, of_copy, strict=True)]
+        # The device is waited for once, when all is under way.
+        of_texts = torch.cat(found).cpu().split([len(one) for one in found])
+        logger.debug("the copy beside the trainer's model: logits differ by up to %.2g", max(map(torch.max, of_texts)))
+        reasons = (dissimilarity(one, allowed) for one in of_texts)
+        return next((f"the copy is not the trainer's model: {reason}" for reason in reasons if reason), None)
 
-    return each(partial(compare, *pair) for pair in zip(texts, expected, strict=True))
+    return each(partial(compare, *pair) for pair in zip(arguments, expected, strict=True))
 
 
-def _compared_logprobs(reading: Reading, sequences: Sequence[list[int]]) -> list[str | None]:
-    """As `_compared_logits`, with verl's own forward, which gives log-probabilities alone."""
-    host, texts = reading.host, [_Text.of(ids) for ids in sequences]
-    agree_on_memory(host, largest_reading_bytes(texts, host.model_config.get_text_config(), host.compute_dtype))
+def _compared_logprobs(reading: Reading, texts: Sequence[_Text]) -> list[str | None]:
+    """As `_compared_logits`, with verl's own forward, which gives log-probabilities alone, one text at a time."""
+    host = reading.host
+    batches = [[text] for text in texts]
+    agree_on_memory(host, largest_reading_bytes(batches, host.model_config, host.compute_dtype))
     read = [attempt(partial(host.mean_logprob, *text)) for text in texts]
     of_trainer = [_value(*outcome) for outcome in read]
     if not host.is_logging_rank:
@@ -146,7 +170,7 @@ def _compared_logprobs(reading: Reading, sequences: Sequence[list[int]]) -> list
     def compare(text: _Text, expected: float | None) -> str | None:
         if expected is None:
             raise RuntimeError("verl's own forward pass of this trainer gives nothing to compare with")
-        logits = read_by_copy(reading.copy, text.input_ids, len(text.output_ids))
+        (logits,) = read_by_copy(reading.copy, [text.input_ids], [len(text.output_ids)])
         found = logprobs(logits, text.output_ids).mean().item()
         if abs(found - expected) <= MAX_LOGPROB_GAP or (found != found and expected != expected):
             return None
@@ -185,7 +209,7 @@ def _objections_to_answers(
     backend = HFBackend(model, reading.host.own_tokenizer, reading.seed)
 
     def judge(excerpt: Excerpt) -> str | None:
-        logits = read_by_copy(model, excerpt.input_ids, len(excerpt.output_ids))
+        (logits,) = read_by_copy(model, [excerpt.input_ids], [len(excerpt.output_ids)])
         processors, dtypes = backend.logits_processors(excerpt.request), (reading.dtype, reading.dtype)
         return objection_to(excerpt, logits, processors, reading.seed, dtypes, has_experts(model))
 

@@ -16,6 +16,8 @@ from verl_valgen.records import Request
 
 _JUDGING_BYTES = 2**28
 """What judging.py makes of some rows of logits at a time."""
+_WORKSPACE_BYTES = 2**25
+"""What cuBLAS keeps for the stream on which steps are captured, at most: so much on Hopper."""
 
 
 def free_bytes(device: torch.device) -> float:
@@ -71,21 +73,35 @@ class Text(Protocol):
     def output_ids(self) -> list[int]: ...
 
 
-def reading_bytes(config: Any, num_tokens: int, num_read: int, dtype: torch.dtype) -> int:
-    """Bytes that a forward pass over one sequence takes beside the weights, estimated on the large side.
+def reading_bytes(config: Any, num_tokens: int, num_read: int, dtype: torch.dtype, num_texts: int = 1) -> int:
+    """Bytes that a forward pass over texts takes beside the weights, estimated on the large side.
 
     Args:
         config: transformers' configuration of the text model.
-        num_tokens: The sequence's length.
-        num_read: The number of tokens whose logits are looked at.
+        num_tokens: The length of the longest text, to which the others are padded.
+        num_read: The largest number of tokens of a text whose logits are looked at.
     """
     logits = (num_tokens + num_read) * config.vocab_size * dtype.itemsize
-    return sequence_bytes(config, num_tokens, 0, dtype) + logits + _JUDGING_BYTES
+    return num_texts * (sequence_bytes(config, num_tokens, 0, dtype) + logits) + _JUDGING_BYTES
 
 
-def largest_reading_bytes(texts: Iterable[Text], config: Any, dtype: torch.dtype) -> int:
-    """`reading_bytes` of the text that takes the most, of at least one: they are read one after the other."""
-    return max(reading_bytes(config, len(text.input_ids), len(text.output_ids), dtype) for text in texts)
+def largest_reading_bytes(batches: Iterable[Sequence[Text]], config: Any, dtype: torch.dtype) -> int:
+    """`reading_bytes` of the batch that takes the most, of at least one: they are read one after the other.
+
+    Args:
+        config: transformers' configuration of the model or of its text model.
+    """
+    config = config.get_text_config()
+    return max(
+        reading_bytes(
+            config,
+            max(len(text.input_ids) for text in batch),
+            max(len(text.output_ids) for text in batch),
+            dtype,
+            len(batch),
+        )
+        for batch in batches
+    )
 
 
 def largest_sequence_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> int:
@@ -103,14 +119,14 @@ def largest_sequence_bytes(requests: Sequence[Request], config: Any, dtype: torc
 def rows_need(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> tuple[int, int]:
     """`Needs.row` and `Needs.prompts` of requests, of which there is at least one.
 
-    All rows are as long as the longest sequence. Prompts are padded to the longest of those that are read at once.
+    All rows are as long as the longest sequence. Prompts are padded to the longest of those that are read at once; to
+    what these take comes what is needed once.
     """
     prompts = [len(request.input_ids) for request in requests]
     longest = max(length + most_new_tokens(request, config) for length, request in zip(prompts, requests, strict=True))
     at_once = min(len(prompts) * max(prompts), max(MOST_PROMPT_TOKENS, *prompts))
-    return row_bytes(config, ROW_MULTIPLE * math.ceil(longest / ROW_MULTIPLE), dtype), prompt_bytes(
-        config, at_once, dtype
-    )
+    row = row_bytes(config, ROW_MULTIPLE * math.ceil(longest / ROW_MULTIPLE), dtype)
+    return row, prompt_bytes(config, at_once, dtype) + _WORKSPACE_BYTES
 
 
 def logprobs_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> int:

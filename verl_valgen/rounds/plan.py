@@ -47,7 +47,7 @@ class Needs:
     row: int | None = None
     """The longest sequence in a row that is refilled; None where a copy answers in batches."""
     prompts: int = 0
-    """What is read at once to fill rows."""
+    """What is read at once to fill rows, and what steps need whatever their number."""
 
 
 @dataclass(frozen=True)

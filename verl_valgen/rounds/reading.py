@@ -6,7 +6,6 @@ goes on (links.py). judging.py and comparing.py have the rules.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -151,13 +150,14 @@ def agree_on_memory(host: ModelHost, num_bytes: int) -> None:
 
 
 @torch.no_grad()
-def read_by_copy(model: Any, input_ids: Sequence[int], num_last: int) -> Tensor:
-    """A copy's logits (N, V) at the last N positions of a text, without a cache and without padding. Not collective."""
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    ids = torch.tensor([list(input_ids)], device=model.device)
-    extra = {"logits_to_keep": num_last} if keeps else {}
-    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **extra)
-    return output.logits[0, -num_last:]
+def read_by_copy(model: Any, texts: Sequence[Sequence[int]], nums_last: Sequence[int]) -> list[Tensor]:
+    """A copy's logits (N, V) at the last N positions of each text, in one pass without a cache. Not collective.
+
+    A single text is without padding; several are beside each other, see `last_logits`.
+    """
+    from verl_valgen.weights.texts import last_logits
+
+    return last_logits(model, model.forward, texts, nums_last, model.device)
 
 
 # What they have against an answer

@@ -19,6 +19,7 @@ from transformers import LogitsProcessorList
 from verl_valgen.backends.hf import HFBackend, has_processors
 from verl_valgen.backends.judging import logprobs
 from verl_valgen.collectives import attempt, broadcast, rank, world_size
+from verl_valgen.hosts.base import Host
 from verl_valgen.records import Completion, Request
 from verl_valgen.rounds.needs import largest_reading_bytes
 from verl_valgen.rounds.reading import (
@@ -69,6 +70,11 @@ def verify(reading: Reading, requests: Sequence[Request], completions: Sequence[
 # The readers
 
 
+def _reading_bytes(host: Host, own: Sequence[Excerpt]) -> int:
+    """Of answers that are read one after the other: each is judged as it is without neighbours."""
+    return largest_reading_bytes([[excerpt] for excerpt in own], host.model_config, host.compute_dtype)
+
+
 def _objections_of_trainer(reading: Reading, own: Sequence[Excerpt]) -> list[str | None]:
     """What the model in training has against each answer that this rank reads. Collective: all ranks must call, with as
     many answers.
@@ -79,8 +85,8 @@ def _objections_of_trainer(reading: Reading, own: Sequence[Excerpt]) -> list[str
     """
     host = reading.host
     with loaded(host):
-        agree_on_memory(host, largest_reading_bytes(own, host.model_config.get_text_config(), host.compute_dtype))
-        read = [host.read(excerpt.input_ids, len(excerpt.output_ids)) for excerpt in own]
+        agree_on_memory(host, _reading_bytes(host, own))
+        read = [host.read([excerpt.input_ids], [len(excerpt.output_ids)])[0] for excerpt in own]
         processors = _logits_processors(reading, own)
     return each(
         partial(_objection, reading, *of_excerpt, host.compute_dtype)
@@ -121,7 +127,7 @@ def _objections_of_copy(reading: Reading, own: Sequence[Excerpt]) -> list[str | 
         Exception: On the rank concerned, after verl's last forward pass.
     """
     host = reading.host
-    agree_on_memory(host, largest_reading_bytes(own, host.model_config.get_text_config(), host.compute_dtype))
+    agree_on_memory(host, _reading_bytes(host, own))
     of_trainer = [reading.host.mean_logprob(excerpt.input_ids, excerpt.output_ids) for excerpt in own]
     if reading.copy is None:
         return []
@@ -132,7 +138,7 @@ def _objections_of_copy(reading: Reading, own: Sequence[Excerpt]) -> list[str | 
 
 
 def _objection_of_copy(reading: Reading, backend: HFBackend, excerpt: Excerpt, of_trainer: float | None) -> str | None:
-    logits = read_by_copy(backend.model, excerpt.input_ids, len(excerpt.output_ids))
+    (logits,) = read_by_copy(backend.model, [excerpt.input_ids], [len(excerpt.output_ids)])
     found = _objection(reading, excerpt, logits, backend.logits_processors(excerpt.request), reading.dtype)
     if found is not None or of_trainer is None:
         return found

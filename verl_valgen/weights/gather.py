@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.tensor import DTensor
 
 from verl_valgen.collectives import agree, gather_values, world_size
 from verl_valgen.weights.adapters import outermost_layers
+from verl_valgen.weights.dtensors import Wanted, whole_tensors
 from verl_valgen.weights.empty import empty_like
 from verl_valgen.weights.plain_copy import PlainCopy
 from verl_valgen.weights.structure import clean_name, tensor_attributes, unwrap
@@ -56,8 +56,8 @@ def gather(
 
     Returns:
         The copy in eval mode, None where `keep` is false or where another rank could not prepare for it. Peak memory
-        above the level before: the copy plus one FSDP unit (one parameter under FSDP2) where `keep` is true, the unit
-        elsewhere.
+        above the level before: the copy plus one FSDP unit (twice one parameter under FSDP2) where `keep` is true, the
+        unit elsewhere.
 
     Raises:
         Exception: Whatever prevented the copy, on the rank concerned and only after the last collective. (What fails
@@ -113,6 +113,7 @@ def collect(
             except Exception as e:  # the other ranks are on their way to the next gather: so is this one
                 traceback.clear_frames(e.__traceback__)  # they hold the copy, and memory may be what is missing
                 error, copy = e, None
+        del parameter  # perhaps the memory in which the next ones come
     if error is not None:
         raise error
     if copy is None:
@@ -152,18 +153,14 @@ def full_parameters(wrapped: nn.Module, *, dtype: torch.dtype, device: torch.dev
     for module in wrapped.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    for name, parameter in wrapped.named_parameters():
-        name = clean_name(name)
-        target = dtype if parameter.is_floating_point() and name not in uncast else parameter.dtype
-        if isinstance(parameter, DTensor):
-            # Cast before the all-gather: half the traffic. The shard may be offloaded to host memory.
-            shard = parameter.to_local().to(device=device, dtype=target)
-            yield name, DTensor.from_local(
-                shard, parameter.device_mesh, parameter.placements, run_check=False,
-                shape=parameter.shape, stride=parameter.stride(),
-            ).full_tensor()  # fmt: skip
-        else:
-            yield name, parameter.to(device=device, dtype=target)
+    named = [(clean_name(name), parameter) for name, parameter in wrapped.named_parameters()]
+    yield from whole_tensors(
+        [
+            Wanted(name, value, dtype if value.is_floating_point() and name not in uncast else value.dtype)
+            for name, value in named
+        ],
+        device,
+    )
 
 
 def _full_parameters_fsdp1(root: FSDP) -> Parameters:

@@ -6,7 +6,6 @@ not know requests.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from verl_valgen.weights.structure import base_model, original_class, unwrap
+from verl_valgen.weights.texts import last_logits
 
 
 @contextmanager
@@ -55,35 +55,32 @@ def generating_through(wrapped: nn.Module, generation_config: Any, device: torch
 
 @torch.no_grad()
 def read(
-    wrapped: nn.Module, input_ids: Sequence[int], num_last: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """The trainer's own logits for one sequence, computed as verl validates. Collective: all ranks must call.
+    wrapped: nn.Module,
+    texts: Sequence[Sequence[int]],
+    nums_last: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Tensor]:
+    """The trainer's own logits for texts, computed as verl validates, in one pass. Collective: all ranks must call.
 
-    The sequence is alone in its batch, without padding and without a cache. Ranks may read different sequences.
+    A single text is without padding; several are beside each other, see `last_logits`. There is no cache. Ranks may
+    read different texts.
 
     Args:
         wrapped: As for `generating_through`.
-        input_ids: L tokens.
-        num_last: N, the number of positions that are asked for, the last ones.
+        texts: Token ids.
+        nums_last: N of each text, the number of positions that are asked for, the last ones.
         dtype: verl's compute dtype; in another than float32 verl computes under autocast.
 
     Returns:
-        (N, V), in the dtype that the model gives. Where its forward pass cannot leave others out, those of all L
-        positions are computed on the way.
+        For each text (N, V), in the dtype that the model gives. Where its forward pass cannot leave others out, the
+        logits of all positions are computed on the way.
     """
-    inner = base_model(unwrap(wrapped))
-    keeps = "logits_to_keep" in inspect.signature(original_class(inner).forward).parameters
-    ids = torch.tensor([list(input_ids)], device=device)  # (1, L)
+    forward = original_class(base_model(unwrap(wrapped))).forward
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     with evaluating(wrapped), autocast:
-        output = wrapped(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            position_ids=torch.arange(ids.shape[1], device=device)[None],
-            use_cache=False,
-            **({"logits_to_keep": num_last} if keeps else {}),
-        )
-        return output.logits[0, -num_last:].clone()
+        read = last_logits(wrapped, forward, texts, nums_last, device, gives_positions=True)
+        return [logits.clone() for logits in read]
 
 
 @contextmanager

@@ -24,11 +24,12 @@ from verl_valgen.backends.hf import HFBackend
 from verl_valgen.records import Completion, Prompt
 from verl_valgen.rounds.links import first_link, second_link, texts_to_read
 from verl_valgen.rounds.reading import Reading
+from verl_valgen.weights.texts import last_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 CPU = torch.device("cpu")
-TEXTS = [text[:33] for text in language(2, 48, seed=77)]
+TEXTS = [text[:length] for text, length in zip(language(2, 48, seed=77), (33, 26), strict=True)]
 
 
 class Reader:
@@ -49,9 +50,9 @@ class Reader:
         return nullcontext()
 
     @torch.no_grad()
-    def read(self, input_ids: list[int], num_last: int) -> torch.Tensor:
+    def read(self, texts: list[list[int]], nums_last: list[int]) -> list[torch.Tensor]:
         with torch.autocast("cpu", self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-            return self.model(input_ids=torch.tensor([input_ids]), use_cache=False).logits[0, -num_last:]
+            return last_logits(self.model, self.model.forward, texts, nums_last, CPU)
 
 
 @functools.cache

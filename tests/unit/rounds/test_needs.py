@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from transformers import LlamaConfig
 
 from verl_valgen.records import Request
 from verl_valgen.rounds.needs import (
+    largest_reading_bytes,
     largest_sequence_bytes,
     logprobs_bytes,
     prompt_bytes,
+    reading_bytes,
     row_bytes,
     rows_need,
     sequence_bytes,
@@ -40,9 +44,26 @@ def test_rows_are_as_long_as_the_longest_and_prompts_are_read_a_few_at_a_time():
         return rows_need(requests, CONFIG, torch.bfloat16)
 
     def bytes_of(row: int, at_once: int) -> tuple[int, int]:
-        return row_bytes(CONFIG, row, torch.bfloat16), prompt_bytes(CONFIG, at_once, torch.bfloat16)
+        return row_bytes(CONFIG, row, torch.bfloat16), prompt_bytes(CONFIG, at_once, torch.bfloat16) + 2**25
 
     assert needs((10, 20)) == bytes_of(64, 10)
     assert needs((10, 54), (64, 1)) == bytes_of(128, 2 * 64)
     assert needs(*[(100, 100)] * 1000) == bytes_of(256, 4096)
     assert needs(*[(100, 100)] * 10, (8000, 1)) == bytes_of(8064, 8000)  # which is read alone
+
+
+def test_texts_that_are_read_together_take_room_for_the_longest_each():
+    class Text(NamedTuple):
+        input_ids: list[int]
+        output_ids: list[int]
+
+    long, short = Text([1] * 50, [1] * 3), Text([1] * 9, [1] * 7)
+
+    def takes(*batches: list[Text]) -> int:
+        return largest_reading_bytes(batches, CONFIG, torch.bfloat16)
+
+    assert takes([long], [short]) == takes([long]) == reading_bytes(CONFIG, 50, 3, torch.bfloat16)
+    of_one = reading_bytes(CONFIG, 50, 7, torch.bfloat16)
+    assert takes([long, short]) == reading_bytes(CONFIG, 50, 7, torch.bfloat16, 2)
+    # Logits of every position, and activations, for both; what judges them looks at a few rows at a time.
+    assert of_one + 50 * 100 * 2 < takes([long, short]) < 2 * of_one
