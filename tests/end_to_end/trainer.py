@@ -26,7 +26,7 @@ FSDP_SFT, ENGINE = "verl.trainer.fsdp_sft_trainer", "verl.trainer.sft_trainer"
 VERL_MODULE = os.environ.get("VALGEN_TEST_TRAINER") or (FSDP_SFT if Version("0.7.1") > VERL_VERSION else ENGINE)
 RAY = "verl.trainer.sft_trainer_ray"
 HAS_RAY = Version("0.7") <= VERL_VERSION  # the trainer, whether or not Ray itself is installed
-HAS_ENGINES = VERL_MODULE == ENGINE
+HAS_ENGINES = VERL_MODULE != FSDP_SFT
 TRAINER_NAME = "SFTTrainer" if HAS_ENGINES else "FSDPSFTTrainer"
 CONFIG_NAME = "sft_trainer_engine" if HAS_ENGINES else "sft_trainer"
 GENERATION_CONFIG = ["--config-path", "config", "--config-name", f"{CONFIG_NAME}_with_generation"]
