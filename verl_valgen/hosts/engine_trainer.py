@@ -63,7 +63,8 @@ class EngineTrainerHost(TrainerHost):
             problem = f"must have rows, got {printable(str(config.data.val_files), 200)}, which has none"
         else:
             return None
-        schedule = forecast.new_schedule(config, num_ranks // config.engine.ulysses_sequence_parallel_size)
+        num_loaders = cls._num_loaders(num_ranks // config.engine.ulysses_sequence_parallel_size)
+        schedule = forecast.new_schedule(config, num_loaders)
         # Where only the last step would validate, verl sees that there is nothing to validate.
         if schedule is None or schedule.test_freq <= 0:
             return None
@@ -74,6 +75,11 @@ class EngineTrainerHost(TrainerHost):
             f"data.val_files {problem}: trainer.test_freq={config.trainer.test_freq} makes verl validate at step "
             f"{steps[0]}, where it would crash"
         )
+
+    @classmethod
+    def _num_loaders(cls, num_data_ranks: int) -> int:
+        """How many loaders share the rows."""
+        return num_data_ranks
 
     @classmethod
     def has_accelerator(cls, module: ModuleType) -> bool:

@@ -40,5 +40,5 @@ class SFTHost(EngineHost, EngineTrainerHost, Host):
             yield
 
     @classmethod
-    def while_building(cls) -> AbstractContextManager[None]:
+    def while_building(cls, module: ModuleType) -> AbstractContextManager[None]:
         return fused_kernels.forwards_remembered()

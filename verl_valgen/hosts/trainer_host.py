@@ -34,6 +34,8 @@ class TrainerHost(SharedHost):
     config: DictConfig
     """verl's configuration."""
     val_dataset: Dataset
+    fatal_errors: tuple[type[BaseException], ...] = ()
+    """What no training can go on after: rounds let it pass."""
     verl_loggers: dict[str, Any]
     """verl's own logger objects by the names of `trainer.logger`, once `fit()` has made them; empty on other ranks."""
 
@@ -94,6 +96,10 @@ class TrainerHost(SharedHost):
 
     trainer_name: ClassVar[str]
     """Name of the trainer class in verl's module."""
+    is_spmd: ClassVar[bool] = True
+    """Whether every rank runs the program; else one process does, without torchrun's variables."""
+    answerer: ClassVar[str] = "verl_valgen.rounds.local:LocalAnswerer"
+    """"module:class" of the `RoundAnswerer` for this trainer."""
 
     @classmethod
     def why_validation_will_crash(cls, config: DictConfig, num_ranks: int) -> str | None:
@@ -142,8 +148,8 @@ class TrainerHost(SharedHost):
         """
 
     @classmethod
-    def while_building(cls) -> AbstractContextManager[None]:
-        """Must be open while verl's trainer is constructed."""
+    def while_building(cls, module: ModuleType) -> AbstractContextManager[None]:
+        """Must be open while verl's trainer, whose class is in `module`, is constructed."""
         return nullcontext()
 
 
