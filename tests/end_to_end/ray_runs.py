@@ -99,10 +99,10 @@ def plant():
     generate, receive = HFBackend.generate, PlainCopy.receive
     round = 0
 
-    def count(self, *args):
+    def count(self, *args, **kwargs):
         nonlocal round
         round += 1
-        return begin(self, *args)
+        return begin(self, *args, **kwargs)
 
     def fail_with_answers(self, requests):
         if round == 2 and os.environ["RANK"] == "0":
@@ -115,7 +115,7 @@ def plant():
         return free_bytes(*args)
 
     def receive_wrongly(self, name, parameter):
-        receive(self, name, -parameter if round == 5 and "mlp" in name else parameter)
+        receive(self, name, -parameter if round == 5 and name == "lm_head.weight" else parameter)
 
     proven.ProvenAnswerer.begin, generation.free_bytes = count, fail_before_the_gather
     HFBackend.generate, PlainCopy.receive = fail_with_answers, receive_wrongly
