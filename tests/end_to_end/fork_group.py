@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import random
 import signal
 import socket
 import sys
@@ -116,8 +117,10 @@ class ForkedWorker:
         self._is_dead = False
         for stream in (sys.stdout, sys.stderr):  # else a fork would write once more what waits to be written
             stream.flush()
+        state = random.getstate()
         self.pid = os.fork()
         if self.pid == 0:
+            random.setstate(state)  # Python seeds it anew; numpy and torch go on where the driver is
             for connection in (self.connection, *(other.connection for other in others)):
                 connection.close()  # else a worker would not see that the driver has ended
             _run_worker(its_end, pickled, environment)
