@@ -40,7 +40,8 @@ class ValidationGenerationMixin:
             return super().fit()  # type: ignore[misc]
 
     def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
-        """Answers the prompts of a batch of the validation loader. Collective: all ranks must call.
+        """Answers the prompts of a batch of the validation loader. Collective: all ranks must call. (With Ray the driver
+        alone, whose batch is used.)
 
         Args:
             batch: Every rank passes its own, rank 0's is used: a dict or TensorDict with `input_ids`, `attention_mask`

@@ -220,9 +220,11 @@ def _init_with_logical_gpus(init: Callable[..., Any], num_workers: int) -> Calla
     """`ray.init`, which starts a cluster here that has what verl asks of one: a GPU for each worker, and ten CPUs."""
 
     def ray_init(*args: Any, **kwargs: Any) -> Any:
+        logical: dict[str, Any]
         if args or "address" in kwargs or "RAY_ADDRESS" in os.environ:
             return init(*args, **kwargs)
         logical = {"num_gpus": num_workers, "num_cpus": _CPUS_OF_WORKER * num_workers}
+        logical["resources"] = {"cpu": num_workers}  # what verl before 0.9 asks for in the GPUs' place
         small = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         try:
             return init(**(logical | small | kwargs))

@@ -21,7 +21,7 @@ from verl_valgen.hosts.workers import Desk, Lines, Report
 _ALL: Any = Dispatch.ONE_TO_ALL  # type: ignore[attr-defined]  # an enumeration that grows
 
 
-class RunsAnywhere:
+class PortableWorkerMixin:
     """Goes before `TrainingWorker`, to run on CPU where there is neither CUDA nor NPU."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -34,7 +34,7 @@ class RunsAnywhere:
         super().__init__(*args, **kwargs)
 
 
-class Answers(RunsAnywhere):
+class GeneratingWorkerMixin(PortableWorkerMixin):
     """Goes before `TrainingWorker`, to answer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -67,11 +67,11 @@ class Answers(RunsAnywhere):
         return self._valgen_desk.call(name, *args)
 
 
-class PortableTrainingWorker(RunsAnywhere, TrainingWorker):
+class PortableTrainingWorker(PortableWorkerMixin, TrainingWorker):
     """verl's worker, on CPU too."""
 
 
-class GeneratingTrainingWorker(Answers, TrainingWorker):
+class GeneratingTrainingWorker(GeneratingWorkerMixin, TrainingWorker):
     """verl's worker, which answers too."""
 
 
@@ -82,4 +82,4 @@ def answering(worker_class: type) -> type:
     """
     if worker_class is TrainingWorker:
         return GeneratingTrainingWorker
-    return type("GeneratingTrainingWorker", (Answers, worker_class), {})
+    return type("GeneratingTrainingWorker", (GeneratingWorkerMixin, worker_class), {})

@@ -141,10 +141,14 @@ class Workers:
         """Has each worker make its part: of `make_part`, which is pickled by reference, its `ModelHost` and `args`.
 
         Raises:
-            WorkerError: One could not.
+            WorkerError: One could not; then none may be called, as others would wait for it.
         """
         level = logging.getLogger(_PACKAGE).getEffectiveLevel()
-        self._value_of(self.group.valgen_set_up(make_part, args, level))
+        reports = self.group.valgen_set_up(make_part, args, level)
+        self._value_of(reports)
+        for report in reports:
+            if report.failure is not None:
+                raise report.failure.as_error()
 
     def call(self, name: str, *args: Any) -> Any:
         """Calls a method of every worker's part, and returns what it gives on the logging rank.

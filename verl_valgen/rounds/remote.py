@@ -111,7 +111,7 @@ class RemoteBeside(Generic[T]):
         self._workers, self._then = workers, then
         self._thread: BesideTraining[T] | None = None
 
-    def take(self, given: FromThread) -> None:
+    def take(self, given: FromThread | None) -> None:
         """Begins with what the worker has given."""
         self._thread = BesideTraining(partial(self._then, partial(_answers_of, given)), _CPU)
 
@@ -135,7 +135,9 @@ class RemoteBeside(Generic[T]):
             self._thread.stop()
 
 
-def _answers_of(given: FromThread) -> Answers:
+def _answers_of(given: FromThread | None) -> Answers:
+    if given is None:
+        raise RuntimeError("the workers have no answers any more")
     if given.failure is not None:
         raise given.failure.as_error()
     assert given.answers is not None

@@ -144,6 +144,8 @@ class ValidationRounds:
                 self.recorder, steps = prepare(self.host, self.settings, self.file_prompts, self.wording, self.warnings)
             except ConfigError as e:
                 mistake = str(e)
+            except self.host.fatal_errors:
+                raise
             except Exception as e:
                 self.warnings.warn_of_error(
                     "the prompts could not be prepared, so there will be no samples", e, GOES_ON

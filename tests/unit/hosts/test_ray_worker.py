@@ -127,7 +127,7 @@ def test_only_a_cluster_of_ones_own_gets_logical_gpus(monkeypatch, has_cluster, 
         monkeypatch.setitem(os.environ, "RAY_ADDRESS", address)
     init = Init(has_cluster=has_cluster)
     cpu._init_with_logical_gpus(init, 2)(**kwargs)
-    of_cluster = ("include_dashboard", "object_store_memory")
+    of_cluster = ("include_dashboard", "object_store_memory", "resources")
     assert [{key: value for key, value in call.items() if key not in of_cluster} for call in init.calls] == expected
     assert all(key in init.calls[0] for key in of_cluster) == ("num_gpus" in init.calls[0])
 

@@ -78,9 +78,11 @@ def test_a_failure_of_another_rank_alone_is_told_once(workers, caplog):
     assert record.getMessage() == "rank 2 failed: ValueError: planted"
 
 
-def test_a_part_that_cannot_be_made_is_an_error(workers):
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_part_that_cannot_be_made_is_an_error_on_whichever_rank(workers, failing):
     def make_part(rank: int) -> None:
-        raise OSError("no part")
+        if rank == failing:
+            raise OSError("no part")
 
     with pytest.raises(WorkerError, match="OSError: no part"):
         workers.set_up(make_part)
