@@ -40,8 +40,9 @@ class ValidationGenerationMixin:
             return super().fit()  # type: ignore[misc]
 
     def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
-        """Answers the prompts of a batch of the validation loader. Collective: all ranks must call. (With Ray the driver
-        alone, whose batch is used.)
+        """Answers the prompts of a batch of the validation loader. Collective: all ranks must call.
+
+        With Ray it is a call in the driver, and in it alone.
 
         Args:
             batch: Every rank passes its own, rank 0's is used: a dict or TensorDict with `input_ids`, `attention_mask`

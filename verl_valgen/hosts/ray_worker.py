@@ -21,25 +21,29 @@ from verl_valgen.hosts.workers import Desk, Lines, Report
 _ALL: Any = Dispatch.ONE_TO_ALL  # type: ignore[attr-defined]  # an enumeration that grows
 
 
-class PortableWorkerMixin:
-    """Goes before `TrainingWorker`, to run on CPU where there is neither CUDA nor NPU."""
+class CPUWorkerMixin:
+    """Goes before `TrainingWorker`, where the driver has found neither CUDA nor NPU, and so decided for all."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         from verl.utils.device import is_cuda_available, is_npu_available
 
+        if is_cuda_available or is_npu_available:
+            raise RuntimeError(
+                "this worker has an accelerator and the driver has none: start it on a node that has one"
+            )
         # Held for the life of the process: a context manager that is collected puts back what it has changed.
-        self._valgen_stack = ExitStack()
-        if not (is_cuda_available or is_npu_available):
-            self._valgen_stack.enter_context(cpu.ray_worker_support())
+        self._valgen_on_cpu = ExitStack()
+        self._valgen_on_cpu.enter_context(cpu.ray_worker_support())
         super().__init__(*args, **kwargs)
 
 
-class GeneratingWorkerMixin(PortableWorkerMixin):
+class GeneratingWorkerMixin:
     """Goes before `TrainingWorker`, to answer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._valgen_stack.enter_context(fused_kernels.forwards_remembered())  # the model is built later, by `reset`
+        self._valgen_forwards = ExitStack()
+        self._valgen_forwards.enter_context(fused_kernels.forwards_remembered())  # `reset` builds the model later
 
     @register(dispatch_mode=_ALL)
     def valgen_set_up(self, make_part: Callable[..., Any], args: Sequence[Any], level: int) -> Report:
@@ -67,19 +71,29 @@ class GeneratingWorkerMixin(PortableWorkerMixin):
         return self._valgen_desk.call(name, *args)
 
 
-class PortableTrainingWorker(PortableWorkerMixin, TrainingWorker):
-    """verl's worker, on CPU too."""
+class CPUTrainingWorker(CPUWorkerMixin, TrainingWorker):
+    """verl's worker on CPU."""
 
 
 class GeneratingTrainingWorker(GeneratingWorkerMixin, TrainingWorker):
     """verl's worker, which answers too."""
 
 
-def answering(worker_class: type) -> type:
-    """The worker class that answers too, for verl's or for what somebody has put in its place.
+class GeneratingCPUTrainingWorker(GeneratingWorkerMixin, CPUTrainingWorker):
+    """Both."""
+
+
+def on_cpu(worker_class: type) -> type:
+    """The worker class that runs on CPU, for verl's or for what somebody has put in its place.
 
     The latter is pickled by value, with what it derives from by reference where that can be imported.
     """
     if worker_class is TrainingWorker:
-        return GeneratingTrainingWorker
-    return type("GeneratingTrainingWorker", (GeneratingWorkerMixin, worker_class), {})
+        return CPUTrainingWorker
+    return type("CPUTrainingWorker", (CPUWorkerMixin, worker_class), {})
+
+
+def answering(worker_class: type) -> type:
+    """The worker class that answers too; see `on_cpu`."""
+    known = {TrainingWorker: GeneratingTrainingWorker, CPUTrainingWorker: GeneratingCPUTrainingWorker}
+    return known.get(worker_class) or type("GeneratingTrainingWorker", (GeneratingWorkerMixin, worker_class), {})

@@ -54,9 +54,9 @@ class RaySFTHost(EngineTrainerHost):
     def launch_support(cls, module: ModuleType, config: DictConfig) -> Iterator[None]:
         with ExitStack() as stack:
             if not cls.has_accelerator(module):
-                from verl_valgen.hosts.ray_worker import PortableTrainingWorker
+                from verl_valgen.hosts.ray_worker import on_cpu
 
-                stack.enter_context(cpu.ray_support(module, config, PortableTrainingWorker))
+                stack.enter_context(cpu.ray_support(module, config, on_cpu(module.TrainingWorker)))
             # The driver decides for all workers, as it makes the model's configuration that they get.
             if "attn_implementation" not in config.model.override_config and not flash_attn_works():
                 OmegaConf.update(config, "model.override_config.attn_implementation", "sdpa", force_add=True)

@@ -18,7 +18,13 @@ from verl.single_controller.base.decorator import MAGIC_ATTR
 from verl.workers.engine_workers import TrainingWorker
 
 from verl_valgen.hosts import cpu
-from verl_valgen.hosts.ray_worker import GeneratingTrainingWorker, PortableTrainingWorker, answering
+from verl_valgen.hosts.ray_worker import (
+    CPUTrainingWorker,
+    GeneratingCPUTrainingWorker,
+    GeneratingTrainingWorker,
+    answering,
+    on_cpu,
+)
 from verl_valgen.hosts.sft_ray import RaySFTHost
 from verl_valgen.rounds.remote import WorkersPart
 from verl_valgen.settings.checks import ConfigError
@@ -35,7 +41,10 @@ class TheirWorker(TrainingWorker):
     """What a user has put in verl's place."""
 
 
-@pytest.mark.parametrize("cls", [GeneratingTrainingWorker, answering(PortableTrainingWorker), answering(TheirWorker)])
+@pytest.mark.parametrize(
+    "cls",
+    [GeneratingTrainingWorker, GeneratingCPUTrainingWorker, answering(TheirWorker), answering(on_cpu(TheirWorker))],
+)
 def test_new_methods_alone_are_registered_and_none_is_a_coroutine(cls):
     before, now = registered(TrainingWorker), registered(cls)
     assert now.keys() - before.keys() == {"valgen_set_up", "valgen_call"}
@@ -45,11 +54,19 @@ def test_new_methods_alone_are_registered_and_none_is_a_coroutine(cls):
     assert {name for name, _ in inspect.getmembers(cls, inspect.iscoroutinefunction)} == theirs
 
 
-def test_the_portable_worker_registers_what_verls_does():
-    assert registered(PortableTrainingWorker) == registered(TrainingWorker)
+@pytest.mark.parametrize("cls", [CPUTrainingWorker, on_cpu(TheirWorker)])
+def test_a_worker_on_cpu_registers_what_verls_does(cls):
+    assert registered(cls) == registered(TrainingWorker)
 
 
-@pytest.mark.parametrize("cls", [GeneratingTrainingWorker, PortableTrainingWorker, WorkersPart])
+@pytest.mark.parametrize("cls", [CPUTrainingWorker, GeneratingCPUTrainingWorker])
+def test_a_worker_with_an_accelerator_does_not_compute_on_cpu_for_a_driver_without(monkeypatch, cls):
+    monkeypatch.setattr("verl.utils.device.is_cuda_available", True)
+    with pytest.raises(RuntimeError, match="this worker has an accelerator and the driver has none"):
+        cls(None)
+
+
+@pytest.mark.parametrize("cls", [GeneratingTrainingWorker, CPUTrainingWorker, GeneratingCPUTrainingWorker, WorkersPart])
 def test_classes_travel_by_reference(cls):
     pickled = cloudpickle.dumps(cls)
     assert cls.__module__.encode() in pickled
@@ -65,14 +82,19 @@ def test_settings_travel_by_reference_of_their_class():
 def test_a_class_in_verls_place_answers_too():
     cls = answering(TheirWorker)
     assert issubclass(cls, TheirWorker)
+    assert issubclass(answering(on_cpu(TheirWorker)), TheirWorker)
     assert registered(cloudpickle.loads(cloudpickle.dumps(cls))).keys() == registered(cls).keys()
 
 
-def test_the_worker_stands_in_verls_place_while_a_trainer_is_built():
-    module: Any = SimpleNamespace(TrainingWorker=TrainingWorker)
+@pytest.mark.parametrize(
+    ("before", "meanwhile"),
+    [(TrainingWorker, GeneratingTrainingWorker), (CPUTrainingWorker, GeneratingCPUTrainingWorker)],
+)
+def test_the_worker_stands_in_verls_place_while_a_trainer_is_built(before, meanwhile):
+    module: Any = SimpleNamespace(TrainingWorker=before)
     with RaySFTHost.while_building(module):
-        assert module.TrainingWorker is GeneratingTrainingWorker
-    assert module.TrainingWorker is TrainingWorker
+        assert module.TrainingWorker is meanwhile
+    assert module.TrainingWorker is before
 
 
 @pytest.mark.parametrize("name", ["verl_valgen", "verl_valgen.hosts.ray_worker"])
