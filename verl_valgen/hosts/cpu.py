@@ -26,10 +26,6 @@ from verl_valgen.patching import patched
 
 logger = logging.getLogger(__name__)
 
-_CPUS_OF_WORKER = 10
-"""verl asks for so many, `max_colocate_count` of its `RayResourcePool`; they are numbers to Ray, and no cores."""
-_OBJECT_STORE_BYTES = 200 * 2**20
-
 _MEMORY_COUNTERS = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
 
 
@@ -74,40 +70,6 @@ def sft_support(module: ModuleType, config: DictConfig) -> Iterator[None]:
         stack.enter_context(loop_support(module, config))
         # verl's own asks for "cpu:gloo,cpu:gloo", which torch refuses, or for NCCL.
         stack.enter_context(patched(verl.utils.distributed, "initialize_global_process_group", _initialize_gloo))
-        yield
-
-
-@contextmanager
-def ray_support(module: ModuleType, config: DictConfig, worker_class: type) -> Iterator[None]:
-    """While open, the driver of `verl.trainer.sft_trainer_ray` runs on CPU, and has workers that do.
-
-    Args:
-        module: The trainer's module, which is `__main__` under `python -m`.
-        config: verl's configuration; `trainer.device` is "cpu" meanwhile.
-        worker_class: With `ray_worker_support`.
-    """
-    import ray
-
-    num_workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    logger.info("neither CUDA nor NPU here: verl runs on CPU with gloo, in %d workers", num_workers)
-    with ExitStack() as stack:
-        stack.enter_context(cpu_platform())
-        stack.enter_context(loop_support(module, config))
-        stack.enter_context(patched(module, "TrainingWorker", worker_class))
-        stack.enter_context(patched(ray, "init", _init_with_logical_gpus(ray.init, num_workers)))
-        yield
-
-
-@contextmanager
-def ray_worker_support() -> Iterator[None]:
-    """While open, a worker of `verl.trainer.sft_trainer_ray` trains on CPU with verl's FSDP engine."""
-    import verl.workers.engine_workers
-
-    with ExitStack() as stack:
-        stack.enter_context(engine_support())
-        stack.enter_context(
-            patched(verl.workers.engine_workers, "initialize_global_process_group_ray", _initialize_gloo_in_worker)
-        )
         yield
 
 
@@ -203,37 +165,6 @@ def _initialize_gloo(timeout_second: int = 36000) -> tuple[int, int, int]:
     """Stands in for verl's `initialize_global_process_group`; returns (local rank, rank, world size)."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_second))
     return int(os.environ["LOCAL_RANK"]), dist.get_rank(), dist.get_world_size()
-
-
-def _initialize_gloo_in_worker(timeout_second: int | None = None, backend: str | None = None) -> None:
-    """Stands in for verl's `initialize_global_process_group_ray`."""
-    dist.init_process_group(
-        "gloo",
-        timeout=None if timeout_second is None else timedelta(seconds=timeout_second),
-        init_method=os.environ.get("DIST_INIT_METHOD"),
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
-
-
-def _init_with_logical_gpus(init: Callable[..., Any], num_workers: int) -> Callable[..., Any]:
-    """`ray.init`, which starts a cluster here that has what verl asks of one: a GPU for each worker, and ten CPUs."""
-
-    def ray_init(*args: Any, **kwargs: Any) -> Any:
-        logical: dict[str, Any]
-        if args or "address" in kwargs or "RAY_ADDRESS" in os.environ:
-            return init(*args, **kwargs)
-        logical = {"num_gpus": num_workers, "num_cpus": _CPUS_OF_WORKER * num_workers}
-        logical["resources"] = {"cpu": num_workers}  # what verl before 0.9 asks for in the GPUs' place
-        small = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-        try:
-            return init(**(logical | small | kwargs))
-        except ValueError as e:
-            if "existing cluster" not in str(e):  # one runs on this machine, and has what it has
-                raise
-            return init(**kwargs)
-
-    return ray_init
 
 
 class _FSDPOnCPU(FSDP):

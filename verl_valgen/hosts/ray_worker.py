@@ -14,7 +14,7 @@ from typing import Any
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import TrainingWorker
 
-from verl_valgen.hosts import cpu, fused_kernels
+from verl_valgen.hosts import cpu_ray, fused_kernels
 from verl_valgen.hosts.engine import EngineHost
 from verl_valgen.hosts.workers import Desk, Lines, Report
 
@@ -33,7 +33,7 @@ class CPUWorkerMixin:
             )
         # Held for the life of the process: a context manager that is collected puts back what it has changed.
         self._valgen_on_cpu = ExitStack()
-        self._valgen_on_cpu.enter_context(cpu.ray_worker_support())
+        self._valgen_on_cpu.enter_context(cpu_ray.worker_support())
         super().__init__(*args, **kwargs)
 
 

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, PretrainedConfig
 
-from verl_valgen.hosts import cpu
+from verl_valgen.hosts import cpu_ray
 from verl_valgen.hosts.engine_trainer import EngineTrainerHost
 from verl_valgen.hosts.trainer_host import flash_attn_works
 from verl_valgen.hosts.workers import Workers
@@ -56,7 +56,7 @@ class RaySFTHost(EngineTrainerHost):
             if not cls.has_accelerator(module):
                 from verl_valgen.hosts.ray_worker import on_cpu
 
-                stack.enter_context(cpu.ray_support(module, config, on_cpu(module.TrainingWorker)))
+                stack.enter_context(cpu_ray.driver_support(module, config, on_cpu(module.TrainingWorker)))
             # The driver decides for all workers, as it makes the model's configuration that they get.
             if "attn_implementation" not in config.model.override_config and not flash_attn_works():
                 OmegaConf.update(config, "model.override_config.attn_implementation", "sdpa", force_add=True)

@@ -17,7 +17,7 @@ from ray.exceptions import ActorDiedError
 from verl.single_controller.base.decorator import MAGIC_ATTR
 from verl.workers.engine_workers import TrainingWorker
 
-from verl_valgen.hosts import cpu
+from verl_valgen.hosts import cpu_ray
 from verl_valgen.hosts.ray_worker import (
     CPUTrainingWorker,
     GeneratingCPUTrainingWorker,
@@ -26,7 +26,7 @@ from verl_valgen.hosts.ray_worker import (
     on_cpu,
 )
 from verl_valgen.hosts.sft_ray import RaySFTHost
-from verl_valgen.rounds.remote import WorkersPart
+from verl_valgen.rounds.workers_part import WorkersPart
 from verl_valgen.settings.checks import ConfigError
 from verl_valgen.settings.settings import GenerationSettings
 
@@ -148,7 +148,7 @@ def test_only_a_cluster_of_ones_own_gets_logical_gpus(monkeypatch, has_cluster, 
     if address is not None:
         monkeypatch.setitem(os.environ, "RAY_ADDRESS", address)
     init = Init(has_cluster=has_cluster)
-    cpu._init_with_logical_gpus(init, 2)(**kwargs)
+    cpu_ray._init_with_logical_gpus(init, 2)(**kwargs)
     of_cluster = ("include_dashboard", "object_store_memory", "resources")
     assert [{key: value for key, value in call.items() if key not in of_cluster} for call in init.calls] == expected
     assert all(key in init.calls[0] for key in of_cluster) == ("num_gpus" in init.calls[0])
@@ -161,4 +161,4 @@ def test_another_mistake_in_the_arguments_is_told(monkeypatch):
         raise ValueError("negative")
 
     with pytest.raises(ValueError, match="negative"):
-        cpu._init_with_logical_gpus(init, 2)()
+        cpu_ray._init_with_logical_gpus(init, 2)()

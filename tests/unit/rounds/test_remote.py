@@ -17,8 +17,8 @@ from verl_valgen.hosts.workers import Failure, WorkerError, WorkerMemoryError
 from verl_valgen.records import Completion, Prompt, ProvenAnswers, Query, Round, RoundNumbers, RowData
 from verl_valgen.rounds.answerer import Answers
 from verl_valgen.rounds.reading import Finding
-from verl_valgen.rounds.remote import Begun, FromThread
 from verl_valgen.rounds.rounds import ValidationRounds
+from verl_valgen.rounds.workers_part import Begun, FromThread
 from verl_valgen.settings.settings import GenerationSettings
 
 
