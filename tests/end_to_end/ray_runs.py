@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from end_to_end.server import TrainerServer
 from end_to_end.trainer import GENERATION_CONFIG, RAY, Assets, Run, strategy, write_program
 from same_training import SEED_AND_REPORT
+from transformers import AutoModelForCausalLM
 
 NUM_WORKERS = 2
 NUM_ROWS = 3
@@ -144,7 +146,7 @@ class RayRuns:
 
 def training(assets: Assets, fsdp: str, *overrides: str) -> list[str]:
     return [
-        *assets.overrides(), strategy(fsdp), f"trainer.n_gpus_per_node={NUM_WORKERS}",
+        *assets.overrides(), strategy(fsdp), f"trainer.n_gpus_per_node={NUM_WORKERS}", "optim.lr=3e-4",
         f"trainer.total_training_steps={STEPS}", "trainer.test_freq=2", f"trainer.save_freq={STOPPED_AT}", *overrides,
     ]  # fmt: skip
 
@@ -179,7 +181,22 @@ def output_of_workers(result: Run) -> str:
     return "".join(path.read_text(errors="replace") for path in sorted(result.directory.glob("worker_*.txt")))
 
 
+def with_answers_that_differ(assets: Assets, directory: Path) -> Assets:
+    """The same data, and a model that attends to its prompt: by itself a random one says the same to (nearly) all."""
+    model = AutoModelForCausalLM.from_pretrained(assets.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(8 if "self_attn" in name else 1)
+    shutil.copytree(assets.directory, directory)
+    model.save_pretrained(directory / "model")
+    return Assets(directory)
+
+
 def make_ray_runs(server: TrainerServer, directory: Path, assets: Assets) -> RayRuns:
+    """
+    Args:
+        directory: Is there, and gets a folder for each run.
+    """
     whole = training(
         assets, "fsdp2", "model.external_lib=observer", "trainer.resume_mode=auto",
         "trainer.logger=[console,file,tensorboard]",
@@ -208,7 +225,7 @@ def make_ray_runs(server: TrainerServer, directory: Path, assets: Assets) -> Ray
         before=ANSWERS_WAIT_FOR_TRAINING,
         program=write_program(directory / "program" / "program.py", PROGRAM, module=RAY),
     )
-    lora = ("model.lora_rank=4", "model.lora_alpha=16")
+    lora = ("model.lora_rank=4", "model.lora_alpha=16", "optim.lr=4e-3")
     spread = ("generation.gather=sharded", "generation.ranks=2")
     runs["sharded"] = run(
         server, directory / "sharded", [*GENERATION_CONFIG, *training(assets, "fsdp", *lora), *greedy, *spread]

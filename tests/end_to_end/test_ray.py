@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -19,11 +20,12 @@ from end_to_end.ray_runs import (
     make_ray_runs,
     output_of_workers,
     training,
+    with_answers_that_differ,
 )
 from end_to_end.test_tour_samples import held_by_trackers
-from end_to_end.trainer import HAS_ENGINES, HAS_RAY, Run, shown_lines
+from end_to_end.trainer import HAS_ENGINES, HAS_RAY, Assets, Run, shown_lines
 from same_training import assert_checkpoints_differ, assert_same_training
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from verl_valgen.prompts.tokens import Decoder
 
@@ -39,15 +41,20 @@ BATCH_SIZE = 8
 
 
 @pytest.fixture(scope="module")
+def assets(tmp_path_factory, assets) -> Assets:
+    return with_answers_that_differ(assets, tmp_path_factory.mktemp("varied") / "assets")
+
+
+@pytest.fixture(scope="module")
 def runs(ray_server, tmp_path_factory, assets) -> RayRuns:
     return make_ray_runs(ray_server, tmp_path_factory.mktemp("ray"), assets)
 
 
-def greedy(run: Run, step: int) -> list[dict]:
+def greedy(run: Run, step: int) -> list[dict[str, Any]]:
     return [sample for sample in run.samples(step) if sample["strategy"] in ("greedy", "default")]
 
 
-def on_disk(assets):
+def on_disk(assets: Assets) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(assets.model, dtype=torch.float32).eval()
 
 
