@@ -23,7 +23,6 @@ BESIDE = [8, 16]
 NOTE_STEPS_BESIDE = """
 import threading
 from pathlib import Path
-from verl_valgen.backends.hf import HFBackend
 from verl_valgen.backends.fast.backend import FastBackend
 from verl_valgen.hosts.loaders import CountingLoader
 
@@ -37,15 +36,16 @@ def note_steps():
         yield from train(self)
 
     CountingLoader.__iter__ = train_and_note
-    for backend in {HFBackend, FastBackend}:
-        def generate(self, requests, original=backend.generate):
-            step = loaders[0].count if loaders else 0
-            answers = original(self, requests)
-            if threading.current_thread() is not threading.main_thread():
-                with Path("beside_training.txt").open("a") as file:
-                    print(step, loaders[0].count - step, file=file)
-            return answers
-        backend.generate = generate
+
+    def generate(self, requests, original=FastBackend.generate):
+        step = loaders[0].count if loaders else 0
+        answers = original(self, requests)
+        if threading.current_thread() is not threading.main_thread():
+            with Path("beside_training.txt").open("a") as file:
+                print(step, loaders[0].count - step, file=file)
+        return answers
+
+    FastBackend.generate = generate
 
 note_steps()
 """
@@ -63,12 +63,13 @@ def empty_cache_and_fail():
             yield batch
 
     CountingLoader.__iter__ = train_and_empty
-    for backend in {HFBackend, FastBackend}:
-        def generate(self, requests, original=backend.generate):
-            if loaders and loaders[0].count == 8 and threading.current_thread() is not threading.main_thread():
-                raise RuntimeError("planted beside training")
-            return original(self, requests)
-        backend.generate = generate
+
+    def generate(self, requests, original=FastBackend.generate):
+        if loaders and loaders[0].count == 8 and threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("planted beside training")
+        return original(self, requests)
+
+    FastBackend.generate = generate
 
 empty_cache_and_fail()
 """
