@@ -19,7 +19,11 @@ from verl_valgen.settings.checks import ConfigError
 
 
 class RaySFTHost(EngineTrainerHost):
-    """verl's trainer whose engine is in Ray's workers."""
+    """verl's trainer whose engine is in Ray's workers.
+
+    Raises:
+        TypeError: The workers are of a class that `while_building` did not reach.
+    """
 
     is_spmd = False
     answerer = "verl_valgen.rounds.remote:RemoteAnswerer"
@@ -30,6 +34,11 @@ class RaySFTHost(EngineTrainerHost):
         from ray.exceptions import RayError
 
         super().__init__(trainer)
+        if not hasattr(trainer.training_client, "valgen_set_up"):
+            raise TypeError(
+                f"the workers of {type(trainer).__name__} cannot answer: a `_build_engine` of one's own must take the "
+                "class of its workers from verl's module, as `verl.trainer.sft_trainer_ray.TrainingWorker`, when called"
+            )
         self.workers = Workers(trainer.training_client)
         self.fatal_errors = (RayError,)
 

@@ -113,11 +113,19 @@ def test_a_node_without_the_package_is_told_in_one_line(name):
     assert "\n" not in str(raised.value)
 
 
-def test_no_training_goes_on_after_an_error_of_rays():
-    trainer: Any = SimpleNamespace(
-        config=None, model_config=SimpleNamespace(tokenizer=None), val_dataset=None, training_client=None
+def trainer_of(worker_class: type) -> Any:
+    return SimpleNamespace(
+        config=None, model_config=SimpleNamespace(tokenizer=None), val_dataset=None, training_client=worker_class
     )
-    assert issubclass(ActorDiedError, RaySFTHost(trainer).fatal_errors)
+
+
+def test_no_training_goes_on_after_an_error_of_rays():
+    assert issubclass(ActorDiedError, RaySFTHost(trainer_of(GeneratingTrainingWorker)).fatal_errors)
+
+
+def test_workers_that_cannot_answer_are_refused_in_words():
+    with pytest.raises(TypeError, match="the workers of SimpleNamespace cannot answer: a `_build_engine` of one's own"):
+        RaySFTHost(trainer_of(TrainingWorker))
 
 
 def test_what_else_ends_a_worker_stays_rays():
