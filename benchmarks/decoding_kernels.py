@@ -19,7 +19,7 @@ from torch import Tensor
 
 from verl_valgen.backends.fast.kernels.activation import silu_and_mul
 from verl_valgen.backends.fast.kernels.attention import decode_attention
-from verl_valgen.backends.fast.kernels.norm import rms_norm
+from verl_valgen.backends.fast.kernels.norm import add_and_norm, rms_norm
 from verl_valgen.backends.fast.kernels.rotary import rotate_and_store
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, HIDDEN_SIZE, INTERMEDIATE_SIZE = 28, 4, 128, 3584, 18944
@@ -102,6 +102,9 @@ def measure_norm(num_rows: int) -> None:
     states, weight = random(num_rows, HIDDEN_SIZE), random(HIDDEN_SIZE)
     torchs = timed([lambda: F.rms_norm(states, (HIDDEN_SIZE,), weight, 1e-6)] * 20)
     report("RMS norm", num_rows, torchs, timed([lambda: rms_norm(states, weight, 1e-6)] * 20))
+    delta = random(num_rows, HIDDEN_SIZE)
+    apart = timed([lambda: rms_norm(states + delta, weight, 1e-6)] * 20)
+    report("addition, then our norm", num_rows, apart, timed([lambda: add_and_norm(states, delta, weight, 1e-6)] * 20))
 
 
 def random(*shape: int) -> Tensor:

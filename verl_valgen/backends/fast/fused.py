@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from verl_valgen.backends.fast.counterparts import maker
 from verl_valgen.backends.fast.decoded import decoded_logits
-from verl_valgen.backends.fast.modules import FusedNorm
+from verl_valgen.backends.fast.modules import FusedLayer, FusedNorm
 from verl_valgen.backends.trial import NUM_STEPS
 
 Proven = Set[tuple[str, type]]
@@ -44,7 +44,7 @@ class _Slot(NamedTuple):
 def fuse(
     model: PreTrainedModel, run: Callable[[], object] | None = None, known: Proven | None = None
 ) -> frozenset[tuple[str, type]]:
-    """Replaces norms, MLPs and attention of an unsharded model in place, where the result is the same.
+    """Replaces norms, MLPs, attention and decoder layers of an unsharded model in place, where the result is the same.
 
     Peak memory above the level before: the joined weights of one layer. The originals stay, with their weights as
     parts of the joined ones, for `unfuse`.
@@ -66,13 +66,28 @@ def fuse(
         slots = _proven(slots, run or (lambda: decoded_logits(model, _sequences(model))))
     else:
         slots = [slot for slot in slots if (slot.name, type(slot.module)) in known]
-    # Norms first: the replacement of an attention takes over the norms that are within it.
-    for slot in sorted(slots, key=lambda slot: slot.make is not FusedNorm):
+    # Norms first, layers last: the replacement of a module takes over what is within it.
+    for slot in sorted(slots, key=lambda slot: (slot.make is FusedLayer, slot.make is not FusedNorm)):
         module = slot.module
         replacement = slot.make(module)
         vars(replacement)[_REPLACED] = module
         setattr(slot.parent, slot.attribute, replacement)
+    _link_layers(model)
     return frozenset((slot.name, type(vars(slot.module)[_REPLACED])) for slot in slots)
+
+
+def _link_layers(model: nn.Module) -> None:
+    """Tells each fused layer which norm comes behind it: the first of the next layer, or the model's own.
+
+    Where another should come, it norms what it gets, as always.
+    """
+    for parent in model.modules():
+        for layers in parent.children():
+            if isinstance(layers, nn.ModuleList):
+                norms = [*(getattr(layer, "input_layernorm", None) for layer in layers), getattr(parent, "norm", None)]
+                for layer, norm in zip(layers, norms[1:], strict=True):
+                    if isinstance(layer, FusedLayer) and isinstance(norm, FusedNorm):
+                        layer.precede(norm)
 
 
 def unfuse(module: nn.Module) -> None:
