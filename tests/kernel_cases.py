@@ -23,7 +23,7 @@ from verl_valgen.backends.fast.decoded import decoded_logits
 from verl_valgen.backends.fast.fused import fuse, unfuse
 from verl_valgen.backends.fast.kernels import activation, attention, norm, rotary
 from verl_valgen.backends.fast.kernels.activation import gelu_tanh_and_mul, silu_and_mul
-from verl_valgen.backends.fast.kernels.attention import decode_attention
+from verl_valgen.backends.fast.kernels.attention import Tiles, decode_attention
 from verl_valgen.backends.fast.kernels.norm import add_and_norm, rms_norm
 from verl_valgen.backends.fast.kernels.rotary import rotate_and_store
 from verl_valgen.backends.fast.modules import FusedLayer
@@ -108,6 +108,14 @@ def test_attention_at_the_edges_of_blocks_and_parts(num_splits):
     slots = [0, 1, 31, 32, 62, 63, 64, 65, 95, 96, 127, 128, 129, 191, 192, 199]
     inputs = attention_inputs(torch.float16, slots, 2, 1, 16)
     assert close(decode_attention(*inputs, 0.25, num_splits), expected_attention(*inputs, 0.25), torch.float16)
+
+
+@with_attention_in_every_dtype
+@pytest.mark.parametrize("tiles", [Tiles(16, 4, 2), Tiles(32, 2), Tiles(64, 1, 8), Tiles(128, 1)], ids=str)
+def test_attention_in_tiles_of_each_size(dtype, tiles):
+    inputs = attention_inputs(dtype, [0, 15, 31, 32, 127, 128, 199], 2, 1)
+    for num_splits in (1, 2):
+        assert close(decode_attention(*inputs, 0.1, num_splits, tiles), expected_attention(*inputs, 0.1), dtype)
 
 
 def test_attention_to_a_cache_that_lies_in_another_order():
