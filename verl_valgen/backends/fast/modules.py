@@ -120,8 +120,9 @@ class FusedLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Computes what the original does, from (B, S, hidden_size) states; the rest is for the attention."""
-        delta = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
-        hidden_states, normed = self.post_attention_layernorm.add(hidden_states, delta)
+        hidden_states, normed = self.post_attention_layernorm.add(
+            hidden_states, self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        )
         delta = self.mlp(normed)
         if torch.compiler.is_compiling() or self.next_norm is None:
             return hidden_states + delta
