@@ -365,7 +365,7 @@ def test_prompts_and_other_caches_have_the_ordinary_attention(seen):
 
 # --- additions of the residual stream, together with the norms behind them
 
-IDS = torch.tensor([[3, 5, 7, 11], [2, 9, 4, 8]], device=DEVICE)
+IDS = torch.tensor([[3, 5, 7]], device=DEVICE)
 
 
 def fused_by_prompts(model: PreTrainedModel) -> PreTrainedModel:
@@ -380,10 +380,11 @@ def logits_of(model: PreTrainedModel) -> Tensor:
 
 @pytest.mark.parametrize("name", ["MistralConfig", "Qwen3Config"])
 def test_every_addition_is_one_with_the_norm_behind_it(name, seen):
-    model = tiny(name, num_hidden_layers=3, head_dim=16)
+    model = tiny(name, num_hidden_layers=2, head_dim=16)
     alone = copy.deepcopy(model)
     plain = [type(module) for module in model.modules()]
     proven = fuse(alone, run=lambda: alone(IDS, use_cache=False))
+    assert seen["rotate_and_store"] == 2  # not again for the attention within a layer
     unfuse(alone)
     assert [type(module) for module in alone.modules()] == plain
     fuse(alone, known={(path, kind) for path, kind in proven if not kind.__name__.endswith("DecoderLayer")})
@@ -391,8 +392,8 @@ def test_every_addition_is_one_with_the_norm_behind_it(name, seen):
     fused_by_prompts(model)
     seen.clear()
     logits = logits_of(model)
-    assert (seen["add_and_norm"], seen["rms_norm"]) == (6, 1)
-    assert seen["rotate_and_store"] == seen["silu_and_mul"] == 3
+    assert (seen["add_and_norm"], seen["rms_norm"]) == (4, 1)
+    assert seen["rotate_and_store"] == seen["silu_and_mul"] == 2
     expected = logits_of(alone)
     assert torch.equal(logits, expected) if DEVICE == "cpu" else close(logits, expected, torch.bfloat16)
     assert not [module for module in model.modules() if getattr(module, "known", None) is not None]

@@ -104,17 +104,23 @@ def is_fused(model: nn.Module) -> bool:
 
 
 class _Proof:
-    """Watches the calls of a module and compares its results with those of the fused one."""
+    """Watches the calls of a module and compares its results with those of the fused one.
 
-    def __init__(self, make: Callable[[Any], nn.Module], module: nn.Module) -> None:
-        self.make = make
+    Args:
+        under_way: The proofs that compare at this moment. What is called then is no call of the model's own: a fused
+            layer, say, calls the modules that are within it.
+    """
+
+    def __init__(self, make: Callable[[Any], nn.Module], module: nn.Module, under_way: list[_Proof]) -> None:
+        self.make, self.under_way = make, under_way
         self.fused: nn.Module | None = None
         self.is_same: Tensor | bool = True
         self.hook = module.register_forward_hook(self.compare, with_kwargs=True)
 
     def compare(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.is_same is False:
+        if self.is_same is False or self.under_way:
             return
+        self.under_way.append(self)
         try:
             self.fused = self.fused or self.make(module)
             actual = self.fused(*args, **kwargs)  # what it writes into the cache is what is there
@@ -123,6 +129,8 @@ class _Proof:
         except Exception:  # a class that we do not know may pass anything
             self.is_same = False
             return
+        finally:
+            self.under_way.clear()
         self.is_same = _is_same(output, actual) & self.is_same
 
 
@@ -131,7 +139,8 @@ def _proven(slots: list[_Slot], run: Callable[[], object]) -> list[_Slot]:
 
     None of them where `run` fails.
     """
-    proofs = [_Proof(slot.make, slot.module) for slot in slots]
+    under_way: list[_Proof] = []
+    proofs = [_Proof(slot.make, slot.module, under_way) for slot in slots]
     try:
         run()
     except torch.OutOfMemoryError:
