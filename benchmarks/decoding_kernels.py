@@ -33,10 +33,12 @@ SHAPES = (
     ("equal", 256, 256), ("uneven", 8, 768), ("uneven", 64, 768), ("uneven", 256, 768),
 )  # fmt: skip
 TILES = (
-    Tiles(64, 3), Tiles(64, 2), Tiles(32, 4), Tiles(32, 3), Tiles(32, 2), Tiles(64, 2, 2), Tiles(32, 3, 2),
-    Tiles(32, 2, 2), Tiles(16, 4, 2), Tiles(16, 3, 2),
+    Tiles(64, 3), Tiles(64, 2), Tiles(32, 4), Tiles(32, 3), Tiles(32, 2), Tiles(32, 3, 2), Tiles(32, 2, 2),
+    Tiles(16, 3, 2),
 )  # fmt: skip
-SHAPES_IN_TILES = (("equal", 256, 256, (1,)), ("uneven", 256, 768, (1, 2)), ("equal", 64, 256, (1, 2)))
+SHAPES_IN_TILES = (
+    ("equal", 256, 256, (1,)), ("uneven", 256, 768, (1, 2)), ("equal", 64, 256, (1, 2)), ("equal", 8, 2048, (8,)),
+)  # fmt: skip
 
 
 @torch.no_grad()
