@@ -1,4 +1,7 @@
-"""Attention of one new token per row to the row's own tokens in a long cache, as Triton kernels."""
+"""Attention of one new token per row to the row's own tokens in a long cache, as Triton kernels.
+
+(Over 200 lines, with the choice of tiles and parts, which the two kernels share.)
+"""
 
 from __future__ import annotations
 
