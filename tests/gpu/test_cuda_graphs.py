@@ -20,6 +20,7 @@ from verl_valgen.backends.fast.backend import FastBackend
 from verl_valgen.backends.fast.suitability import try_model
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.records import Completion, Request
+from verl_valgen.rounds.needs import rows_need
 from verl_valgen.rounds.restore import preserved_blas_workspaces
 from verl_valgen.settings.generation_config import special_tokens
 
@@ -226,14 +227,18 @@ def test_too_many_ties_get_hugging_faces_loop(assets, tokenizer, caplog):
 
 
 def test_out_of_memory_halves_the_batch(fused, tokenizer, caplog, without_garbage_collection):
-    params, asked = GREEDY | {"max_new_tokens": 60}, requests(*range(900, 932))
+    params = GREEDY | {"max_new_tokens": 60}
+    asked = [replace(one, params=params) for one in requests(*range(900, 932))]
     answer(FastBackend, fused, tokenizer, params, asked[:1])
     expected = answer(FastBackend, fused, tokenizer, params, asked, batch_size=4)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(CUDA).total_memory
+    row, prompts = rows_need(asked, fused.config, fused.dtype)
+    enough = 16 * row + prompts
+    assert enough < 32 * row
     try:
-        for room, halves in ((1.0, True), (0.02, False)):  # GiB
-            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room * 2**30) / total)
+        for room, halves in ((enough, True), (2**24, False)):
+            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
             before = torch.cuda.memory_allocated()
             with caplog.at_level(logging.DEBUG, "verl_valgen"):
                 if halves:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from verl_valgen.text import describe
 from verl_valgen.weights.adapters import peft_type, require_mergeable, with_adapters
@@ -112,9 +113,27 @@ def _build(make: Callable[[], Any], dtype: torch.dtype, ways: tuple[Callable[[],
     return model
 
 
-def _all_on_meta() -> AbstractContextManager[Any]:
+@contextmanager
+def _all_on_meta() -> Iterator[None]:
     """on the meta device. Takes no memory but for tensors whose constructor takes no notice of it."""
-    return torch.device("meta")
+    with _NothingDrawnOnMeta(), torch.device("meta"):  # transformers looks for the innermost
+        yield
+
+
+class _NothingDrawnOnMeta(TorchFunctionMode):
+    """While open, this thread draws no values for tensors that have none, up to 3/4 of a constructor's time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWING or getattr(func, "__module__", None) == nn.init.__name__:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
+_DRAWING = {Tensor.normal_, Tensor.uniform_}
+"""What initialisers call, beside those of `torch.nn.init`: each gives the tensor back that it is given."""
 
 
 def _parameters_on_meta() -> AbstractContextManager[Any]:

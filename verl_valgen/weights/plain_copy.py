@@ -46,7 +46,7 @@ class PlainCopy:
         self.buffers = persistent_buffers(model)
         weight_of: dict[int, Weight] = {}
         for weight in self.distinct_weights:  # tied as the source is, whatever the configuration says
-            assign(weight.slots, torch.empty_like(weight.slots[0].parameter, device="meta"))
+            assign(weight.slots, weight.slots[0].parameter.detach().to("meta"))
             weight_of[id(weight.slots[0].parameter)] = weight
         # PEFT's layers, with the weights in each; the layers that wait for a weight; the modules in all of them.
         self.layers = {layer: {weight_of[id(p)] for p in layer.parameters()} for layer in outermost_layers(model)}

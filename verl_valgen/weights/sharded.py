@@ -86,19 +86,20 @@ def read(
 @contextmanager
 def evaluating(wrapped: nn.Module) -> Iterator[None]:
     """While open, the model is in eval mode. At the end it is as it was, and its parameters are sharded."""
-    was_training = [(module, module.training) for module in wrapped.modules()]
+    modules = list(wrapped.modules())
+    were_training = [module for module in modules if module.training]
     wrapped.eval()
     try:
         yield
     finally:
-        for module, training in was_training:
-            module.training = training
+        for module in were_training:
+            module.training = True
         # After a forward pass without a backward one FSDP keeps the root's parameters whole, in memory that training
         # counts on.
-        for module in wrapped.modules():
+        for module in modules:
             if isinstance(module, FSDPModule):
                 module.reshard()
-        for unit in FSDP.fsdp_modules(wrapped, root_only=True):
+        for unit in FSDP.fsdp_modules(wrapped, root_only=True) if isinstance(wrapped, FSDP) else ():
             if unit._handle is not None and unit._handle.uses_sharded_strategy:
                 unit._handle.reshard(True)
 

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from verl_valgen.weights.empty import empty_like
@@ -131,3 +132,29 @@ def test_rotary_tables_that_a_long_sequence_has_changed_are_copied_as_they_were_
     source(torch.arange(60)[None] % 37)
     copy = gather(source, dtype=torch.float32, device=CPU, keep=True)
     assert torch.equal(copy(IDS[:, :12]).logits, expected)
+
+
+class DrawsItself(LlamaForCausalLM):
+    """Draws by methods of tensors, and by a function to which the tensor is given by its name."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.scale = nn.Parameter(torch.empty(16).normal_())
+        self.shift = nn.Parameter(nn.init.kaiming_uniform_(tensor=torch.empty(16, 1)))
+
+
+@pytest.mark.parametrize("cls", [LlamaForCausalLM, DrawsItself])
+def test_no_values_are_drawn_for_tensors_that_have_none(cls):
+    drawn = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            drawn.extend([str(func)] if "normal" in str(func) or "uniform" in str(func) else [])
+            return func(*args, **(kwargs or {}))
+
+    source = build(cls)
+    with Watching():
+        empty = empty_like(source, torch.bfloat16)
+    assert drawn == []
+    found = {name: parameter.shape for name, parameter in empty.named_parameters()}
+    assert found == {name: parameter.shape for name, parameter in source.named_parameters()}
