@@ -78,8 +78,10 @@ def assert_greedy_samples(
 def assert_nearly_greedy_samples(
     samples: Sequence[dict[str, Any]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """The recorded samples are greedy answers of the trainer's model, which computes in bfloat16: its choice is the best
-    one of float32, or next to it."""
+    """The recorded samples are greedy answers of the trainer's model, which computes in bfloat16.
+
+    So its choice is the best one of float32, or next to it.
+    """
     num_checked = 0
     for sample in samples:
         assert sample["params"]["dtype"] == "bfloat16"
