@@ -206,6 +206,27 @@ MUTANTS = [
         "tests/distributed/test_rounds_beside_training.py",
     ),
     Mutant(
+        "training goes on without workers",
+        "rounds/rounds.py",
+        "        except self.host.fatal_errors:\n            raise\n        except BaseException",
+        "        except BaseException",
+        "tests/unit/rounds/test_remote.py",
+    ),
+    Mutant(
+        "what fails in a worker is raised there, while others wait for it",
+        "hosts/workers.py",
+        "value, error = attempt(function)",
+        "value, error = function(), None",
+        "tests/unit/hosts/test_workers.py",
+    ),
+    Mutant(
+        "workers are asked at the end of a run that failed in the middle of a step",
+        "rounds/remote.py",
+        "return self._thread is not None and self._thread.wait(timeout_s)",
+        "return self._workers.call('result') is not None",
+        "tests/unit/rounds/test_remote.py",
+    ),
+    Mutant(
         "answers beside training that are wrong count as right",
         "rounds/proven.py",
         "finding = min(finding, second,",

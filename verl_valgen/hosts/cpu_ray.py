@@ -38,7 +38,7 @@ def driver_support(module: ModuleType, config: DictConfig, worker_class: type) -
     import ray
 
     num_workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    logger.info("neither CUDA nor NPU here: verl runs on CPU with gloo, in %d workers", num_workers)
+    logger.info("neither CUDA nor NPU here: verl runs on CPU with gloo (workers: %d)", num_workers)
     with ExitStack() as stack:
         stack.enter_context(cpu_platform())
         stack.enter_context(loop_support(module, config))

@@ -8,12 +8,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import GenerationConfig, PretrainedConfig
 
 from verl_valgen.hosts import cpu_ray
 from verl_valgen.hosts.engine_trainer import EngineTrainerHost
-from verl_valgen.hosts.trainer_host import flash_attn_works
 from verl_valgen.hosts.workers import Workers
 from verl_valgen.patching import patched
 from verl_valgen.settings.checks import ConfigError
@@ -57,9 +56,7 @@ class RaySFTHost(EngineTrainerHost):
                 from verl_valgen.hosts.ray_worker import on_cpu
 
                 stack.enter_context(cpu_ray.driver_support(module, config, on_cpu(module.TrainingWorker)))
-            # The driver decides for all workers, as it makes the model's configuration that they get.
-            if "attn_implementation" not in config.model.override_config and not flash_attn_works():
-                OmegaConf.update(config, "model.override_config.attn_implementation", "sdpa", force_add=True)
+            cls._do_without_flash_attn(config)  # for all workers, as they get the model's configuration from here
             yield
 
     @classmethod

@@ -115,7 +115,11 @@ class Lines(logging.Handler):
 
     def taken(self) -> list[LogLine]:
         """What was logged since the last call, perhaps by a thread that goes on."""
-        taken, self._lines = self._lines, []
+        self.acquire()
+        try:
+            taken, self._lines = self._lines, []
+        finally:
+            self.release()
         return taken
 
     def take_over(self, level: int) -> None:

@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from verl_valgen.hosts.workers import Workers
 from verl_valgen.records import Prompt, ProvenAnswers, Request, RowData, pack
 from verl_valgen.rounds.answerer import Answers, RoundAnswerer
+from verl_valgen.rounds.answers_bar import AnswersBar
 from verl_valgen.rounds.overlap import BesideTraining
 from verl_valgen.rounds.reading import Finding
 from verl_valgen.rounds.workers_part import Begun, FromThread, WorkersPart
@@ -41,8 +42,11 @@ class RemoteAnswerer(RoundAnswerer[Begun]):
 
     def __init__(self, host: Any, settings: GenerationSettings, special_tokens: Callable[[], GenerationConfig]) -> None:
         self.workers: Workers = host.workers
+        self.has_bar = settings.console != "none"
         self.special_tokens = special_tokens
         self.under_way: RemoteBeside[Any] | None = None
+        self.num_requests, self.began_at = 0, 0.0
+        """Of the round that was begun last; `time.monotonic()`."""
         self.workers.set_up(WorkersPart, settings)
 
     def at_batch(self) -> None:
@@ -57,6 +61,7 @@ class RemoteAnswerer(RoundAnswerer[Begun]):
     def begin(self, requests: Sequence[Request] | None, *, may_overlap: bool) -> Begun | None:
         if not requests:
             return None
+        self.num_requests, self.began_at = len(requests), time.monotonic()
         return self.workers.call("begin", pack(requests), self.special_tokens(), may_overlap)
 
     def may_go_on(self, gathered: Begun, prompts: Sequence[Prompt]) -> bool:
@@ -73,7 +78,11 @@ class RemoteAnswerer(RoundAnswerer[Begun]):
         self.under_way = None  # the workers have let go of theirs, or will when they are asked next
 
     def finish(self, gathered: Begun | None) -> ProvenAnswers | None:
-        proven = None if gathered is None else self.workers.call("finish")
+        if gathered is None:
+            return None
+        # It shows how long this takes, and not how many answers are done: the workers say nothing before all are.
+        with AnswersBar(self.num_requests, self.num_requests, self.began_at, is_wanted=self.has_bar):
+            proven = self.workers.call("finish")
         return None if proven is None else _at_this_clock(proven)
 
     def tell(self, finding: Finding) -> None:

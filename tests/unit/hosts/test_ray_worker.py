@@ -113,6 +113,13 @@ def test_a_node_without_the_package_is_told_in_one_line(name):
     assert "\n" not in str(raised.value)
 
 
+def test_no_training_goes_on_after_an_error_of_rays():
+    trainer: Any = SimpleNamespace(
+        config=None, model_config=SimpleNamespace(tokenizer=None), val_dataset=None, training_client=None
+    )
+    assert issubclass(ActorDiedError, RaySFTHost(trainer).fatal_errors)
+
+
 def test_what_else_ends_a_worker_stays_rays():
     module: Any = SimpleNamespace(TrainingWorker=TrainingWorker)
     with pytest.raises(ActorDiedError), RaySFTHost.while_building(module):

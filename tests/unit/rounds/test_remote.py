@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -199,6 +200,21 @@ def test_columns_of_the_data_stay_in_the_driver(rounds, workers):
     begin_beside(rounds, workers)
     (prompts,) = workers.args["may_go_on"]
     assert [(prompt.input_ids, prompt.reference, prompt.data) for prompt in prompts] == [([5, 6], "yes", RowData())]
+
+
+def test_a_bar_shows_how_long_the_workers_take(rounds, workers, monkeypatch):
+    bars: list[tuple[int, bool]] = []
+
+    def make_bar(num_answers: int, num_in_all: int, since: float, *, is_wanted: bool) -> Any:
+        assert "begin" in workers.asked
+        assert "finish" not in workers.asked
+        assert since <= time.monotonic()
+        bars.append((num_in_all, is_wanted))
+        return nullcontext()
+
+    monkeypatch.setattr("verl_valgen.rounds.remote.AnswersBar", make_bar)
+    rounds.run(1)
+    assert bars == [(1, True)]
 
 
 def test_a_deadline_is_told_by_the_drivers_clock(rounds, workers):
