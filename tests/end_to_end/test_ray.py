@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from checkpoints import assert_greedy_samples, plain_greedy, plain_model
+from checkpoints import assert_greedy_samples, assert_nearly_greedy_samples, plain_greedy, plain_model
 from end_to_end.ray_runs import (
     MAX_NEW_TOKENS,
     NUM_ROWS,
@@ -118,7 +118,7 @@ def test_adapters_are_in_the_answers_through_the_sharded_model_on_both_workers(r
         assert [sample["row"] for sample in samples] == list(range(NUM_ROWS))
         assert all(sample["verified"] is True for sample in samples)
         model = plain_model(runs.sharded.checkpoints / f"global_step_{step}", assets.model, LORA)
-        assert_greedy_samples(samples, model, tokenizer, MAX_NEW_TOKENS)
+        assert_nearly_greedy_samples(samples, model, tokenizer)
     assert [s["generation"] for s in runs.sharded.samples(STEPS)] != [s["generation"] for s in runs.sharded.samples(2)]
     assert runs.sharded.warnings == []
 
@@ -191,14 +191,14 @@ def test_a_fault_on_either_worker_costs_one_warning_and_the_next_round_is_whole(
     assert not (run.generations / "step_00000003.jsonl").exists()
     for step in (1, 4, 5):
         assert [sample["row"] for sample in run.samples(step)] == list(range(NUM_ROWS))
-    # What was made with a wrong copy at the last step is made again.
+    # What was made with a wrong copy at the last step is made again, without one.
     again = [warning for warning in run.warnings if "failed the check" in warning]
     assert len(again) == 1
     assert "the answers were made again" in again[0]
     assert len(run.warnings) == 3
     tokenizer = AutoTokenizer.from_pretrained(assets.model)
     model = plain_model(run.checkpoints / "global_step_5", assets.model)
-    assert_greedy_samples(run.samples(5), model, tokenizer, MAX_NEW_TOKENS)
+    assert_nearly_greedy_samples(run.samples(5), model, tokenizer)
     assert all(sample["verified"] is True for sample in run.samples(5))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -63,7 +64,8 @@ def overrides(assets: Assets, *more: str) -> list[str]:
 def run_until_it_ends(directory: Path, arguments: list[str], cluster: Cluster) -> tuple[Run, float]:
     """The run, and when its driver was gone."""
     command = [sys.executable, "-m", RAY, *arguments, *IN_ITS_FOLDER]
-    environment = environment_of_a_run(GREEDY | cluster.environment | {"PYTHONPATH": str(directory)})
+    search = os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")])
+    environment = environment_of_a_run(GREEDY | cluster.environment | {"PYTHONPATH": search})
     with (directory / "stdout.txt").open("w") as stdout, (directory / "stderr.txt").open("w") as stderr:
         process = subprocess.Popen(command, cwd=directory, env=environment, stdout=stdout, stderr=stderr)
         try:
