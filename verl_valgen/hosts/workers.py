@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from verl_valgen import __version__
 from verl_valgen.collectives import attempt
+from verl_valgen.settings.checks import ConfigError
 from verl_valgen.text import OnceLogger, describe, describe_at_length
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ class Report:
     failure: Failure | None
     lines: list[LogLine]
     """What was logged since the last call."""
+    version: str = __version__
+    """The package's, on the worker's node."""
 
 
 class Desk:
@@ -146,6 +150,7 @@ class Workers:
 
         Raises:
             WorkerError: One could not; then none may be called, as others would wait for it.
+            ConfigError: One has another version of the package.
         """
         level = logging.getLogger(_PACKAGE).getEffectiveLevel()
         reports = self.group.valgen_set_up(make_part, args, level)
@@ -153,6 +158,11 @@ class Workers:
         for report in reports:
             if report.failure is not None:
                 raise report.failure.as_error()
+            if report.version != __version__:
+                raise ConfigError(
+                    f"the node of rank {report.rank} has verl-valgen {report.version}, the driver {__version__}: "
+                    "install the same version on every node"
+                )
 
     def call(self, name: str, *args: Any) -> Any:
         """Calls a method of every worker's part, and returns what it gives on the logging rank.

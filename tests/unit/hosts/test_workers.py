@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import cloudpickle
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from verl_valgen.hosts.workers import Desk, Lines, Report, WorkerError, Workers
+from verl_valgen.settings.checks import ConfigError
 
 
 class Part:
@@ -86,6 +88,13 @@ def test_a_part_that_cannot_be_made_is_an_error_on_whichever_rank(workers, faili
 
     with pytest.raises(WorkerError, match="OSError: no part"):
         workers.set_up(make_part)
+
+
+def test_a_node_with_another_version_is_refused(workers):
+    reports = workers.group.valgen_set_up(Part, (), 0)
+    workers.group.valgen_set_up = lambda *args: [replace(r, version="0.0.1") if r.rank == 2 else r for r in reports]
+    with pytest.raises(ConfigError, match=r"the node of rank 2 has verl-valgen 0\.0\.1, the driver "):
+        workers.set_up(Part)
 
 
 def test_the_end_of_a_program_is_none_of_its_failures(workers):
