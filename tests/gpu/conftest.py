@@ -30,6 +30,12 @@ PreTrainedModel.get_correct_attn_implementation = lambda self, _, *args, **kwarg
 """
 )
 
+_FIGURES = {
+    "peak_bytes_per_parameter": "peak memory of a round above the level before it, bytes per parameter",
+    "round_with_ray": "a round's peak memory above the level after it, and its time, with Ray's workers and without",
+}
+"""What tests measure and pytest shows at the end, with its title."""
+
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
@@ -43,16 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
-    peaks = {
-        report.nodeid: value
-        for report in reports
-        for name, value in report.user_properties
-        if name == "peak_bytes_per_parameter"
-    }
-    if peaks:
-        terminalreporter.section("peak memory of a round above the level before it, bytes per parameter")
-        for nodeid, value in sorted(peaks.items()):
-            terminalreporter.line(f"{nodeid}: {value}")
+    for figure, title in _FIGURES.items():
+        found = {r.nodeid: value for r in reports for name, value in r.user_properties if name == figure}
+        if found:
+            terminalreporter.section(title)
+            for nodeid, value in sorted(found.items()):
+                terminalreporter.line(f"{nodeid}: {value}")
 
 
 @pytest.fixture(scope="session")
