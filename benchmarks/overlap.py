@@ -33,7 +33,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from verl_valgen.collectives import gather_values, rank, world_size
 from verl_valgen.records import Prompt, ProvenAnswers, Query, Round, RoundNumbers
-from verl_valgen.rounds.proven import ProvenAnswerer
+from verl_valgen.rounds.local import LocalAnswerer
 from verl_valgen.rounds.queries import make_queries
 from verl_valgen.rounds.rounds import ValidationRounds
 from verl_valgen.settings.load import GenerationSettings
@@ -141,13 +141,13 @@ class Waits(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if "training waited" in record.msg:
             assert isinstance(record.args, tuple)
-            self.parts = tuple(float(value) for value in record.args[2:])  # type: ignore[arg-type]
+            self.parts = tuple(float(value) for value in record.args[1:])  # type: ignore[arg-type]
 
 
 def new_rounds(host: BenchmarkHost, num_prompts: int, num_tokens: int, *, overlap: bool) -> ValidationRounds:
     settings = GenerationSettings(enabled=True, max_new_tokens=num_tokens, overlap=overlap)
     rounds: Any = ValidationRounds(host, settings)
-    rounds.answerer = ProvenAnswerer(host, settings)
+    rounds.answerer = LocalAnswerer(host, settings)
     if host.is_logging_rank:
         ids = [[5 + (row * 37 + i) % 1000 for i in range(PROMPT_TOKENS)] for row in range(num_prompts)]
         rounds.recorder = Recorded(

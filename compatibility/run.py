@@ -31,7 +31,7 @@ BEGIN, END = "<!-- results: `make compat` writes them -->", "<!-- end of results
 PYTHON = platform.python_version()
 SMOKE_TIMEOUT_S = 570  # less than the smoke itself gives the trainer: here all its processes are ended
 
-FSDP_SFT, ENGINE = "fsdp_sft_trainer", "sft_trainer"
+FSDP_SFT, ENGINE, RAY = "fsdp_sft_trainer", "sft_trainer", "sft_trainer_ray"
 TORCH = "2.13.0"
 WEB_SERVER = ("fastapi==0.165.0", "uvicorn==0.54.0")
 
@@ -88,11 +88,11 @@ RELEASES = {
         Release("0.5.0", (FSDP_SFT,), transformers="4.57.6", numpy="<2", tensordict="0.9.1"),
         Release("0.6.0", (FSDP_SFT, ENGINE), transformers="4.57.6", numpy="<2"),
         Release("0.6.1", (FSDP_SFT, ENGINE), transformers="4.57.6", numpy="<2"),
-        Release("0.7.0", (FSDP_SFT, ENGINE), transformers="4.57.6", numpy="<2", stub="qwen_vl_utils"),
-        Release("0.7.1", (ENGINE,), transformers="4.57.6", numpy="<2"),
-        Release("0.8.0", (ENGINE,), transformers="4.57.6", numpy="<2", undeclared=WEB_SERVER),
-        Release("0.9.0", (ENGINE,), transformers="5.10.4", numpy=">=2", undeclared=WEB_SERVER),
-        Release("0.9.1", (ENGINE,), transformers="5.10.4", numpy=">=2", undeclared=WEB_SERVER),
+        Release("0.7.0", (FSDP_SFT, ENGINE, RAY), transformers="4.57.6", numpy="<2", stub="qwen_vl_utils"),
+        Release("0.7.1", (ENGINE, RAY), transformers="4.57.6", numpy="<2"),
+        Release("0.8.0", (ENGINE, RAY), transformers="4.57.6", numpy="<2", undeclared=WEB_SERVER),
+        Release("0.9.0", (ENGINE, RAY), transformers="5.10.4", numpy=">=2", undeclared=WEB_SERVER),
+        Release("0.9.1", (ENGINE, RAY), transformers="5.10.4", numpy=">=2", undeclared=WEB_SERVER),
     )
 }
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import assets as small
 from checkpoints import plain_greedy, plain_model
-from end_to_end.trainer import Assets, Run, run, strategy
+from end_to_end.clusters import own_cluster
+from end_to_end.trainer import RAY, VERL_MODULE, Assets, Run, run, strategy
 from reasons import last_exception, last_warning
 from transformers import AutoTokenizer
 
@@ -44,7 +45,12 @@ def smoke(directory: Path, strategy_name: str, lora: bool, stubs: Path | None) -
         arguments += [f"model.lora_rank={LORA['r']}", f"model.lora_alpha={LORA['lora_alpha']}"]
     # PYTHONPATH: nothing of the tests is within the trainer's reach.
     environment = GENERATION | {"PYTHONPATH": str(stubs or ""), "CUDA_VISIBLE_DEVICES": "", "HYDRA_FULL_ERROR": "1"}
-    result = run(directory / "run", arguments, environment=environment, num_ranks=NUM_RANKS)
+    if VERL_MODULE == RAY:
+        arguments += [f"trainer.n_gpus_per_node={NUM_RANKS}"]
+        with own_cluster() as cluster:
+            result = run(directory / "run", arguments, environment=environment | cluster.environment)
+    else:
+        result = run(directory / "run", arguments, environment=environment, num_ranks=NUM_RANKS)
     if result.returncode != 0:
         return last_exception(result.stderr) or f"exit status {result.returncode}"
     for step in STEPS:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The second way in: a Hydra configuration of your own, `config/my_$TRAINER.yaml`, with verl's own command.
+# The second way in: a Hydra configuration of your own, `config/my_<trainer>.yaml`, with verl's own command.
 # About half a minute on CPU; the samples are written to demo/config/generations.
 set -euo pipefail
 source "$(dirname "$0")/trainer.sh"
@@ -8,6 +8,6 @@ source "$(dirname "$0")/trainer.sh"
 
 # Any setting can be changed on the command line, `generation` included.
 "$PYTHON" -m "verl.trainer.$TRAINER" \
-  --config-path "$PWD/examples/config" --config-name "my_$TRAINER" \
+  --config-path "$PWD/examples/config" --config-name "my_${TRAINER%_ray}" \
   trainer.default_local_dir=demo/config \
   generation.max_new_tokens=20

@@ -20,6 +20,7 @@ else
 fi
 
 # On several GPUs: torchrun --standalone --nproc-per-node=8 -m verl.trainer.sft_trainer ...
+# With Ray:        python -m verl.trainer.sft_trainer_ray trainer.n_gpus_per_node=8 ...
 "$PYTHON" -m "verl.trainer.$TRAINER" "${model[@]}" \
   data.train_files=demo/assets/train.parquet \
   data.val_files=demo/assets/val.parquet \

@@ -8,7 +8,7 @@ source "$(dirname "$0")/trainer.sh"
 "$PYTHON" examples/assets.py --multiturn demo/assets
 
 "$PYTHON" -m "verl.trainer.$TRAINER" \
-  --config-path "$PWD/examples/config" --config-name "my_$TRAINER" \
+  --config-path "$PWD/examples/config" --config-name "my_${TRAINER%_ray}" \
   +generation=judging \
   trainer.test_freq=2 \
   trainer.default_local_dir=demo/judging

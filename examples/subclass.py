@@ -19,6 +19,8 @@ from verl_valgen.text import printable
 TRAINER = choose_trainer()
 if TRAINER == "fsdp_sft_trainer":
     from verl.trainer.fsdp_sft_trainer import FSDPSFTTrainer as Trainer
+elif TRAINER == "sft_trainer_ray":
+    from verl.trainer.sft_trainer_ray import SFTTrainer as Trainer
 else:
     from verl.trainer.sft_trainer import SFTTrainer as Trainer
 
@@ -28,14 +30,14 @@ class MyTrainer(ValidationGenerationMixin, Trainer):
 
     def fit(self) -> None:
         batch = next(iter(self.val_dataloader))
-        # All ranks must call; the first one gets the texts, the others empty lists.
+        # All ranks must call; the first one gets the texts, the others empty lists. (With Ray the driver alone calls.)
         prompts, generations = self.generate_samples(batch)
         for prompt, generation in zip(prompts[:4], generations[:4], strict=True):
             print(f"Before training: {printable(prompt)} -> {printable(generation)}")
         super().fit()
 
 
-@hydra.main(config_path="config", config_name=f"my_{TRAINER}", version_base=None)
+@hydra.main(config_path="config", config_name=f"my_{TRAINER.removesuffix('_ray')}", version_base=None)
 def main(config: DictConfig) -> None:
     config.trainer.default_local_dir = "demo/subclass"
     run_sft(config, MyTrainer)

@@ -1,4 +1,4 @@
-"""Which of verl's two trainers the examples use: `TRAINER`, or else what the installed verl has."""
+"""Which of verl's trainers the examples use: `TRAINER`, or else what the installed verl has."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-TRAINERS = ("fsdp_sft_trainer", "sft_trainer")
+TRAINERS = ("fsdp_sft_trainer", "sft_trainer", "sft_trainer_ray")
 
 
 def choose_trainer() -> str:
-    """Returns the module's name within `verl.trainer`; the older one where verl has both. Does not import verl.
+    """Returns the module's name within `verl.trainer`; the first that verl has. Does not import verl.
 
     Raises:
         SystemExit: verl is not installed, or `TRAINER` names another one.

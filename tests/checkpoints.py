@@ -73,3 +73,26 @@ def assert_greedy_samples(
         output_ids = plain_greedy(model, prompt_ids, max_new_tokens, **parameters)
         assert sample["generation"] == Decoder(tokenizer).answer(output_ids)
         assert sample["num_new_tokens"] == len(output_ids)
+
+
+def assert_nearly_greedy_samples(
+    samples: Sequence[dict[str, Any]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """The recorded samples are greedy answers of the trainer's model, which computes in bfloat16.
+
+    So its choice is the best one of float32, or next to it.
+    """
+    num_checked = 0
+    for sample in samples:
+        assert sample["params"]["dtype"] == "bfloat16"
+        prompt_ids = tokenizer(sample["prompt"], add_special_tokens=False)["input_ids"]
+        output_ids = tokenizer(sample["generation"], add_special_tokens=False)["input_ids"]
+        assert output_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt_ids + output_ids])).logits[0, len(prompt_ids) - 1 : -1]  # (T, V)
+        gaps = (logits.max(-1).values - logits.gather(1, torch.tensor(output_ids)[:, None])[:, 0]).tolist()
+        # Up to a special token, which the text does not show: from there on its tokens are not those that were chosen.
+        shown = next((i for i, best in enumerate(logits.argmax(-1)) if int(best) in tokenizer.all_special_ids), None)
+        assert max(gaps[:shown], default=0.0) < 0.1
+        num_checked += len(gaps[:shown])
+    assert num_checked >= 5

@@ -6,7 +6,7 @@ from pathlib import Path
 import assets as small
 import pytest
 from end_to_end.server import TrainerServer
-from end_to_end.trainer import Assets
+from end_to_end.trainer import RAY, Assets
 from filelock import FileLock
 
 
@@ -43,6 +43,14 @@ def assets(tmp_path_factory, worker_id) -> Assets:
 def server() -> Iterator[TrainerServer]:
     """For runs of verl's own program that need no process of their own from the start."""
     server = TrainerServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def ray_server() -> Iterator[TrainerServer]:
+    """For `verl.trainer.sft_trainer_ray`, whose workers are forks of the driver: see `end_to_end/fork_group.py`."""
+    server = TrainerServer(RAY, always_before="import end_to_end.fork_group as g; g.take_rays_place(); del g\n")
     yield server
     server.close()
 

@@ -122,7 +122,7 @@ MUTANTS = [
     ),
     Mutant(
         "the rounds do not see verl's loggers",
-        "hosts/base.py",
+        "hosts/trainer_host.py",
         "self.verl_loggers.clear()",
         "self.verl_loggers = {}",
         "tests/end_to_end/test_tour_samples.py",
@@ -204,6 +204,27 @@ MUTANTS = [
         "may_go_on = self.answerer.may_go_on(",
         "may_go_on = not self.answerer.may_go_on(",
         "tests/distributed/test_rounds_beside_training.py",
+    ),
+    Mutant(
+        "training goes on without workers",
+        "rounds/rounds.py",
+        "        except self.host.fatal_errors:\n            raise\n        except BaseException",
+        "        except BaseException",
+        "tests/unit/rounds/test_remote.py",
+    ),
+    Mutant(
+        "what fails in a worker is raised there, while others wait for it",
+        "hosts/workers.py",
+        "value, error = attempt(function)",
+        "value, error = function(), None",
+        "tests/unit/hosts/test_workers.py",
+    ),
+    Mutant(
+        "workers are asked at the end of a run that failed in the middle of a step",
+        "rounds/remote.py",
+        "return self._thread is not None and self._thread.wait(timeout_s)",
+        "return self._workers.call('result') is not None",
+        "tests/unit/rounds/test_remote.py",
     ),
     Mutant(
         "answers beside training that are wrong count as right",

@@ -57,12 +57,15 @@ def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: {one!r} and {other!r}"
 
 
-def assert_same_training(on: Run, off: Run, *, last_step: int, num_steps: int, num_validations: int) -> None:
+def assert_same_training(
+    on: Run, off: Run, *, last_step: int, num_steps: int, num_validations: int, num_drivers: int = 0
+) -> None:
     """Logs, parameters, optimizer, data loader and random states are the same in both runs, and there.
 
     Args:
         last_step: A checkpoint has its number.
         num_steps: Training steps of each of the runs.
+        num_drivers: Processes beside the ranks, with random states of their own.
     """
     for key in ("train/loss", "train/grad_norm", "val/loss"):
         expected = num_steps if key.startswith("train") else num_validations
@@ -71,9 +74,10 @@ def assert_same_training(on: Run, off: Run, *, last_step: int, num_steps: int, n
         assert on.logged(key) == off.logged(key)
     files, expected_files = (at_step(run, last_step) | random_states(run) for run in (on, off))
     kinds = Counter(name.partition("_")[0].partition(".")[0] for name in files)
-    by_rank = dict.fromkeys(("model", "optim", "extra", "random"), kinds["random"])
-    assert kinds == by_rank | {"data": kinds["data"]}
-    assert kinds["data"] > 0
+    num_ranks = kinds["random"] - num_drivers
+    by_rank = dict.fromkeys(("model", "optim", "extra"), num_ranks)
+    assert kinds == by_rank | {"random": kinds["random"], "data": kinds["data"]}
+    assert min(num_ranks, kinds["data"]) > 0
     assert all((files[name]["cuda"] is None) != torch.cuda.is_available() for name in files if "random" in name)
     assert list(differences(files, expected_files)) == []
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
     from omegaconf import DictConfig
 
-    from verl_valgen.hosts.base import Host
+    from verl_valgen.hosts.trainer_host import TrainerHost
     from verl_valgen.rounds.preflight import Preflight
 
 logger = logging.getLogger("verl_valgen")
@@ -69,7 +69,7 @@ def run_sft(config: DictConfig, trainer_class: type) -> None:
 
 def _run(
     config: DictConfig,
-    host_class: type[Host],
+    host_class: type[TrainerHost],
     module: ModuleType,
     run_verl: Callable[[DictConfig], None],
     trainer_class: type | None,
@@ -83,7 +83,8 @@ def _run(
         return run_verl(config)
     set_up_logging()
     with ExitStack() as stack:
-        stack.enter_context(single_process_environment())
+        if host_class.is_spmd:
+            stack.enter_context(single_process_environment())
         stack.enter_context(host_class.launch_support(module, config))
         if trainer_class is not None:
             stack.enter_context(patched(module, host_class.trainer_name, trainer_class))
@@ -94,7 +95,7 @@ def _run(
             _end_with(str(e).split("\n"))
 
 
-def _checked(config: DictConfig, host_class: type[Host], *, generates_by_hand: bool) -> Preflight | None:
+def _checked(config: DictConfig, host_class: type[TrainerHost], *, generates_by_hand: bool) -> Preflight | None:
     """The checked configuration; None where generation is off, in which case nothing that generates is loaded.
 
     Raises:

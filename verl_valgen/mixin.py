@@ -27,11 +27,11 @@ class ValidationGenerationMixin:
     """The checked configuration, while `run_sft` or verl's own command runs."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        host_class, _ = host_class_for(type(self))
+        host_class, module = host_class_for(type(self))
         checked = self._preflight
         if checked is None or not checked.still_holds(config):  # a trainer that a program constructs by itself
             checked = preflight(config)
-        with host_class.while_building():
+        with host_class.while_building(module):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self._rounds = ValidationRounds(host_class(self), checked.settings, checked.file_prompts)
 
@@ -41,6 +41,8 @@ class ValidationGenerationMixin:
 
     def generate_samples(self, batch: Any) -> tuple[list[str], list[str]]:
         """Answers the prompts of a batch of the validation loader. Collective: all ranks must call.
+
+        With Ray it is a call in the driver, and in it alone.
 
         Args:
             batch: Every rank passes its own, rank 0's is used: a dict or TensorDict with `input_ids`, `attention_mask`

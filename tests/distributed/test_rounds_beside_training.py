@@ -128,7 +128,7 @@ def four_rounds(directory: Path, here: Path, kind: str) -> dict[str, Any]:
     return {
         "warnings": records,
         "beside": beside,
-        "ways": [way.name for way in rounds.answerer.ways],
+        "ways": [way.name for way in rounds.answerer.proven.ways],
         "met": agree(True, CPU),
         "random": torch.equal(state, torch.get_rng_state()),
     }
@@ -285,17 +285,17 @@ def with_one_way_left(
     beside = []
     with warnings_of_rounds() as records, pytest.MonkeyPatch.context() as patch, rounds:
         if has_failed:
-            rounds.answerer.failed = {SHARDED}
+            rounds.answerer.proven.failed = {SHARDED}
         elif not chosen:
             close_the_sharded_model(patch)
-        rounds.answerer.ways = rounds.answerer.ways[1:]
+        rounds.answerer.proven.ways = rounds.answerer.proven.ways[1:]
         for name, finding in planted.items():
             patch.setattr(f"verl_valgen.rounds.proven.{name}", lambda *args, finding=finding: finding)
         for step in STEPS[:3]:
             host.at_batch()
             host.rounds(step)
             beside.append(rounds.is_unsettled)
-    ways = [way.name for way in rounds.answerer.ways]
+    ways = [way.name for way in rounds.answerer.proven.ways]
     return {"beside": beside, "warnings": records, "ways": ways, "met": agree(True, CPU)}
 
 

@@ -27,12 +27,14 @@ _MAX_RUN_S = 300.0
 _IMPORTS = ("peft", "transformers.models.llama.modeling_llama", "transformers.generation.utils")
 """What the trainer and the package's rounds would import later, in every fork anew."""
 
+_RAY_IMPORTS = ("verl.single_controller.ray", "ray.dag")
+
 
 def main(module: str) -> None:
     sys.path[0] = str(Path(__file__).parents[1])  # what runs before a trainer imports `reliability.dying` and the like
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for name in (module, *_IMPORTS):
+    for name in (module, *_IMPORTS, *(_RAY_IMPORTS if module.endswith("_ray") else ())):
         importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)

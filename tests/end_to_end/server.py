@@ -25,9 +25,15 @@ class ForkedRun(Run):
 class TrainerServer:
     """Runs verl's trainer as `end_to_end.trainer.run` does, one run after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = VERL_MODULE, *, always_before: str = "") -> None:
+        """
+        Args:
+            module: verl's trainer.
+            always_before: Goes before each run's `before`.
+        """
+        self._always_before = always_before
         self._process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("fork_server.py"), VERL_MODULE],
+            [sys.executable, Path(__file__).with_name("fork_server.py"), module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -67,7 +73,7 @@ class TrainerServer:
                 "is_distributed": num_ranks is not None,
                 "num_ranks": num_ranks or 1,
                 "port": port,
-                "before": before,
+                "before": self._always_before + before,
                 "program": None if program is None else str(program),
             }
         )

@@ -24,7 +24,9 @@ VERL_VERSION = Version(version("verl"))
 FSDP_SFT, ENGINE = "verl.trainer.fsdp_sft_trainer", "verl.trainer.sft_trainer"
 # verl 0.6 and 0.7.0 have both: there the variable asks for the second.
 VERL_MODULE = os.environ.get("VALGEN_TEST_TRAINER") or (FSDP_SFT if Version("0.7.1") > VERL_VERSION else ENGINE)
-HAS_ENGINES = VERL_MODULE == ENGINE
+RAY = "verl.trainer.sft_trainer_ray"
+HAS_RAY = Version("0.7") <= VERL_VERSION  # the trainer, whether or not Ray itself is installed
+HAS_ENGINES = VERL_MODULE != FSDP_SFT
 TRAINER_NAME = "SFTTrainer" if HAS_ENGINES else "FSDPSFTTrainer"
 CONFIG_NAME = "sft_trainer_engine" if HAS_ENGINES else "sft_trainer"
 GENERATION_CONFIG = ["--config-path", "config", "--config-name", f"{CONFIG_NAME}_with_generation"]
@@ -97,16 +99,17 @@ if __name__ == "__main__":
 """
 
 
-def write_program(path: Path, body: str, *, before: str = "") -> Path:
+def write_program(path: Path, body: str, *, before: str = "", module: str = VERL_MODULE) -> Path:
     """Writes a program with a trainer of its own and returns its path.
 
     Args:
         body: Of the trainer's class.
         before: Goes before the first import.
+        module: That of verl's trainer.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     body = textwrap.indent(textwrap.dedent(body).strip(), "    ")
-    path.write_text(before + PROGRAM.format(module=VERL_MODULE, trainer=TRAINER_NAME, config=CONFIG_NAME, body=body))
+    path.write_text(before + PROGRAM.format(module=module, trainer=TRAINER_NAME, config=CONFIG_NAME, body=body))
     return path
 
 
@@ -152,7 +155,9 @@ class Run:
 
 def environment_of_a_run(own: Mapping[str, str]) -> dict[str, str]:
     """What a run finds: what there is, but for what would set it up in another way, and what is its own."""
-    found = {name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "WANDB_", "MLFLOW_"))}
+    found = {
+        name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "WANDB_", "MLFLOW_", "RAY_"))
+    }
     return found | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(own)
 
 
@@ -164,19 +169,21 @@ def run(
     num_ranks: int | None = None,
     program: Path | None = None,
     python: str = sys.executable,
+    module: str = VERL_MODULE,
 ) -> Run:
     """One run in `directory`.
 
     Args:
         num_ranks: None runs without torchrun.
         program: The file to run; None is verl's trainer by its module's name.
+        module: That name.
     """
     directory.mkdir(parents=True, exist_ok=True)
     launcher = [python]
     if num_ranks is not None:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     process = subprocess.run(
-        [*launcher, *(["-m", VERL_MODULE] if program is None else [str(program)]), *arguments, *IN_ITS_FOLDER],
+        [*launcher, *(["-m", module] if program is None else [str(program)]), *arguments, *IN_ITS_FOLDER],
         cwd=directory,
         env=environment_of_a_run(environment or {}),
         capture_output=True,

@@ -25,6 +25,7 @@ class VerlsTrainer:
 
 class SmallHost:
     trainer_name = "VerlsTrainer"
+    is_spmd = True
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -42,7 +43,7 @@ class SmallHost:
         return nullcontext()
 
     @staticmethod
-    def while_building() -> Any:
+    def while_building(module: Any) -> Any:
         return nullcontext()
 
 

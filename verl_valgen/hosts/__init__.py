@@ -1,4 +1,4 @@
-"""Hosts: verl's SFT trainers, each seen through the same set of names (`base.Host`).
+"""Hosts: verl's SFT trainers, each seen through the same sets of names (`trainer_host.TrainerHost`, `ModelHost`).
 
 A host says where its trainer keeps model, loaders, tokenizer, step and rank, and what that trainer needs to run here.
 Hosts know verl; nothing else does. A new one is a module in this folder and a line in `HOSTS`.
@@ -13,22 +13,23 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from verl_valgen.hosts.base import Host
+    from verl_valgen.hosts.trainer_host import TrainerHost
 
 HOSTS = {
     "verl.trainer.fsdp_sft_trainer": "verl_valgen.hosts.fsdp_sft:FSDPSFTHost",
     "verl.trainer.sft_trainer": "verl_valgen.hosts.sft:SFTHost",
+    "verl.trainer.sft_trainer_ray": "verl_valgen.hosts.sft_ray:RaySFTHost",
 }
 """The module of each of verl's trainers, and "module:class" of the host for it."""
 
 
-def load_host_class(verl_module: str) -> type[Host]:
+def load_host_class(verl_module: str) -> type[TrainerHost]:
     """Imports the host for one of verl's modules, a key of `HOSTS`."""
-    host_class: type[Host] = resolve_name(HOSTS[verl_module])
+    host_class: type[TrainerHost] = resolve_name(HOSTS[verl_module])
     return host_class
 
 
-def host_class_for(trainer_class: type) -> tuple[type[Host], ModuleType]:
+def host_class_for(trainer_class: type) -> tuple[type[TrainerHost], ModuleType]:
     """Finds the host for a trainer class, and the module that defines the verl class it derives from.
 
     Raises:

@@ -66,6 +66,27 @@ def sft_support(module: ModuleType, config: DictConfig) -> Iterator[None]:
 
     logger.info("neither CUDA nor NPU here: verl runs on CPU with gloo")
     with ExitStack() as stack:
+        stack.enter_context(engine_support())
+        stack.enter_context(loop_support(module, config))
+        # verl's own asks for "cpu:gloo,cpu:gloo", which torch refuses, or for NCCL.
+        stack.enter_context(patched(verl.utils.distributed, "initialize_global_process_group", _initialize_gloo))
+        yield
+
+
+@contextmanager
+def loop_support(module: ModuleType, config: DictConfig) -> Iterator[None]:
+    """What the process needs that holds the training loop."""
+    with ExitStack() as stack:
+        stack.enter_context(patched(config.trainer, "device", "cpu"))
+        loader_class = _loader_without_workers(module.StatefulDataLoader)
+        stack.enter_context(patched(module, "StatefulDataLoader", loader_class))
+        yield
+
+
+@contextmanager
+def engine_support() -> Iterator[None]:
+    """What the process needs that has verl's FSDP engine."""
+    with ExitStack() as stack:
         stack.enter_context(cpu_platform())
         from verl.workers.engine.base import EngineRegistry
         from verl.workers.engine.fsdp import transformer_impl as engine
@@ -73,10 +94,6 @@ def sft_support(module: ModuleType, config: DictConfig) -> Iterator[None]:
         for backend in ("fsdp", "fsdp2"):  # verl registers its engines for CUDA and NPU only
             stack.enter_context(_entry(EngineRegistry._engines["language_model"][backend], "cpu", "cuda"))
         for target, name, value in (
-            (config.trainer, "device", "cpu"),
-            # verl's own asks for "cpu:gloo,cpu:gloo", which torch refuses, or for NCCL.
-            (verl.utils.distributed, "initialize_global_process_group", _initialize_gloo),
-            (module, "StatefulDataLoader", _loader_without_workers(module.StatefulDataLoader)),
             (engine, "device_name", "cpu"),
             (engine, "FSDP", _FSDPOnCPU),
             (engine, "get_init_weight_context_manager", _weights_on_every_rank),

@@ -1,223 +1,32 @@
-"""The host for `verl.trainer.sft_trainer.SFTTrainer`, verl 0.6 to 0.9: the trainer that runs engines.
-
-FSDP's engine holds a model that can be seen. Other engines are asked for their configuration and for their weights
-under Hugging Face's names.
-"""
+"""The host for `verl.trainer.sft_trainer.SFTTrainer`, verl 0.6 to 0.9: the trainer that runs engines, on every rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cached_property
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from omegaconf import DictConfig, OmegaConf
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from omegaconf import DictConfig
 
-from verl_valgen.hosts import cpu, forecast, fused_kernels
-from verl_valgen.hosts.base import Host, current_device, flash_attn_works, has_experts
-from verl_valgen.hosts.schedule import Schedule
-from verl_valgen.text import printable
-
-if TYPE_CHECKING:
-    from verl_valgen.weights.gather import Parameters
+from verl_valgen.hosts import cpu, fused_kernels
+from verl_valgen.hosts.base import Host
+from verl_valgen.hosts.engine import EngineHost
+from verl_valgen.hosts.engine_trainer import EngineTrainerHost
 
 
-class SFTHost(Host):
+class SFTHost(EngineHost, EngineTrainerHost, Host):
     """verl's trainer that runs engines."""
 
-    trainer_name = "SFTTrainer"
-
     def __init__(self, trainer: Any) -> None:
-        super().__init__(trainer)
-        self.engine = trainer.engine
-        self.config = trainer.config
-        self.model = self.engine.module  # anything at all, in other engines than FSDP's
-        self.verl_model_config = trainer.model_config
-        self.tokenizer = self.verl_model_config.tokenizer
-        self.val_dataset = trainer.val_dataset
-        self.is_logging_rank = self.engine.is_mp_src_rank_with_outputs() and self.engine.get_data_parallel_rank() == 0
-        self.device = current_device(trainer.device_name)
-        self.compute_dtype = _compute_dtype(trainer.engine_config)
+        EngineTrainerHost.__init__(self, trainer)
+        EngineHost.__init__(self, trainer.engine, trainer.model_config, trainer.engine_config, trainer.device_name)
 
-    @property
-    def is_sharded_by_fsdp(self) -> bool:
-        """Whether the engine is FSDP's, so that the model is a transformers model under FSDP1 or FSDP2."""
-        return isinstance(self.model, FSDP | FSDPModule)
-
-    @property
-    def model_class(self) -> type:
-        return super().model_class if self.is_sharded_by_fsdp else type(self._empty_model())
-
-    @property
-    def model_config(self) -> PretrainedConfig:
-        return super().model_config if self.is_sharded_by_fsdp else self.verl_model_config.hf_config
-
-    @property
-    def generation_config(self) -> GenerationConfig | None:
-        return super().generation_config if self.is_sharded_by_fsdp else self.verl_model_config.generation_config
-
-    @cached_property
-    def num_parameters(self) -> int:
-        if self.is_sharded_by_fsdp:
-            return super().num_parameters
-        return sum(parameter.numel() for parameter in self._empty_model().parameters())
-
-    @cached_property
-    def has_experts(self) -> bool:
-        return super().has_experts if self.is_sharded_by_fsdp else has_experts(self._empty_model())
-
-    @property
-    def largest_unit_bytes(self) -> int:
-        return super().largest_unit_bytes if self.is_sharded_by_fsdp else 0  # other engines do not say
-
-    def gather(self, dtype: torch.dtype, *, keep: bool) -> PreTrainedModel | None:
-        from verl_valgen.weights.gather import collect
-        from verl_valgen.weights.plain_copy import PlainCopy
-
-        if self.is_sharded_by_fsdp:
-            model = super().gather(dtype, keep=keep)
-        else:
-            model = collect(
-                lambda _: self._exported_parameters(),
-                lambda: PlainCopy(self._empty_model(dtype), self.device),
-                dtype=dtype,
-                device=self.device,
-                keep=keep,
-            )
-        if model is not None:
-            model.__class__ = fused_kernels.with_original_forward(type(model))
-        return model
-
-    def why_not_sharded(self) -> str | None:
-        if not self.is_sharded_by_fsdp:
-            return f"the model of {type(self.engine).__name__} is no transformers model"
-        if self.engine.ulysses_sequence_parallel_size > 1:
-            return "with engine.ulysses_sequence_parallel_size > 1 a forward pass takes a part of each sequence"
-        if fused_kernels.may_be_replaced(self.model_class) and self.verl_model_config.use_fused_kernels:
-            return "with model.use_fused_kernels a forward pass gives no logits"
-        return None
-
-    def mean_logprob(self, input_ids: Sequence[int], output_ids: Sequence[int]) -> float | None:
-        from verl.utils import tensordict_utils as tu
-
-        ids = torch.tensor([*input_ids, output_ids[-1]])
-        tensors = {"input_ids": ids, "position_ids": torch.arange(len(ids)), "loss_mask": torch.ones_like(ids)}
-        data = tu.get_tensordict(
-            {name: torch.nested.as_nested_tensor([value], layout=torch.jagged) for name, value in tensors.items()},
-            non_tensor_dict={
-                "use_remove_padding": self.config.model.use_remove_padding,
-                "use_dynamic_bsz": False,
-                "use_fused_kernels": self.verl_model_config.use_fused_kernels,
-                "micro_batch_size_per_gpu": 1,
-                "temperature": 1.0,
-                "global_batch_size": self.engine.get_data_parallel_size(),
-                "pad_mode": "no_padding",
-                "pad_token_id": self.tokenizer.pad_token_id,
-            },
-        )
-        with self.engine.eval_mode():
-            output = self.engine.infer_batch(data, loss_function=None)
-        if not self.engine.is_mp_src_rank_with_outputs():
-            return None
-        logprobs = output["model_output"]["log_probs"].values()  # (L,); each stands at the position before its token
-        return logprobs[-len(output_ids) - 1 : -1].float().mean().item()
-
-    @contextmanager
-    def on_device(self) -> Iterator[None]:
-        if not hasattr(self.engine, "is_param_offload_enabled"):  # verl 0.6, whose `to` moves no offloaded parameters
-            with self.engine.eval_mode():
-                yield
-            return
-        if not self.engine.is_param_offload_enabled:
-            yield
-            return
-        try:
-            self.engine.to(self.device.type, model=True, optimizer=False, grad=False)
-            yield
-        finally:
-            self.engine.to("cpu", model=True, optimizer=False, grad=False)
-
-    def _empty_model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        from verl.utils.model import get_hf_auto_model_class
-
-        from verl_valgen.weights.empty import empty_from_config
-
-        config = self.verl_model_config.hf_config
-        trust = {"trust_remote_code": True} if self.verl_model_config.trust_remote_code else {}
-        return empty_from_config(get_hf_auto_model_class(config), config, dtype, **trust)
-
-    def _exported_parameters(self) -> Parameters:
-        """The engine's parameters under Hugging Face's names. Collective: all ranks must exhaust it.
-
-        Raises:
-            ValueError: On the logging rank, if the engine exports adapters apart from the weights. (Other ranks then
-                yield nothing.)
-        """
-        parameters, peft_config = self.engine.get_per_tensor_param()
-        if peft_config is None:
-            yield from parameters
-        elif self.is_logging_rank:
-            raise ValueError(
-                f"{type(self.engine).__name__} exports weights without their adapters: set model.lora.merge=true"
-            )
-
-    def schedule(self) -> Schedule:
-        trainer = self.trainer
-        return self._schedule(self.config.trainer.total_epochs, trainer.total_training_steps, trainer.test_freq)
-
-    def why_no_validation_batch(self) -> str | None:
-        trainer = self.trainer
-        if trainer.val_dataloader is not None and len(trainer.val_dataloader) > 0:
-            return None
-        if not trainer.val_dataset:
-            problem = "has no rows" if self.config.data.val_files else "is not set"
-            fails = f", so verl will fail where it validates (trainer.test_freq={trainer.test_freq})"
-            return f"data.val_files {problem}{fails if trainer.test_freq > 0 else ''}"
-        num_ranks = self.engine.get_data_parallel_size()
+    def _share_of_ranks(self) -> str:
         return (
-            f"data.val_files has {len(trainer.val_dataset)} rows, fewer than one global batch "
-            f"(data.train_batch_size={trainer.global_batch_size}, {trainer.train_batch_size_per_dp} rows on each of "
-            f"{num_ranks} data-parallel ranks), and verl drops incomplete batches: its val/loss will be nan"
+            f", {self.trainer.train_batch_size_per_dp} rows on each of {self.engine.get_data_parallel_size()} "
+            "data-parallel ranks"
         )
-
-    @property
-    def chat_template_kwargs(self) -> Mapping[str, Any]:
-        thinking = OmegaConf.select(self.config, "data.enable_thinking_default")
-        return {**super().chat_template_kwargs, **({} if thinking is None else {"enable_thinking": bool(thinking)})}
-
-    @classmethod
-    def _foretell_crash(cls, config: DictConfig, num_ranks: int) -> str | None:
-        if config.engine.strategy not in ("fsdp", "fsdp2"):  # other engines split the ranks in ways of their own
-            return None
-        if not config.data.val_files:
-            problem = "must be set"
-        elif forecast.num_rows(config, "val") == 0:
-            problem = f"must have rows, got {printable(str(config.data.val_files), 200)}, which has none"
-        else:
-            return None
-        schedule = forecast.new_schedule(config, num_ranks // config.engine.ulysses_sequence_parallel_size)
-        # Where only the last step would validate, verl sees that there is nothing to validate.
-        if schedule is None or schedule.test_freq <= 0:
-            return None
-        steps = [step for step in schedule.validation_steps() if step % schedule.test_freq == 0]
-        if not steps:
-            return None
-        return (
-            f"data.val_files {problem}: trainer.test_freq={config.trainer.test_freq} makes verl validate at step "
-            f"{steps[0]}, where it would crash"
-        )
-
-    @classmethod
-    def has_accelerator(cls, module: ModuleType) -> bool:
-        from verl.utils.device import is_cuda_available, is_npu_available
-
-        return is_cuda_available or is_npu_available
 
     @classmethod
     @contextmanager
@@ -225,17 +34,9 @@ class SFTHost(Host):
         with ExitStack() as stack:
             if not cls.has_accelerator(module):
                 stack.enter_context(cpu.sft_support(module, config))
-            if "attn_implementation" not in config.model.override_config and not flash_attn_works():
-                OmegaConf.update(config, "model.override_config.attn_implementation", "sdpa", force_add=True)
+            cls._do_without_flash_attn(config)
             yield
 
     @classmethod
-    def while_building(cls) -> AbstractContextManager[None]:
+    def while_building(cls, module: ModuleType) -> AbstractContextManager[None]:
         return fused_kernels.forwards_remembered()
-
-
-def _compute_dtype(engine_config: Any) -> torch.dtype:
-    from verl.utils.torch_dtypes import PrecisionType
-
-    mixed_precision = getattr(engine_config, "mixed_precision", None) or {}  # a key of FSDP's configuration alone
-    return PrecisionType.to_dtype(mixed_precision.get("param_dtype", "bf16"))

@@ -23,7 +23,7 @@ from verl_valgen.backends import LOCKSTEP_BACKEND, SHARDED, Way, backend_class, 
 from verl_valgen.backends.base import Backend, Limits
 from verl_valgen.backends.batching import most_new_tokens
 from verl_valgen.collectives import OtherRankError, attempt, broadcast, rank, run_on_all_ranks, smallest, world_size
-from verl_valgen.hosts.base import Host
+from verl_valgen.hosts.model_host import ModelHost
 from verl_valgen.records import Completion, Request, pack, unpack
 from verl_valgen.rounds.answers_bar import AnswersBar
 from verl_valgen.rounds.needs import (
@@ -92,7 +92,10 @@ class Answerer:
     """
 
     def __init__(
-        self, host: Host, settings: GenerationSettings, special_tokens: Callable[[], GenerationConfig] | None = None
+        self,
+        host: ModelHost,
+        settings: GenerationSettings,
+        special_tokens: Callable[[], GenerationConfig] | None = None,
     ) -> None:
         self.host, self.settings = host, settings
         self.special_tokens = special_tokens or partial(of_model, host.generation_config, host.tokenizer)

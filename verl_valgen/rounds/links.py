@@ -24,7 +24,7 @@ from verl_valgen.backends.hf import HFBackend
 from verl_valgen.backends.judging import logprobs
 from verl_valgen.backends.side_by_side import may_be_read_together, read_apart_from_now_on
 from verl_valgen.collectives import attempt, broadcast
-from verl_valgen.hosts.base import Host, has_experts
+from verl_valgen.hosts.model_host import ModelHost, has_experts
 from verl_valgen.records import Completion, Prompt, Request
 from verl_valgen.rounds.needs import largest_reading_bytes
 from verl_valgen.rounds.reading import (
@@ -101,7 +101,7 @@ def first_link(reading: Reading, sequences: Sequence[Sequence[int]]) -> Finding:
     return together if alone.verified is None and together.verified is False else alone
 
 
-def _agreed(compare: Callable[[], list[str | None]], host: Host) -> Finding:
+def _agreed(compare: Callable[[], list[str | None]], host: ModelHost) -> Finding:
     """One finding of what all ranks' comparisons show. Collective: all ranks must call."""
     return agreed_finding(*attempt(compare), host.device)
 

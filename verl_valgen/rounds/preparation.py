@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from verl_valgen.hosts.base import Host
 from verl_valgen.hosts.schedule import Schedule
+from verl_valgen.hosts.trainer_host import TrainerHost
 from verl_valgen.prompts.answers import AnswerReader
 from verl_valgen.prompts.differences import listed_rows, warn_of_differences
 from verl_valgen.prompts.files import OwnPrompt
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(
-    host: Host,
+    host: TrainerHost,
     settings: GenerationSettings,
     file_prompts: Sequence[OwnPrompt],
     wording: Wording,
@@ -85,7 +85,7 @@ def _warn_of_untrained_reasoning(prompts: Sequence[Prompt], reader: AnswerReader
 
 
 def _describe(
-    host: Host, settings: GenerationSettings, start_step: int, prompts: str, warnings: OnceLogger
+    host: TrainerHost, settings: GenerationSettings, start_step: int, prompts: str, warnings: OnceLogger
 ) -> dict[str, Any] | None:
     try:
         return {**describe_run(host, settings, start_step), "prompts": prompts}
@@ -94,21 +94,20 @@ def _describe(
         return None
 
 
-def vocab_size(host: Host) -> int:
+def vocab_size(host: TrainerHost) -> int:
     """The number of tokens that the model knows."""
     return host.model_config.get_text_config().vocab_size
 
 
 def _read_prompts(
-    host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt], wording: Wording
+    host: TrainerHost, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt], wording: Wording
 ) -> list[Prompt]:
     """The prompts of all rounds; [] after a warning that says why there are none."""
     if (reason := host.why_no_validation_batch()) is not None:  # a file's prompts are asked where validation runs
         logger.warning("no samples: %s", reason)
         return []
-    model_class: Any = host.model_class
-    if not (hasattr(model_class, "generate") and model_class.can_generate()):
-        logger.warning("no samples: the model class %s has no `generate`", model_class.__name__)
+    if (reason := host.why_not_generating()) is not None:
+        logger.warning("no samples: %s", reason)
         return []
     with preserved_random_state(host.device):
         rows = _rows(host, settings, replaced=bool(file_prompts) and settings.prompts_mode == "replace")
@@ -123,7 +122,7 @@ def _read_prompts(
         )
 
 
-def _rows(host: Host, settings: GenerationSettings, *, replaced: bool) -> list[int]:
+def _rows(host: TrainerHost, settings: GenerationSettings, *, replaced: bool) -> list[int]:
     if replaced:
         return []
     if settings.rows == "batches":

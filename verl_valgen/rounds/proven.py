@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from verl_valgen.backends import SHARDED, Way
 from verl_valgen.collectives import attempt, broadcast
-from verl_valgen.hosts.base import Host
+from verl_valgen.hosts.model_host import ModelHost
 from verl_valgen.records import Prompt, ProvenAnswers, Request
 from verl_valgen.rounds.generation import Answerer, GatheredRound
 from verl_valgen.rounds.links import first_link, second_link, texts_to_read
@@ -38,7 +38,10 @@ class ProvenAnswerer:
     """
 
     def __init__(
-        self, host: Host, settings: GenerationSettings, special_tokens: Callable[[], GenerationConfig] | None = None
+        self,
+        host: ModelHost,
+        settings: GenerationSettings,
+        special_tokens: Callable[[], GenerationConfig] | None = None,
     ) -> None:
         self.host, self.settings = host, settings
         self.answerer = Answerer(host, settings, special_tokens)

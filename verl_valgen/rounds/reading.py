@@ -24,7 +24,7 @@ from verl_valgen.records import Completion, Request
 from verl_valgen.text import describe
 
 if TYPE_CHECKING:
-    from verl_valgen.hosts.base import Host
+    from verl_valgen.hosts.model_host import ModelHost
 
 MAX_LOGPROB_GAP = 0.3
 """Nats. By so much the mean log-probability of a text may differ between the copy and verl's own forward."""
@@ -57,7 +57,7 @@ class Excerpt(NamedTuple):
 class Reading:
     """What is needed to read."""
 
-    host: Host
+    host: ModelHost
     special_tokens: GenerationConfig
     """With the ids that end answers."""
     seed: int
@@ -124,7 +124,7 @@ def _is_readable(request: Request, completion: Completion, config: PretrainedCon
 
 
 @contextmanager
-def loaded(host: Host) -> Iterator[None]:
+def loaded(host: ModelHost) -> Iterator[None]:
     """While open, the parameters are on the device. Entering is collective: all ranks must.
 
     Raises:
@@ -137,7 +137,7 @@ def loaded(host: Host) -> Iterator[None]:
         yield
 
 
-def agree_on_memory(host: Host, num_bytes: int) -> None:
+def agree_on_memory(host: ModelHost, num_bytes: int) -> None:
     """Raises MemoryError on all ranks where one has no room for its reading. Collective: all ranks must call.
 
     Args:

@@ -12,24 +12,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import torch
 
 from verl_valgen.collectives import attempt, broadcast
-from verl_valgen.hosts.base import Host
+from verl_valgen.hosts.trainer_host import TrainerHost
 from verl_valgen.prompts.datasets import mask_is_shifted
 from verl_valgen.prompts.files import OwnPrompt
 from verl_valgen.prompts.masks import prompts_from_batch
 from verl_valgen.records import Prompt, Query, Round
-from verl_valgen.rounds.generation import GatheredRound
-from verl_valgen.rounds.overlap import BesideTraining, TrainingMemory
+from verl_valgen.rounds.answerer import Answers, Beside, Gathered, RoundAnswerer
 from verl_valgen.rounds.preparation import prepare, vocab_size
-from verl_valgen.rounds.proven import ProvenAnswerer
 from verl_valgen.rounds.queries import make_queries, make_requests, pair
 from verl_valgen.rounds.reading import Finding
 from verl_valgen.rounds.recorder import GOES_ON, Recorder
@@ -54,15 +53,15 @@ class OpenRound:
     """`time.time()`"""
     queries: Sequence[Query]
     """The queries that were asked, on the logging rank: their parameters may be given up before this round ends."""
-    gathered: GatheredRound | None
+    gathered: Gathered | None
 
 
 class RoundUnderWay(NamedTuple):
     """A round that the logging rank answers while training goes on."""
 
     opened: OpenRound
-    gathered: GatheredRound
-    answers: BesideTraining[tuple[Finding, Round | None, Exception | None]]
+    gathered: Gathered
+    answers: Beside[tuple[Finding, Round | None, Exception | None]]
 
 
 class ValidationRounds:
@@ -72,10 +71,11 @@ class ValidationRounds:
         file_prompts: The prompts of the file that `generation.prompts` names.
     """
 
-    def __init__(self, host: Host, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt] = ()) -> None:
+    def __init__(self, host: TrainerHost, settings: GenerationSettings, file_prompts: Sequence[OwnPrompt] = ()) -> None:
         self.host, self.settings, self.file_prompts = host, settings, file_prompts
         self.wording = Wording(host, settings)
-        self.answerer = ProvenAnswerer(host, settings, self.wording.special_tokens)
+        make_answerer: Any = resolve_name(host.answerer)
+        self.answerer: RoundAnswerer[Any] = make_answerer(host, settings, self.wording.special_tokens)
         self.recorder: Recorder | None = None
         """The logging rank's alone, while `fit()` runs."""
         self.steps: list[int] = []
@@ -84,9 +84,6 @@ class ValidationRounds:
         """The steps of the rounds that took place, whether they gave samples or not."""
         self.warnings = OnceLogger(logger)
         self.stack = ExitStack()
-        self.memory = TrainingMemory(host.device)
-        self.num_batches = 0
-        """The training batches that `fit()` has been given."""
         self.under_way: RoundUnderWay | None = None
         """The logging rank's alone."""
         self.is_unsettled = False
@@ -147,6 +144,8 @@ class ValidationRounds:
                 self.recorder, steps = prepare(self.host, self.settings, self.file_prompts, self.wording, self.warnings)
             except ConfigError as e:
                 mistake = str(e)
+            except self.host.fatal_errors:
+                raise
             except Exception as e:
                 self.warnings.warn_of_error(
                     "the prompts could not be prepared, so there will be no samples", e, GOES_ON
@@ -163,35 +162,24 @@ class ValidationRounds:
             return
         self.asked_at.add(step)
         self.record_under_way()
-        with self._apart_from_training(), self._failures_told("no samples at this validation"):
+        with self.answerer.apart_from_training(), self._failures_told("no samples at this validation"):
             self._settle()
             self._go_on_or_end(self.begin(step))
 
     def at_batch(self) -> None:
         """Before each training batch, on all ranks: records the answers that have been made meanwhile. Never raises."""
-        self.num_batches += 1
-        self.memory.note()
+        with self._failures_told("the answers that are made beside training cannot be asked for"):
+            self.answerer.at_batch()
         if self.under_way is not None and self.under_way.answers.is_done:
             self.record_under_way()
-
-    @contextmanager
-    def _apart_from_training(self) -> Iterator[None]:
-        """While open, training waits, and what is allocated is none of its steps'.
-
-        Before the first step it counts all the same, as nothing else is known.
-        """
-        self.memory.note()
-        try:
-            yield
-        finally:
-            if self.num_batches > 0 and self.under_way is None:
-                self.memory.leave_out()
 
     @contextmanager
     def _failures_told(self, problem: str) -> Iterator[None]:
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
+            raise
+        except self.host.fatal_errors:
             raise
         except BaseException as e:  # a panic of what is written in Rust is no Exception
             out_of_memory = isinstance(e, torch.OutOfMemoryError | MemoryError)
@@ -206,18 +194,16 @@ class ValidationRounds:
         """
         started_at = time.time()
         queries = [] if self.recorder is None else self.recorder.queries
-        self.memory.before_gather()
-        free = self.memory.free_bytes if self._may_overlap(step) else None
         with preserved_random_state(self.host.device):
-            return OpenRound(step, started_at, queries, self.answerer.begin(make_requests(queries), free))
+            gathered = self.answerer.begin(make_requests(queries), may_overlap=self._may_overlap(step))
+        return OpenRound(step, started_at, queries, gathered)
 
     def _may_overlap(self, step: int) -> bool:
         """Whether training may go on while a round is answered, as far as the round's step tells; on all ranks alike.
 
-        Before the first training step nobody knows what memory training takes. After the last validation nothing is
-        left of it, and all ranks may answer.
+        After the last validation nothing is left of it, and all ranks may answer.
         """
-        return self.settings.overlap and self.num_batches > 0 and self.steps[-1:] != [step]
+        return self.settings.overlap and self.steps[-1:] != [step]
 
     def _go_on_or_end(self, opened: OpenRound) -> None:
         """Lets training go on while the round is answered, or answers it now. Collective: all ranks must call.
@@ -235,25 +221,17 @@ class ValidationRounds:
             self.end(opened)
             return
         self.is_unsettled = True
-        if self.recorder is None:
-            gathered.discard()
-            return
-        self.memory.begin_holding()
-        try:
-            job = partial(self._answers_and_scores, opened, gathered, self.recorder)
-            self.under_way = RoundUnderWay(opened, gathered, BesideTraining(job, self.host.device))
-        except RuntimeError:  # no more threads
-            gathered.discard()
-            self.memory.end_holding()
-            raise
-        _log_waits(opened, gathered)
+        answers = self.answerer.beside(gathered, partial(self._answers_and_scores, opened, self.recorder))
+        if answers is not None:
+            self.under_way = RoundUnderWay(opened, gathered, answers)
 
     def _answers_and_scores(
-        self, opened: OpenRound, gathered: GatheredRound, recorder: Recorder
+        self, opened: OpenRound, recorder: Recorder | None, answer: Callable[[], Answers]
     ) -> tuple[Finding, Round | None, Exception | None]:
         """What the thread does. Returns what was found of the answers, and the round, or why there is none."""
-        proven, finding = self.answerer.answer_alone(gathered)
-        seconds = time.time() - opened.started_at
+        assert recorder is not None  # only the logging rank has such a thread
+        proven, finding, waited_s = answer()
+        seconds = time.time() - opened.started_at - waited_s
         logger.debug("the answers of step %d took %.3f s beside training", opened.step, seconds)
         return finding, *attempt(lambda: recorder.judge(opened.queries, proven, opened.step, seconds))
 
@@ -280,8 +258,7 @@ class ValidationRounds:
     def _let_go(self) -> None:
         """Frees what the round held that was under way, and is done."""
         if self.under_way is not None:
-            self.memory.end_holding()
-            self.under_way.gathered.discard()
+            self.answerer.let_go(self.under_way.gathered, is_done=True)
             self.under_way = None
 
     def _settle(self) -> None:
@@ -294,14 +271,14 @@ class ValidationRounds:
         """Gives up the round that is under way, unless it is done: training has failed, or somebody wants it to end."""
         if self.under_way is None or self.under_way.answers.is_done:
             return
-        opened, _, answers = self.under_way
+        opened, gathered, answers = self.under_way
         answers.stop()
         logger.warning("no samples of the validation at step %d: training ended before they were there", opened.step)
         if answers.wait(_MAX_WAIT_S):
             answers.result()
             self._let_go()
-        else:  # what the thread still holds counts as training's, should there be another `fit()`
-            self.memory.end_holding()
+        else:
+            self.answerer.let_go(gathered, is_done=False)
         self.under_way = None
 
     def end(self, round: OpenRound) -> None:
@@ -322,7 +299,7 @@ class ValidationRounds:
         queries: list[Query] = []
         error: Exception | None = None
         self.record_under_way()
-        with self._apart_from_training(), preserved_random_state(self.host.device):
+        with self.answerer.apart_from_training(), preserved_random_state(self.host.device):
             self._settle()
             if self.host.is_logging_rank:
                 try:
@@ -360,15 +337,3 @@ class ValidationRounds:
                 "only text is generated from: left out"
             )
         return prompts
-
-
-def _log_waits(opened: OpenRound, gathered: GatheredRound) -> None:
-    now, began_at = time.monotonic(), gathered.began_at
-    logger.debug(
-        "step %d: training waited %.3f s: gather %.3f, until ready %.3f, comparison with the trainer's model %.3f",
-        opened.step,
-        now - began_at,
-        gathered.gathered_at - began_at,
-        gathered.ready_at - gathered.gathered_at,
-        now - gathered.ready_at,
-    )

@@ -10,13 +10,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from verl_valgen.hosts.base import Host
+from verl_valgen.hosts.trainer_host import TrainerHost
 from verl_valgen.settings.settings import GenerationSettings
 
 _PACKAGES = ("verl-valgen", "verl", "torch", "transformers", "peft")
 
 
-def describe_run(host: Host, settings: GenerationSettings, start_step: int) -> dict[str, Any]:
+def describe_run(host: TrainerHost, settings: GenerationSettings, start_step: int) -> dict[str, Any]:
     """Describes a run in values that JSON holds. verl's configuration may hold secrets, and is not copied."""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

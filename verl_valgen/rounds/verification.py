@@ -19,7 +19,7 @@ from transformers import LogitsProcessorList
 from verl_valgen.backends.hf import HFBackend, has_processors
 from verl_valgen.backends.judging import logprobs
 from verl_valgen.collectives import attempt, broadcast, rank, world_size
-from verl_valgen.hosts.base import Host
+from verl_valgen.hosts.model_host import ModelHost
 from verl_valgen.records import Completion, Request
 from verl_valgen.rounds.needs import largest_reading_bytes
 from verl_valgen.rounds.reading import (
@@ -70,7 +70,7 @@ def verify(reading: Reading, requests: Sequence[Request], completions: Sequence[
 # The readers
 
 
-def _reading_bytes(host: Host, own: Sequence[Excerpt]) -> int:
+def _reading_bytes(host: ModelHost, own: Sequence[Excerpt]) -> int:
     """Of answers that are read one after the other: each is judged as it is without neighbours."""
     return largest_reading_bytes([[excerpt] for excerpt in own], host.model_config, host.compute_dtype)
 

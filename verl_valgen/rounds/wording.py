@@ -11,7 +11,7 @@ from functools import cached_property
 
 from transformers import GenerationConfig
 
-from verl_valgen.hosts.base import Host
+from verl_valgen.hosts.trainer_host import TrainerHost
 from verl_valgen.prompts.answers import AnswerReader
 from verl_valgen.prompts.conversations import ChatTemplate
 from verl_valgen.prompts.datasets import mask_is_shifted
@@ -26,7 +26,7 @@ from verl_valgen.text import printable
 class Wording:
     """The ends of answers, and how answers are read."""
 
-    def __init__(self, host: Host, settings: GenerationSettings) -> None:
+    def __init__(self, host: TrainerHost, settings: GenerationSettings) -> None:
         self.host, self.settings = host, settings
 
     def special_tokens(self) -> GenerationConfig:

@@ -15,6 +15,7 @@ from verl_valgen import activation
 from verl_valgen.hosts import forecast
 from verl_valgen.hosts.fsdp_sft import FSDPSFTHost
 from verl_valgen.hosts.sft import SFTHost
+from verl_valgen.hosts.sft_ray import RaySFTHost
 
 
 @pytest.fixture
@@ -116,6 +117,14 @@ def test_engines_crash_without_validation_rows(config, tmp_path, overrides, step
 )
 def test_engines_may_do_without(config, tmp_path, overrides):
     assert foretold(SFTHost, config, tmp_path, *overrides) is None
+
+
+def test_rays_driver_has_one_loader_whatever_shares_a_sequence(config, tmp_path):
+    overrides = ["data.val_files=null", "engine.ulysses_sequence_parallel_size=2", "data.train_batch_size=16"]
+    reason = foretold(RaySFTHost, config, tmp_path, *overrides)
+    assert (
+        reason == "data.val_files must be set: trainer.test_freq=2 makes verl validate at step 2, where it would crash"
+    )
 
 
 def test_a_run_that_may_resume_may_be_over(config, tmp_path):

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from verl_valgen.hosts.trainer_host import TrainerHost
+from verl_valgen.rounds.local import LocalAnswerer
 from verl_valgen.rounds.overlap import BesideTraining, TrainingMemory, on_own_stream
 from verl_valgen.rounds.proven import ProvenAnswerer
 from verl_valgen.rounds.reading import Finding
@@ -167,10 +169,13 @@ class RoundsOfAGPU(ValidationRounds):
 
     def __init__(self) -> None:
         host: Any = SimpleNamespace(
-            device=CPU, is_logging_rank=False, generation_config=None, tokenizer=None, own_tokenizer=None
-        )
+            device=CPU, is_logging_rank=False, generation_config=None, tokenizer=None, own_tokenizer=None,
+            answerer=TrainerHost.answerer, fatal_errors=(),
+        )  # fmt: skip
         super().__init__(host, GenerationSettings(enabled=True, overlap=True))
-        self.memory = TrainingMemory(CUDA)
+        local: Any = self.answerer
+        self.local: LocalAnswerer = local
+        self.memory = self.local.memory = TrainingMemory(CUDA)
         self.memory._allocated = 30 * 2**30
 
     def level(self) -> float:
@@ -190,7 +195,7 @@ def ask_for_samples(rounds: ValidationRounds) -> None:
 def test_the_peak_of_a_round_that_training_waits_for_is_none_of_training(monkeypatch, ask):
     device, rounds = Device(monkeypatch), RoundsOfAGPU()
 
-    def begin(*args: Any) -> None:
+    def begin(*args: Any, **kwargs: Any) -> None:
         device.peak += 10
 
     monkeypatch.setattr(rounds.answerer, "begin", begin)
@@ -217,6 +222,7 @@ def test_what_a_round_held_is_held_no_longer(monkeypatch, ends):
     rounds.under_way = RoundUnderWay(SimpleNamespace(step=1), gathered, answers)  # type: ignore[arg-type]
     device.allocated += 10
     rounds.memory.begin_holding()
+    rounds.local.is_holding = True
     device.peak = 70  # beside it, since the last training batch
     rounds._abandon()
     assert rounds.under_way is None

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, Qwen2Config
 from unit.prompts.data import Items, multi_turn, talk
 from unit.prompts.templates import FAMILIES, tokenizer_of
 
@@ -34,7 +34,7 @@ def prepared(tmp_path, tokenizer):
             own_tokenizer=tokenizer,
             generation_config=GenerationConfig(),
             model_config=Qwen2Config(vocab_size=len(tokenizer)),
-            model_class=Qwen2ForCausalLM,
+            why_not_generating=lambda: None,
             val_dataset=dataset,
             chat_template_kwargs=chat_template_kwargs or {},
             device=torch.device("cpu"),

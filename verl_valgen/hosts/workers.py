@@ -1,0 +1,176 @@
+"""What the driver of Ray's trainer and its workers tell each other about answers.
+
+Everything that can fail in a worker is a value that is returned: an exception that one worker raises reaches the driver
+while others wait for that worker in a collective, and whatever is called next waits for them for ever. What a worker
+logs comes with the value, as Ray prints a worker's own output late, shortened, and in another place.
+
+This module knows neither Ray nor verl: it is given a group whose methods call all workers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from verl_valgen.collectives import attempt
+from verl_valgen.text import OnceLogger, describe, describe_at_length
+
+logger = logging.getLogger(__name__)
+
+_PACKAGE = "verl_valgen"
+
+
+class WorkerError(RuntimeError):
+    """A worker failed; the message says how."""
+
+
+class WorkerMemoryError(WorkerError, MemoryError):
+    """A worker had no memory left."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A worker's exception, as it travels: in one line, as others may not be fit to."""
+
+    text: str
+    is_for_memory: bool = False
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        return cls(describe(error), isinstance(error, torch.OutOfMemoryError | MemoryError))
+
+    def as_error(self) -> WorkerError:
+        return (WorkerMemoryError if self.is_for_memory else WorkerError)(self.text)
+
+
+class LogLine(NamedTuple):
+    """A record of a worker's log."""
+
+    logger: str
+    level: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a call of a worker gives."""
+
+    rank: int
+    is_logging_rank: bool
+    value: Any
+    failure: Failure | None
+    lines: list[LogLine]
+    """What was logged since the last call."""
+
+
+class Desk:
+    """A worker's end: does what it is asked, and reports.
+
+    Args:
+        part: What is asked, by the names of its methods.
+    """
+
+    def __init__(self, rank: int, is_logging_rank: bool, lines: Lines) -> None:
+        self.rank, self.is_logging_rank, self.lines = rank, is_logging_rank, lines
+        self.part: Any = None
+
+    def set_up(self, make_part: Callable[[], Any]) -> Report:
+        """Makes what is asked later. Never raises."""
+
+        def make() -> None:
+            self.part = make_part()
+
+        return self._report(make)
+
+    def call(self, name: str, *args: Any) -> Report:
+        """Never raises, except to end the program."""
+        return self._report(lambda: getattr(self.part, name)(*args))
+
+    def _report(self, function: Callable[[], Any]) -> Report:
+        value, error = attempt(function)
+        if error is not None:
+            logger.debug("%s", describe_at_length(error))
+        return Report(
+            self.rank,
+            self.is_logging_rank,
+            value if self.is_logging_rank else None,  # the others have nothing that is read
+            None if error is None else Failure.of(error),
+            self.lines.taken(),
+        )
+
+
+class Lines(logging.Handler):
+    """Keeps what the package logs in a worker, for the driver to log it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: list[LogLine] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(LogLine(record.name, record.levelno, record.getMessage()))
+
+    def taken(self) -> list[LogLine]:
+        """What was logged since the last call, perhaps by a thread that goes on."""
+        self.acquire()
+        try:
+            taken, self._lines = self._lines, []
+        finally:
+            self.release()
+        return taken
+
+    def take_over(self, level: int) -> None:
+        """From now on the package's log goes here alone."""
+        package = logging.getLogger(_PACKAGE)
+        package.handlers[:] = [self]
+        package.propagate = False
+        package.setLevel(level)
+
+
+class Workers:
+    """The driver's end.
+
+    Args:
+        group: Its methods `valgen_set_up` and `valgen_call` do so on all workers, and give a list of `Report`s.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.warnings = OnceLogger(logger)
+
+    def set_up(self, make_part: Callable[..., Any], *args: Any) -> None:
+        """Has each worker make its part: of `make_part`, which is pickled by reference, its `ModelHost` and `args`.
+
+        Raises:
+            WorkerError: One could not; then none may be called, as others would wait for it.
+        """
+        level = logging.getLogger(_PACKAGE).getEffectiveLevel()
+        reports = self.group.valgen_set_up(make_part, args, level)
+        self._value_of(reports)
+        for report in reports:
+            if report.failure is not None:
+                raise report.failure.as_error()
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Calls a method of every worker's part, and returns what it gives on the logging rank.
+
+        Raises:
+            WorkerError: It failed there. (Of what failed elsewhere a warning tells: ranks exchange what they need to.)
+        """
+        return self._value_of(self.group.valgen_call(name, *args))
+
+    def _value_of(self, reports: list[Report]) -> Any:
+        for report in reports:
+            whose = "" if report.is_logging_rank else f"rank {report.rank}: "
+            for line in report.lines:
+                logging.getLogger(line.logger).log(line.level, "%s%s", whose, line.message)
+        (leading,) = (report for report in reports if report.is_logging_rank)
+        if leading.failure is not None:
+            raise leading.failure.as_error()
+        for report in reports:
+            if report.failure is not None:
+                self.warnings.warn(f"rank {report.rank} failed: {report.failure.text}", cause=report.failure.text)
+        return leading.value
