@@ -36,6 +36,8 @@ class Cluster:
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": str(self.folder),
+            # Runs are on CPU wherever they are: what is hidden so stays hidden from workers.
+            "CUDA_VISIBLE_DEVICES": "",
             _MARK: uuid.uuid4().hex,
         }
 

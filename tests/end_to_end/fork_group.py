@@ -178,7 +178,8 @@ class ForkGroup(WorkerGroup):
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
             self._workers.append(ForkedWorker(pickled, environment, self._workers))
-        atexit.register(self._end, os.getpid())
+        self._driver = os.getpid()
+        atexit.register(self.end)
         self._bind_worker_method(worker_class, func_generator)
 
     @property
@@ -206,8 +207,10 @@ class ForkGroup(WorkerGroup):
 
     execute_all_async, execute_rank_zero_async = execute_all, execute_rank_zero
 
-    def _end(self, driver: int) -> None:
-        if os.getpid() == driver:  # what is registered is so in forks too
+    def end(self) -> None:
+        """Ends the workers, which have ten seconds for what they are at."""
+        atexit.unregister(self.end)
+        if os.getpid() == self._driver:  # what is registered is so in forks too
             deadline = time.monotonic() + _GRACE_S
             for worker in self._workers:
                 worker.connection.close()

@@ -17,13 +17,14 @@ from end_to_end.ray_runs import (
     STEPS,
     STOPPED_AT,
     RayRuns,
+    generation,
     make_ray_runs,
     output_of_workers,
     training,
     with_answers_that_differ,
 )
 from end_to_end.test_tour_samples import held_by_trackers
-from end_to_end.trainer import HAS_ENGINES, HAS_RAY, Assets, Run, shown_lines
+from end_to_end.trainer import GENERATION_CONFIG, HAS_ENGINES, HAS_RAY, Assets, Run, shown_lines
 from same_training import assert_checkpoints_differ, assert_same_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -165,9 +166,9 @@ def test_a_trainer_of_ones_own_answers_a_batch_in_the_driver(runs, assets):
     prompts, generations = first
     assert len(prompts) == BATCH_SIZE
     model, tokenizer = on_disk(assets), AutoTokenizer.from_pretrained(assets.model)
-    for prompt, generation in zip(prompts, generations, strict=True):
+    for prompt, text in zip(prompts, generations, strict=True):
         output_ids = plain_greedy(model, tokenizer(prompt, add_special_tokens=False)["input_ids"], MAX_NEW_TOKENS)
-        assert generation == Decoder(tokenizer).answer(output_ids)
+        assert text == Decoder(tokenizer).answer(output_ids)
 
 
 def test_training_goes_on_while_a_worker_answers(runs):
@@ -200,6 +201,36 @@ def test_a_fault_on_either_worker_costs_one_warning_and_the_next_round_is_whole(
     model = plain_model(run.checkpoints / "global_step_5", assets.model)
     assert_nearly_greedy_samples(run.samples(5), model, tokenizer)
     assert all(sample["verified"] is True for sample in run.samples(5))
+
+
+KILLED = """
+import os, signal
+from verl_valgen.rounds import proven
+
+def plant():
+    begin, rounds = proven.ProvenAnswerer.begin, []
+
+    def die_in_the_second_round(self, *args, **kwargs):
+        rounds.append(self)
+        if len(rounds) == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return begin(self, *args, **kwargs)
+
+    proven.ProvenAnswerer.begin = die_in_the_second_round
+
+plant()
+"""
+
+
+def test_a_worker_that_dies_in_a_round_ends_the_run(ray_server, tmp_path, assets):
+    """It cannot go on, and would wait for ever if it tried. `tests/reliability` has the same with Ray itself."""
+    arguments = [*GENERATION_CONFIG, *training(assets, "fsdp2"), *generation("generation.do_sample=false")]
+    result = ray_server.run(tmp_path, arguments, before=KILLED)
+    assert result.returncode == 1
+    assert "ActorDiedError" in result.stderr
+    assert "training goes on" not in result.output
+    assert len(result.samples(STOPPED_AT)) == NUM_ROWS
+    assert [path.name for path in result.generations.glob("step_*.jsonl")] == [f"step_{STOPPED_AT:08d}.jsonl"]
 
 
 def test_what_is_configured_wrongly_is_said_before_a_worker_is_there(ray_server, tmp_path, assets):

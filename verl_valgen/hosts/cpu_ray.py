@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _CPUS_OF_WORKER = 10
 """verl asks for so many, `max_colocate_count` of its `RayResourcePool`; they are numbers to Ray, and no cores."""
 _OBJECT_STORE_BYTES = 200 * 2**20
+_HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
 @contextmanager
@@ -82,10 +83,26 @@ def _init_with_logical_gpus(init: Callable[..., Any], num_workers: int) -> Calla
         logical["resources"] = {"cpu": num_workers}  # what verl before 0.9 asks for in the GPUs' place
         small = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         try:
-            return init(**(logical | small | kwargs))
+            with _hidden_devices(num_workers):
+                return init(**(logical | small | kwargs))
         except ValueError as e:
             if "existing cluster" not in str(e):  # one runs on this machine, and has what it has
                 raise
             return init(**kwargs)
 
     return ray_init
+
+
+@contextmanager
+def _hidden_devices(num_workers: int) -> Iterator[None]:
+    """While open, a variable that hides devices, as CUDA_VISIBLE_DEVICES without a number, has a -1 for each worker.
+
+    Ray refuses more GPUs than the variable has entries, and gives each worker one of them. With that one, too, a worker
+    sees no device.
+    """
+    before = {name: os.environ[name] for name in _HIDING if name in os.environ}
+    os.environ.update(dict.fromkeys(before, ",".join(["-1"] * num_workers)))
+    try:
+        yield
+    finally:
+        os.environ.update(before)

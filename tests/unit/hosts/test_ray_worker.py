@@ -177,3 +177,21 @@ def test_another_mistake_in_the_arguments_is_told(monkeypatch):
 
     with pytest.raises(ValueError, match="negative"):
         cpu_ray._init_with_logical_gpus(init, 2)()
+
+
+@pytest.mark.parametrize("value", ["", "-1"])
+def test_devices_that_are_hidden_stay_so_and_do_not_limit_the_logical_ones(monkeypatch, value):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    monkeypatch.delenv("HIP_VISIBLE_DEVICES", raising=False)
+    seen = []
+
+    def init(**kwargs: Any) -> None:
+        seen.append(dict(os.environ))
+        raise ValueError("planted")
+
+    with pytest.raises(ValueError, match="planted"):
+        cpu_ray._init_with_logical_gpus(init, 2)()
+    assert seen[0]["CUDA_VISIBLE_DEVICES"] == "-1,-1"
+    assert "HIP_VISIBLE_DEVICES" not in seen[0]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == value
