@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-from verl_valgen.collectives import agree, gather_values, world_size
+from verl_valgen.collectives import agree, attempt, gather_values, world_size
 from verl_valgen.weights.adapters import outermost_layers
 from verl_valgen.weights.dtensors import Wanted, whole_tensors
 from verl_valgen.weights.empty import empty_like
@@ -127,19 +127,12 @@ def collect(
 
 
 def _together(prepare: Callable[[], _T], device: torch.device) -> tuple[_T | None, bool]:
-    """What `prepare` returns, and whether all ranks' returned: else nothing, and a generator is closed.
-
-    Collective: all ranks must call.
+    """What `prepare` returns, and whether all ranks' did: else None, a generator closed. Collective: all must call.
 
     Raises:
         Exception: What it raised on this rank, after the last collective.
     """
-    value: _T | None = None
-    error: Exception | None = None
-    try:
-        value = prepare()
-    except Exception as e:
-        error = e
+    value, error = attempt(prepare)
     if not agree(error is None, device):
         if isinstance(value, Generator):
             value.close()
