@@ -6,7 +6,7 @@ under Hugging Face's names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -174,5 +174,7 @@ class EngineHost(ModelHost):
 def _compute_dtype(engine_config: Any) -> torch.dtype:
     from verl.utils.torch_dtypes import PrecisionType
 
-    mixed_precision = getattr(engine_config, "mixed_precision", None) or {}  # a key of FSDP's configuration alone
-    return PrecisionType.to_dtype(mixed_precision.get("param_dtype", "bf16"))
+    mixed_precision = getattr(engine_config, "mixed_precision", None)
+    if isinstance(mixed_precision, Mapping):  # a mapping in FSDP's configuration alone, in others true or false
+        return PrecisionType.to_dtype(mixed_precision.get("param_dtype", "bf16"))
+    return PrecisionType.to_dtype(getattr(engine_config, "mp_param_dtype", "bf16"))  # automodel's key
