@@ -7,6 +7,7 @@ transformers 4, which holds experts as checkpoints do, there is nothing to conve
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -49,13 +50,13 @@ class Conversions:
         self.tensors: dict[str, Tensor] = model.state_dict()
         self.renamings: list[Any] = []
         self.converters: list[Any] = []
-        try:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.core_model_loading import WeightConverter
-        except ImportError:  # transformers 4
+        self.is_transformers_4 = importlib.util.find_spec("transformers.conversion_mapping") is None
+        if self.is_transformers_4:
             return
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
         for transform in get_model_conversion_mapping(model):
-            (self.converters if isinstance(transform, WeightConverter) else self.renamings).append(transform)
+            (self.converters if hasattr(transform, "operations") else self.renamings).append(transform)
 
     def route(self, name: str, shape: torch.Size) -> Route | None:
         """Returns where a tensor of this name and shape belongs, None where it belongs nowhere.
@@ -85,13 +86,14 @@ class Conversions:
         try:
             from transformers.core_model_loading import revert_weight_conversion
 
-            return list(dict.fromkeys([*empty, *revert_weight_conversion(self.model, empty)]))
-        except Exception:  # transformers 4, or one of its conversions that cannot be reversed
+            return list(dict.fromkeys([*empty, *revert_weight_conversion(self.model, dict(empty))]))
+        except Exception as e:  # transformers 4, or one of its conversions that cannot be reversed
+            logger.debug("a checkpoint's names are not known: %s", describe(e))
             return list(empty)
 
     def _converted(self, name: str, converters: list[Any]) -> Route | None:
         """By renaming, and at most one converter, as `from_pretrained` finds them."""
-        if not self.renamings and not converters:
+        if self.is_transformers_4:
             return None
         from transformers.core_model_loading import rename_source_key
 
@@ -123,19 +125,28 @@ class Conversions:
 
     def _row(self, name: str, shape: torch.Size) -> Route | None:
         """A row of a tensor that transformers packs in checkpoints too, with its number somewhere in the name."""
-        for target, row in _without_a_number(name):
-            if target in self.tensors and self.tensors[target].shape[1:] == shape:
-                return Route((target,), row=row)
+        for shorter, row in _without_a_number(name):
+            renamed = self._converted(shorter, [])
+            for target in (shorter, *(renamed.targets if renamed is not None else ())):
+                if target in self.tensors and self.tensors[target].shape[1:] == shape:
+                    return Route((target,), row=row)
         return None
 
     @cached_property
     def _reversed(self) -> list[Any]:
+        if self.is_transformers_4:
+            return []
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        # A model of the hub's own code may have the type of one of transformers', which newer ones no longer look at.
+        transforms = self.converters or get_checkpoint_conversion_mapping(self.model.config.model_type) or []
         converters = []
-        for converter in self.converters:
+        for transform in transforms:
             try:
-                converters.append(converter.reverse_transform())
+                if hasattr(transform, "operations"):
+                    converters.append(transform.reverse_transform())
             except Exception as e:
-                logger.debug("transformers cannot reverse %s: %s", converter, describe(e))
+                logger.debug("transformers cannot reverse %s: %s", transform, describe(e))
         return converters
 
     @cached_property
@@ -145,12 +156,10 @@ class Conversions:
         transformers has none for these. Which way round the tensors lie the shapes tell.
         """
         packed = [name for name in self.tensors if name.endswith(".experts.gate_up_proj")]
-        if not packed:
+        if self.is_transformers_4 or not packed:
             return []
-        try:
-            from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
-        except ImportError:  # transformers 4
-            return []
+        from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
+
         experts = packed[0].removesuffix(".gate_up_proj")
         if not getattr(self.model.get_submodule(experts), "is_concatenated", True):
             return []  # gate's and up's columns take turns, in a way that no engine exports
