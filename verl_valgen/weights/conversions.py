@@ -10,32 +10,16 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from verl_valgen.text import describe
+from verl_valgen.weights.routes import Route, convert, expert_in, is_by_rows, without_a_number
 
 logger = logging.getLogger(__name__)
-
-
-class Route(NamedTuple):
-    """Where one exported tensor belongs."""
-
-    targets: tuple[str, ...]
-    """The model's names of all that its conversion makes."""
-    converter: Any = None
-    """transformers' `WeightConverter`, None where the tensor is the target, or a row of it, as it is."""
-    layer_name: str = ""
-    """What the converter knows the targets by."""
-    source_pattern: str = ""
-    """Which of the converter's sources the tensor is."""
-    row: int | None = None
-    """The target's row (an expert) that is made by itself, None where the target is made as a whole."""
 
 
 class Conversions:
@@ -66,14 +50,13 @@ class Conversions:
         """
         if name in self.tensors and self.tensors[name].shape == shape:
             return Route((name,))
-        routes = (
-            self._converted(name, self.converters),
-            self._unpacked(name, shape),
-            self._row(name, shape),
-            self._converted(name, self._of_the_usual_experts),
-            Route((name,)) if name in self.tensors else None,
+        return (
+            self._converted(name, self.converters)
+            or self._unpacked(name, shape)
+            or self._row(name, shape)
+            or self._converted(name, self._of_the_usual_experts)
+            or (Route((name,)) if name in self.tensors else None)
         )
-        return next((route for route in routes if route is not None), None)
 
     def is_ignored(self, name: str) -> bool:
         """Whether transformers loads nothing from a tensor of this name: parts that it leaves out, computed buffers."""
@@ -107,7 +90,9 @@ class Conversions:
         if not all(target in self.tensors for target in targets):
             return None
         before, _ = rename_source_key(name, self.renamings, [])
-        return Route(targets, converter, renamed, pattern, _expert(before, pattern) if _is_by_rows(converter) else None)
+        return Route(
+            targets, converter, renamed, pattern, expert_in(before, pattern) if is_by_rows(converter) else None
+        )
 
     def _unpacked(self, name: str, shape: torch.Size) -> Route | None:
         """By a converter the other way round: the engine holds packed what this model holds in modules."""
@@ -125,7 +110,7 @@ class Conversions:
 
     def _row(self, name: str, shape: torch.Size) -> Route | None:
         """A row of a tensor that transformers packs in checkpoints too, with its number somewhere in the name."""
-        for shorter, row in _without_a_number(name):
+        for shorter, row in without_a_number(name):
             renamed = self._converted(shorter, [])
             for target in (shorter, *(renamed.targets if renamed is not None else ())):
                 if target in self.tensors and self.tensors[target].shape[1:] == shape:
@@ -170,55 +155,3 @@ class Conversions:
             WeightConverter([gate, up], ".experts.gate_up_proj", [MergeModulelist(0), Concatenate(1), *turned]),
             WeightConverter([down], ".experts.down_proj", [MergeModulelist(0), *turned]),
         ]
-
-
-def convert(route: Route, sources: Mapping[str, tuple[str, Tensor]], model: Any) -> dict[str, Tensor]:
-    """Applies a route's converter to all of its sources, or to those of one row.
-
-    Args:
-        sources: By the names that they came under, the pattern that the route of each has, and the tensor.
-
-    Returns:
-        The tensors by the model's names; of one row, with a first dimension of size 1.
-    """
-    from transformers.core_model_loading import dot_natural_key
-
-    converter = deepcopy(route.converter)
-    for name in sorted(sources, key=dot_natural_key):  # expert 10 after expert 9
-        pattern, tensor = sources[name]
-        converter.add_tensor(route.layer_name, name, pattern, tensor)
-    made = converter.convert(route.layer_name, model=model, config=model.config)
-    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-
-
-def _is_by_rows(converter: Any) -> bool:
-    """Whether every row of the target is made of one expert's tensors alone."""
-    from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
-
-    first, *others = converter.operations
-    return (
-        len(converter.target_patterns) == 1
-        and type(first) is MergeModulelist
-        and first.dim == 0
-        and all(
-            (type(other) is Concatenate and other.dim > 0)
-            or (type(other) is Transpose and {other.dim0, other.dim1} == {1, 2} and not other.check_dims)
-            for other in others
-        )
-    )
-
-
-def _expert(name: str, pattern: str) -> int | None:
-    """The number that stands where a pattern has its star."""
-    found = re.search(pattern.replace(".*.", r"\.(?P<expert>\d+)\."), name) if pattern.count(".*.") == 1 else None
-    return None if found is None else int(found["expert"])
-
-
-def _without_a_number(name: str) -> Iterator[tuple[str, int]]:
-    """The name without one of its numbers, and the number, each time also without a module's `.weight`."""
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdecimal():
-            shorter = ".".join(parts[:i] + parts[i + 1 :])
-            yield shorter, int(part)
-            yield shorter.removesuffix(".weight"), int(part)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from verl_valgen.weights.conversions import Conversions, Route, convert
+from verl_valgen.weights.conversions import Conversions
 from verl_valgen.weights.plain_copy import PlainCopy
+from verl_valgen.weights.routes import Route, convert
 from verl_valgen.weights.slots import assign
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from verl_valgen.weights import conversions
+from verl_valgen.weights import routes
 from verl_valgen.weights.empty import empty_from_config
 from verl_valgen.weights.exported import ExportedCopy
 
@@ -249,7 +249,7 @@ def test_want_of_memory_is_told_as_what_it_is(monkeypatch):
     def convert(*args: Any) -> Any:
         if not any(tensor.is_meta for _, tensor in args[1].values()):
             raise torch.OutOfMemoryError("planted")
-        return conversions.convert(*args)
+        return routes.convert(*args)
 
     monkeypatch.setattr("verl_valgen.weights.exported.convert", convert)
     with pytest.raises(torch.OutOfMemoryError, match="planted"):
