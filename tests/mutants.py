@@ -289,6 +289,13 @@ MUTANTS = [
         "if (index > count) drop(index);",
         "tests/viewing/test_browser.py",
     ),
+    Mutant(
+        "an expert stands in another's place",
+        "weights/exported.py",
+        "rows.tensor[row].copy_(",
+        "rows.tensor[row - 1].copy_(",
+        "tests/unit/weights/test_exported.py",
+    ),
 ]
 
 

@@ -293,7 +293,7 @@ def collect_stream(name: str) -> list[str] | None:
     if config.tie_word_embeddings:
         del exported["lm_head.weight"]
     model = collect(
-        lambda _: iter(exported.items()),
+        lambda _: (pair for pair in exported.items()),
         lambda: PlainCopy(empty_from_config(auto_class, config, torch.bfloat16), CPU),
         dtype=torch.bfloat16,
         device=CPU,

@@ -1,7 +1,7 @@
 """An engine of another kind for `verl.trainer.sft_trainer`, which imports it through `model.external_lib`.
 
 It trains as verl's FSDP engine does, but seen from outside it is like Megatron's: `module` is a list, and the weights
-are to be had from `get_per_tensor_param` alone, which all ranks must exhaust.
+are to be had from `get_per_tensor_param` alone, every expert by itself, which all ranks must exhaust.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from exports import by_expert
 from torch import Tensor, nn
 from verl.utils.fsdp_utils import apply_fsdp2
 from verl.workers.config import FSDPEngineConfig
@@ -70,6 +71,6 @@ class ListEngine(FSDPEngineWithLMHead):
     def _export(self, parameters: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         tied = self.model_config.share_embeddings_and_output_weights
         with self._out_of_the_list():
-            for name, parameter in parameters:  # a DTensor's `full_tensor`, one after the other
+            for name, parameter in by_expert(parameters):  # a DTensor's `full_tensor`, one after the other
                 if not (tied and name == "lm_head.weight"):  # the embeddings are there under one name
                     yield name, parameter

@@ -10,10 +10,11 @@ from typing import Any
 import assets as small
 import pandas as pd
 import pytest
+import torch
 from checkpoints import assert_greedy_samples, plain_greedy, plain_model
 from end_to_end.server import TrainerServer
 from end_to_end.trainer import HAS_ENGINES, VAL_BATCH_SIZE, Assets, Run, strategy, write_program
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from verl_valgen.prompts.tokens import Decoder
 
@@ -210,9 +211,25 @@ def test_an_engine_of_another_kind_exports_its_weights(server, tmp_path, assets)
     assert_samples_of_the_checkpoint(result, assets.model, rows=[0, 2, 4, 6, 8])
 
 
-def test_an_export_without_the_tied_weights(server, tmp_path, assets):
+def write_mixture_of_experts(directory: Path, *, tie_word_embeddings: bool) -> None:
+    """A Qwen3-MoE with random weights in place of the small Llama, and its tokenizer."""
+    small.write_model(directory, hidden_size=32, intermediate_size=64)
+    llama = AutoConfig.from_pretrained(directory)
+    sizes = {name: getattr(llama, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    sizes |= {name: getattr(llama, name) for name in ("num_hidden_layers", "num_attention_heads", "eos_token_id")}
+    config = Qwen3MoeConfig(
+        **sizes, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+        bos_token_id=None, pad_token_id=llama.pad_token_id, max_position_embeddings=llama.max_position_embeddings,
+        tie_word_embeddings=tie_word_embeddings,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Qwen3MoeForCausalLM(config).save_pretrained(directory)
+
+
+def test_experts_exported_one_by_one_without_the_tied_weights(server, tmp_path, assets):
     model = tmp_path / "tied"
-    small.write_model(model, hidden_size=32, intermediate_size=64, tie_word_embeddings=True)
+    write_mixture_of_experts(model, tie_word_embeddings=True)
     result = run_small_engine(server, tmp_path, assets, [f"model.path={model}", WITH_VARIETY])
     assert_samples_of_the_checkpoint(result, model, rows=[0, 1, 2, 3, 4], **VARIED)
 
@@ -227,9 +244,11 @@ def test_adapters_exported_apart_cost_one_warning(server, tmp_path, assets):
 
 
 def test_adapters_merged_by_the_engine(server, tmp_path, assets):
-    """It exports what it merges in bfloat16."""
-    overrides = ["model.lora_rank=4", "model.lora.merge=true"]
+    """It exports what it merges in bfloat16, every expert by itself."""
+    model = tmp_path / "experts"
+    write_mixture_of_experts(model, tie_word_embeddings=False)
+    overrides = [f"model.path={model}", "model.lora_rank=4", "model.lora.merge=true", WITH_VARIETY]
     result = run_small_engine(server, tmp_path, assets, overrides)
     assert result.returncode == 0, result.output[-5000:]
-    plain = plain_model(result.checkpoints / "global_step_3", assets.model, LORA).bfloat16().float()
-    assert_greedy_samples(result.samples(3), plain, AutoTokenizer.from_pretrained(assets.model), MAX_NEW_TOKENS)
+    plain = plain_model(result.checkpoints / "global_step_3", model, LORA).bfloat16().float()
+    assert_greedy_samples(result.samples(3), plain, AutoTokenizer.from_pretrained(model), MAX_NEW_TOKENS, **VARIED)

@@ -90,7 +90,7 @@ def configuration(name: str) -> PretrainedConfig:
     if model_type in NOT_MODELS:
         raise LookupError(NOT_MODELS[model_type])
     changes = {**EXCEPTIONS.get(model_type, {}), **variant(name).fields}
-    config = _shrunk(CONFIG_MAPPING[model_type], _nested(changes))
+    config = shrunk(CONFIG_MAPPING[model_type], changes)
     for part in (config, config.get_text_config()):
         for field, value in SPECIAL_IDS.items():
             if getattr(part, field, None) is not None:
@@ -100,6 +100,15 @@ def configuration(name: str) -> PretrainedConfig:
     if hasattr(config, "is_encoder_decoder"):
         config.is_encoder_decoder = False
     return config
+
+
+def shrunk(cls: type[PretrainedConfig], changes: Mapping[str, Any]) -> PretrainedConfig:
+    """Builds the tiny configuration of a class.
+
+    Args:
+        changes: Fields in place of the small ones, those of a part as "text_config.hidden_size".
+    """
+    return _shrunk(cls, _nested(changes))
 
 
 def _shrunk(cls: type[PretrainedConfig], changes: Mapping[str, Any]) -> PretrainedConfig:

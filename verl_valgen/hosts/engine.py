@@ -6,7 +6,7 @@ under Hugging Face's names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,9 @@ from verl_valgen.hosts.model_host import ModelHost, current_device, has_experts
 
 if TYPE_CHECKING:
     from verl_valgen.weights.gather import Parameters
+
+_FSDP = ("fsdp", "fsdp2")
+"""Values of `engine.strategy`."""
 
 
 class EngineHost(ModelHost):
@@ -42,11 +45,9 @@ class EngineHost(ModelHost):
         self.is_logging_rank = engine.is_mp_src_rank_with_outputs() and engine.get_data_parallel_rank() == 0
         self.device = current_device(device_type)
         self.compute_dtype = _compute_dtype(engine_config)
-
-    @property
-    def is_sharded_by_fsdp(self) -> bool:
-        """Whether the engine is FSDP's, so that the model is a transformers model under FSDP1 or FSDP2."""
-        return isinstance(self.model, FSDP | FSDPModule)
+        self.is_sharded_by_fsdp = engine_config.strategy in _FSDP and isinstance(self.model, FSDP | FSDPModule)
+        """Whether the engine is FSDP's, so that the model is a transformers model under FSDP1 or FSDP2. (Others, VeOmni
+        and automodel, use FSDP2 for models of their own, with experts that are split in another way.)"""
 
     @property
     def model_class(self) -> type:
@@ -75,15 +76,15 @@ class EngineHost(ModelHost):
         return super().largest_unit_bytes if self.is_sharded_by_fsdp else 0  # other engines do not say
 
     def gather(self, dtype: torch.dtype, *, keep: bool) -> PreTrainedModel | None:
+        from verl_valgen.weights.exported import ExportedCopy
         from verl_valgen.weights.gather import collect
-        from verl_valgen.weights.plain_copy import PlainCopy
 
         if self.is_sharded_by_fsdp:
             model = super().gather(dtype, keep=keep)
         else:
             model = collect(
                 lambda _: self._exported_parameters(),
-                lambda: PlainCopy(self._empty_model(dtype), self.device),
+                lambda: ExportedCopy(self._empty_model(dtype), self.device, exporter=type(self.engine).__name__),
                 dtype=dtype,
                 device=self.device,
                 keep=keep,
@@ -151,23 +152,29 @@ class EngineHost(ModelHost):
         return empty_from_config(get_hf_auto_model_class(config), config, dtype, **trust)
 
     def _exported_parameters(self) -> Parameters:
-        """The engine's parameters under Hugging Face's names. Collective: all ranks must exhaust it.
+        """The engine's parameters under Hugging Face's names. Collective: all ranks must call, and exhaust the result.
 
         Raises:
-            ValueError: On the logging rank, if the engine exports adapters apart from the weights. (Other ranks then
-                yield nothing.)
+            ValueError: On all ranks, if the engine exports adapters apart from the weights.
         """
         parameters, peft_config = self.engine.get_per_tensor_param()
-        if peft_config is None:
-            yield from parameters
-        elif self.is_logging_rank:
+        if peft_config is not None:
+            if hasattr(parameters, "close"):
+                parameters.close()
             raise ValueError(
                 f"{type(self.engine).__name__} exports weights without their adapters: set model.lora.merge=true"
             )
+
+        def stream() -> Parameters:  # closed, it closes the engine's
+            yield from parameters
+
+        return stream()
 
 
 def _compute_dtype(engine_config: Any) -> torch.dtype:
     from verl.utils.torch_dtypes import PrecisionType
 
-    mixed_precision = getattr(engine_config, "mixed_precision", None) or {}  # a key of FSDP's configuration alone
-    return PrecisionType.to_dtype(mixed_precision.get("param_dtype", "bf16"))
+    mixed_precision = getattr(engine_config, "mixed_precision", None)
+    if isinstance(mixed_precision, Mapping):  # a mapping in FSDP's configuration alone, in others true or false
+        return PrecisionType.to_dtype(mixed_precision.get("param_dtype", "bf16"))
+    return PrecisionType.to_dtype(getattr(engine_config, "mp_param_dtype", "bf16"))  # automodel's key

@@ -10,15 +10,16 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator
+from contextlib import closing
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-from verl_valgen.collectives import agree, gather_values, world_size
+from verl_valgen.collectives import agree, attempt, gather_values, world_size
 from verl_valgen.weights.adapters import outermost_layers
 from verl_valgen.weights.dtensors import Wanted, whole_tensors
 from verl_valgen.weights.empty import empty_like
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 
-Parameters = Iterator[tuple[str, Tensor]]
+Parameters = Generator[tuple[str, Tensor], None, None]
 """Pairs of a parameter's name and the whole tensor, one after the other. The tensor may be the trainer's own memory and
 is valid until the next one is asked for: copy it, do not write to it."""
 
@@ -86,34 +88,32 @@ def collect(
 
     Args:
         parameters: Called on all ranks once all have prepared, with the names of parameters that a copy has in another
-            dtype than `dtype`; every rank exhausts the iterator that it returns.
+            dtype than `dtype`. Every rank exhausts the generator that it returns, or, where another rank got none,
+            closes it: what an exporter has changed in the trainer is then as it was.
         new_copy: Called where `keep` is true.
 
     The other arguments, the result and the exceptions are those of `gather`.
     """
     start = time.perf_counter()
-    copy: PlainCopy | None = None
-    error: Exception | None = None
-    try:
-        copy = new_copy() if keep else None
-    except Exception as e:
-        error = e
-    if not agree(error is None, device):
-        if error is not None:
-            raise error
+    copy, are_ready = _together(lambda: new_copy() if keep else None, device)
+    if not are_ready:
         return None
-
     uncast = gather_values([] if copy is None else copy.names_not_in(dtype), device)
+    stream, are_ready = _together(lambda: parameters(set().union(*uncast)), device)
+    if stream is None or not are_ready:
+        return None
     num_bytes = 0
-    for name, parameter in parameters(set().union(*uncast)):
-        num_bytes += parameter.numel() * parameter.element_size()
-        if copy is not None and error is None:
-            try:
-                copy.receive(name, parameter)
-            except Exception as e:  # the other ranks are on their way to the next gather: so is this one
-                traceback.clear_frames(e.__traceback__)  # they hold the copy, and memory may be what is missing
-                error, copy = e, None
-        del parameter  # perhaps the memory in which the next ones come
+    error: Exception | None = None
+    with closing(stream):
+        for name, parameter in stream:
+            num_bytes += parameter.numel() * parameter.element_size()
+            if copy is not None and error is None:
+                try:
+                    copy.receive(name, parameter)
+                except Exception as e:  # the other ranks are on their way to the next gather: so is this one
+                    traceback.clear_frames(e.__traceback__)  # they hold the copy, and memory may be what is missing
+                    error, copy = e, None
+            del parameter  # perhaps the memory in which the next ones come
     if error is not None:
         raise error
     if copy is None:
@@ -124,6 +124,22 @@ def collect(
         num_bytes / 1e6, world_size(), dtype, type(model).__name__, device, time.perf_counter() - start,
     )  # fmt: skip
     return model
+
+
+def _together(prepare: Callable[[], _T], device: torch.device) -> tuple[_T | None, bool]:
+    """What `prepare` returns, and whether all ranks' did: else None, a generator closed. Collective: all must call.
+
+    Raises:
+        Exception: What it raised on this rank, after the last collective.
+    """
+    value, error = attempt(prepare)
+    if not agree(error is None, device):
+        if isinstance(value, Generator):
+            value.close()
+        if error is not None:
+            raise error
+        return None, False
+    return value, True
 
 
 def _merging_names(source: nn.Module) -> set[str]:
