@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_valgen.hosts import forecast
 from verl_valgen.hosts.schedule import Schedule
-from verl_valgen.hosts.trainer_host import TrainerHost, flash_attn_works
+from verl_valgen.hosts.trainer_host import TrainerHost
 from verl_valgen.text import printable
 
 
@@ -80,12 +80,6 @@ class EngineTrainerHost(TrainerHost):
     def _num_loaders(cls, num_data_ranks: int) -> int:
         """How many loaders share the rows."""
         return num_data_ranks
-
-    @classmethod
-    def _do_without_flash_attn(cls, config: DictConfig) -> None:
-        """Asks for another attention than verl's default where flash-attn cannot be imported."""
-        if "attn_implementation" not in config.model.override_config and not flash_attn_works():
-            OmegaConf.update(config, "model.override_config.attn_implementation", "sdpa", force_add=True)
 
     @classmethod
     def has_accelerator(cls, module: ModuleType) -> bool:

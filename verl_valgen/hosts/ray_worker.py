@@ -17,7 +17,9 @@ from verl.workers.engine_workers import TrainingWorker
 
 from verl_valgen.hosts import cpu_ray, fused_kernels
 from verl_valgen.hosts.engine import EngineHost, is_logging_rank_of
-from verl_valgen.hosts.workers import Desk, Lines, Report
+from verl_valgen.hosts.reports import Report
+from verl_valgen.hosts.trainer_host import can_import_flash_attn, tell_of_missing_flash_attn
+from verl_valgen.hosts.workers import Desk, Lines
 from verl_valgen.patching import patched
 
 _ALL: Any = Dispatch.ONE_TO_ALL  # type: ignore[attr-defined]  # an enumeration that grows
@@ -40,6 +42,7 @@ class CPUWorkerMixin:
         self._valgen_on_cpu = ExitStack()
         self._valgen_on_cpu.enter_context(cpu_ray.worker_support())
         super().__init__(*args, **kwargs)
+        _do_without_flash_attn(self)
 
 
 class GeneratingWorkerMixin:
@@ -49,6 +52,7 @@ class GeneratingWorkerMixin:
         make_group = engine_workers.initialize_global_process_group_ray
         with patched(engine_workers, "initialize_global_process_group_ray", _with_time_for_a_round(make_group)):
             super().__init__(*args, **kwargs)
+        self._valgen_has_flash_attn = _do_without_flash_attn(self)
         self._valgen_forwards = ExitStack()
         self._valgen_forwards.enter_context(fused_kernels.forwards_remembered())  # `reset` builds the model later
 
@@ -63,6 +67,8 @@ class GeneratingWorkerMixin:
         is_logging_rank = is_logging_rank_of(worker.engine)
         lines = Lines()
         lines.take_over(level if is_logging_rank else max(level, logging.WARNING))
+        if not self._valgen_has_flash_attn and is_logging_rank:
+            tell_of_missing_flash_attn()
         self._valgen_desk = Desk(worker.rank, is_logging_rank, lines)
 
         def make() -> Any:
@@ -75,6 +81,20 @@ class GeneratingWorkerMixin:
     def valgen_call(self, name: str, *args: Any) -> Report:
         """Calls a method of what `valgen_set_up` has made."""
         return self._valgen_desk.call(name, *args)
+
+
+def _do_without_flash_attn(worker: Any) -> bool:
+    """Gives the model, which `reset` will build, another attention than verl's default where flash-attn cannot be
+    imported on this node. (Its configuration was made in the driver, whose node may have other packages.)
+
+    Returns:
+        Whether it can, or somebody has chosen.
+    """
+    model_config = worker.model_config
+    if "attn_implementation" in model_config.override_config or can_import_flash_attn():
+        return True
+    model_config.hf_config._attn_implementation = "sdpa"
+    return False
 
 
 def _with_time_for_a_round(make_group: Callable[..., Any]) -> Callable[..., Any]:

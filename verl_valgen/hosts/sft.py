@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from verl_valgen.hosts import cpu, fused_kernels
 from verl_valgen.hosts.base import Host
 from verl_valgen.hosts.engine import EngineHost
 from verl_valgen.hosts.engine_trainer import EngineTrainerHost
+from verl_valgen.hosts.trainer_host import flash_attn_works
 
 
 class SFTHost(EngineHost, EngineTrainerHost, Host):
@@ -34,7 +35,8 @@ class SFTHost(EngineHost, EngineTrainerHost, Host):
         with ExitStack() as stack:
             if not cls.has_accelerator(module):
                 stack.enter_context(cpu.sft_support(module, config))
-            cls._do_without_flash_attn(config)
+            if "attn_implementation" not in config.model.override_config and not flash_attn_works():
+                OmegaConf.update(config, "model.override_config.attn_implementation", "sdpa", force_add=True)
             yield
 
     @classmethod

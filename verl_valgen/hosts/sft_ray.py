@@ -14,7 +14,8 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from verl_valgen.hosts import cpu_ray
 from verl_valgen.hosts.engine_trainer import EngineTrainerHost
-from verl_valgen.hosts.workers import BrokenGroupError, Workers
+from verl_valgen.hosts.reports import BrokenGroupError
+from verl_valgen.hosts.workers import Workers
 from verl_valgen.patching import patched
 from verl_valgen.settings.checks import ConfigError
 
@@ -78,8 +79,7 @@ class RaySFTHost(EngineTrainerHost):
                 from verl_valgen.hosts.ray_worker import on_cpu
 
                 stack.enter_context(cpu_ray.driver_support(module, config, on_cpu(module.TrainingWorker)))
-            cls._do_without_flash_attn(config)  # for all workers, as they get the model's configuration from here
-            yield
+            yield  # whether flash-attn can be imported is seen where the model is, by the workers
 
     @classmethod
     @contextmanager

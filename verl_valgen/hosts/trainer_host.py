@@ -153,12 +153,22 @@ class TrainerHost(SharedHost):
         return nullcontext()
 
 
-def flash_attn_works() -> bool:
-    """Whether flash-attn can be imported; logs that the model gets transformers' own attention if not."""
+def can_import_flash_attn() -> bool:
     # An installed build may have been made for another torch: only the import tells.
     try:
         importlib.import_module("flash_attn")
     except Exception:
-        logger.info("flash-attn cannot be imported: the model is loaded with transformers' default attention (sdpa)")
+        return False
+    return True
+
+
+def tell_of_missing_flash_attn() -> None:
+    logger.info("flash-attn cannot be imported: the model is loaded with transformers' default attention (sdpa)")
+
+
+def flash_attn_works() -> bool:
+    """Whether flash-attn can be imported; logs that the model gets transformers' own attention if not."""
+    if not can_import_flash_attn():
+        tell_of_missing_flash_attn()
         return False
     return True

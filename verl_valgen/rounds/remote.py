@@ -15,7 +15,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from transformers import GenerationConfig
 
-from verl_valgen.hosts.workers import BrokenGroupError, WorkerError, Workers
+from verl_valgen.hosts.reports import BrokenGroupError, WorkerError
+from verl_valgen.hosts.workers import Workers
 from verl_valgen.records import Prompt, ProvenAnswers, Request, RowData, pack
 from verl_valgen.rounds.answerer import Answers, RoundAnswerer
 from verl_valgen.rounds.answers_bar import AnswersBar

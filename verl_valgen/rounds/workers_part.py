@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from verl_valgen.collectives import attempt
 from verl_valgen.hosts.model_host import ModelHost
-from verl_valgen.hosts.workers import Failure
+from verl_valgen.hosts.reports import Failure
 from verl_valgen.records import Prompt, ProvenAnswers, unpack
 from verl_valgen.rounds.answerer import Answers
 from verl_valgen.rounds.generation import GatheredRound

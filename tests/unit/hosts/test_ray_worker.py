@@ -20,7 +20,7 @@ from verl.utils.distributed import initialize_global_process_group
 from verl.workers import engine_workers
 from verl.workers.engine_workers import TrainingWorker
 
-from verl_valgen.hosts import cpu_ray
+from verl_valgen.hosts import cpu_ray, ray_worker
 from verl_valgen.hosts.ray_worker import (
     CPUTrainingWorker,
     CPUWorkerMixin,
@@ -136,12 +136,30 @@ def test_a_node_without_the_package_is_told_in_one_line(said):
 class MakesAGroup:
     """As verl's worker does."""
 
-    def __init__(self) -> None:
+    def __init__(self, **overridden: str) -> None:
+        hf_config = SimpleNamespace(_attn_implementation=overridden.get("attn_implementation", "flash_attention_2"))
+        self.model_config = SimpleNamespace(override_config=overridden, hf_config=hf_config)
         engine_workers.initialize_global_process_group_ray(timeout_second=None)
 
 
 VERLS_TIMEOUT_S = inspect.signature(initialize_global_process_group).parameters["timeout_second"].default
 """Of `sft_trainer`; without one torch's own is half an hour."""
+
+
+@pytest.mark.parametrize(
+    ("overridden", "can_import", "expected"),
+    [
+        ({}, True, "flash_attention_2"),
+        ({}, False, "sdpa"),
+        ({"attn_implementation": "eager"}, False, "eager"),
+        ({"attn_implementation": "flash_attention_2"}, False, "flash_attention_2"),  # verl's own error stays
+    ],
+)
+def test_each_worker_looks_for_flash_attn_itself(monkeypatch, overridden, can_import, expected):
+    monkeypatch.setattr(engine_workers, "initialize_global_process_group_ray", lambda timeout_second: None)
+    monkeypatch.setattr(ray_worker, "can_import_flash_attn", lambda: can_import)
+    worker: Any = type("Worker", (GeneratingWorkerMixin, MakesAGroup), {})(**overridden)
+    assert worker.model_config.hf_config._attn_implementation == expected
 
 
 def test_a_round_may_take_as_long_as_without_ray(monkeypatch):

@@ -11,7 +11,8 @@ import cloudpickle
 import pytest
 import torch
 
-from verl_valgen.hosts.workers import BrokenGroupError, Desk, Lines, Report, WorkerError, Workers
+from verl_valgen.hosts.reports import BrokenGroupError, Report, WorkerError
+from verl_valgen.hosts.workers import Desk, Lines, Workers
 from verl_valgen.settings.checks import ConfigError
 from verl_valgen.text import describe
 

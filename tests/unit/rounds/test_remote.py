@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, Qwen2Config
 
-from verl_valgen.hosts.workers import BrokenGroupError, Failure, WorkerError, WorkerMemoryError
+from verl_valgen.hosts.reports import BrokenGroupError, Failure, WorkerError, WorkerMemoryError
 from verl_valgen.records import Completion, Prompt, ProvenAnswers, Query, Round, RoundNumbers, RowData
 from verl_valgen.rounds.answerer import Answers
 from verl_valgen.rounds.reading import Finding
