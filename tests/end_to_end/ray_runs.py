@@ -2,9 +2,9 @@
 
 `on` uses what the driver does: strategies, metrics, prompts of one's own, a round before training, a best value,
 trackers; `off` is the same training without generation, `resumed` is `on` from its checkpoint in the middle of the
-epoch. `program` is a trainer of one's own with the same training, whose rounds are answered while it goes on, and whose parameters are in host memory between two steps. `sharded`
-trains adapters under FSDP1 and answers through the trained model on both workers. `faulty` has a copy on both workers,
-and one fault after the other.
+epoch. `program` is a trainer of one's own with the same training, whose rounds are answered while it goes on, and whose
+parameters are in host memory between two steps. `sharded` trains adapters under FSDP1 and answers through the trained
+model on both workers. `faulty` has a copy on both workers, and one fault after the other.
 """
 
 from __future__ import annotations
