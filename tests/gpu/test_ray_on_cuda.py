@@ -91,7 +91,7 @@ def train(directory: Path, assets: Assets, fsdp: str, module: str) -> Run:
         *assets.overrides(multiturn=True), strategy(fsdp), f"optim.lr={LEARNING_RATE}", "trainer.test_freq=1",
         "checkpoint.save_contents=[model]", "trainer.n_gpus_per_node=2",
     ]  # fmt: skip
-    with own_cluster() as cluster:
+    with own_cluster(hides_devices=False) as cluster:
         result = run(
             directory,
             overrides,
@@ -135,6 +135,7 @@ def test_memory_is_back_at_its_level_after_a_round(finished):
         assert len(of_rank) == len(STEPS)
         for figures in of_rank:
             assert figures["after"] == figures["before"] - figures["left_whole"]
+            assert figures["peak"] > figures["before"] > 0, "nothing was measured"
 
 
 def test_a_round_takes_what_it_takes_without_ray(finished, record_property):
