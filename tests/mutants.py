@@ -193,7 +193,7 @@ MUTANTS = [
     ),
     Mutant(
         "an objection to the answers is not heard",
-        "rounds/verification.py",
+        "rounds/reading.py",
         "return Finding(False, found[0])",
         "return Finding(True)",
         "tests/distributed/test_proven.py",

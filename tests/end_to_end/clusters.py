@@ -27,18 +27,20 @@ class Cluster:
     """What a driver finds, and the processes that came of it.
 
     Its folder is a short one: it is part of the names of sockets.
+
+    Args:
+        hides_devices: Whether runs are on CPU wherever they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, hides_devices: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
         self.environment = {
             # Else Ray asks for a token that it writes to the user's folder.
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": str(self.folder),
-            # Runs are on CPU wherever they are: what is hidden so stays hidden from workers.
-            "CUDA_VISIBLE_DEVICES": "",
             _MARK: uuid.uuid4().hex,
+            **({"CUDA_VISIBLE_DEVICES": ""} if hides_devices else {}),
         }
 
     def processes(self) -> list[psutil.Process]:
@@ -78,8 +80,8 @@ class Cluster:
 
 
 @contextmanager
-def own_cluster() -> Iterator[Cluster]:
-    cluster = Cluster()
+def own_cluster(*, hides_devices: bool = True) -> Iterator[Cluster]:
+    cluster = Cluster(hides_devices=hides_devices)
     try:
         yield cluster
     finally:

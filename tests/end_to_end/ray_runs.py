@@ -2,9 +2,9 @@
 
 `on` uses what the driver does: strategies, metrics, prompts of one's own, a round before training, a best value,
 trackers; `off` is the same training without generation, `resumed` is `on` from its checkpoint in the middle of the
-epoch. `program` is a trainer of one's own with the same training, whose rounds are answered while it goes on. `sharded`
-trains adapters under FSDP1 and answers through the trained model on both workers. `faulty` has a copy on both workers,
-and one fault after the other.
+epoch. `program` is a trainer of one's own with the same training, whose rounds are answered while it goes on, and whose
+parameters are in host memory between two steps. `sharded` trains adapters under FSDP1 and answers through the trained
+model on both workers. `faulty` has a copy on both workers, and one fault after the other.
 """
 
 from __future__ import annotations
@@ -215,11 +215,12 @@ def make_ray_runs(server: TrainerServer, directory: Path, assets: Assets) -> Ray
 
     greedy = generation("generation.do_sample=false")
     beside = ("generation.overlap=true", "generation.every=2")
+    offload = ("engine.param_offload=true", "engine.optimizer_offload=true")
     runs["program"] = run(
         server,
         directory / "program",
         [
-            *training(assets, "fsdp2", "trainer.test_freq=1", "trainer.save_freq=-1"),
+            *training(assets, "fsdp2", "trainer.test_freq=1", "trainer.save_freq=-1", *offload),
             *(f"+{override}" for override in (*greedy, *beside)),
         ],
         before=ANSWERS_WAIT_FOR_TRAINING,

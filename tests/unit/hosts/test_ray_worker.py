@@ -76,7 +76,10 @@ def test_classes_travel_by_reference(cls):
 
 def test_settings_travel_by_reference_of_their_class():
     settings = GenerationSettings(enabled=True, strategies={"greedy": {"do_sample": False}}, metrics=["exact_match"])
-    assert cloudpickle.loads(cloudpickle.dumps(settings)) == settings
+    pickled = cloudpickle.dumps(settings)
+    assert GenerationSettings.__module__.encode() in pickled
+    assert b"_make_skeleton_class" not in pickled  # which it would be made with, were it sent by value
+    assert cloudpickle.loads(pickled) == settings
 
 
 def test_a_class_in_verls_place_answers_too():
