@@ -81,7 +81,8 @@ def _run(
         trainer_class = _generating(getattr(module, host_class.trainer_name))
     if trainer_class is None and host_class.has_accelerator(module):
         return run_verl(config)
-    set_up_logging()
+    # Where one process drives the others, variables of whatever started it say nothing of them.
+    set_up_logging(is_first=not host_class.is_spmd or is_rank_zero())
     with ExitStack() as stack:
         if host_class.is_spmd:
             stack.enter_context(single_process_environment())
@@ -92,7 +93,7 @@ def _run(
         try:
             return run_verl(config)
         except ConfigError as e:  # what only data and model could show
-            _end_with(str(e).split("\n"))
+            _end_with(str(e).split("\n"), host_class)
 
 
 def _checked(config: DictConfig, host_class: type[TrainerHost], *, generates_by_hand: bool) -> Preflight | None:
@@ -111,19 +112,20 @@ def _checked(config: DictConfig, host_class: type[TrainerHost], *, generates_by_
 
         checked = check_names(config, settings, mistakes)
     if settings.enabled and not generates_by_hand:  # a class of one's own may bring its own validation data
-        num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        num_ranks = int(os.environ.get("WORLD_SIZE", "1")) if host_class.is_spmd else 1
         if (reason := host_class.why_validation_will_crash(config, num_ranks)) is not None:
             mistakes.lines.append(reason)
         if isinstance(settings.rows, list):
             with mistakes.noted():
                 check_rows(settings, host_class.num_validation_rows(config))
     if mistakes.lines:
-        _end_with(mistakes.lines)
+        _end_with(mistakes.lines, host_class)
     return checked
 
 
-def _end_with(lines: Sequence[str]) -> NoReturn:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node: each has an environment of its own
+def _end_with(lines: Sequence[str], host_class: type[TrainerHost]) -> NoReturn:
+    # Once per node: each has an environment of its own.
+    if not host_class.is_spmd or os.environ.get("LOCAL_RANK", "0") == "0":
         for line in lines:
             print(f"verl-valgen: {line}", file=sys.stderr)
     raise SystemExit(2) from None
@@ -156,7 +158,7 @@ def single_process_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def set_up_logging() -> None:
+def set_up_logging(*, is_first: bool = True) -> None:
     """Rank 0 logs at the level that verl's SFT trainers read as well, INFO unless set; the other ranks warn only.
 
     A handler is added only where the program has none: under Hydra it has. Lines go between those of progress bars.
@@ -164,7 +166,7 @@ def set_up_logging() -> None:
     from verl_valgen.viewing.beside_bars import log_beside_bars
 
     level = os.environ.get("VERL_SFT_LOGGING_LEVEL", "INFO")
-    logger.setLevel(level if is_rank_zero() else logging.WARNING)
+    logger.setLevel(level if is_first else logging.WARNING)
     if not logger.hasHandlers():
         logging.basicConfig(format="[%(asctime)s][%(name)s][%(levelname)s] - %(message)s")
     log_beside_bars(logger)

@@ -92,8 +92,11 @@ def storable(text: str) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Type and message of `error` in one printable line without secrets, even if its message cannot be made."""
-    text = "".join(traceback.format_exception_only(error)).strip()
+    """Type and message of `error` in one printable line without secrets, even if its message cannot be made.
+
+    An exception that stands for one of another process has that one's line in `one_line`.
+    """
+    text = getattr(error, "one_line", None) or "".join(traceback.format_exception_only(error)).strip()
     return printable(_without_secrets(text), _MAX_REASON_CHARS)
 
 

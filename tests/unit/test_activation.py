@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -233,3 +234,20 @@ def test_rounds_that_did_not_come_are_told_while_the_rounds_are_open_unless_trai
     else:
         assert trainer.fit() == 1
     assert events == (["fit", "end"] if fails else ["fit", "missing", "end"])
+
+
+@pytest.mark.parametrize("is_spmd", [True, False])
+def test_a_driver_is_the_first_of_one_whatever_started_it_says(config, calls, capsys, monkeypatch, is_spmd):
+    """SLURM and Kubernetes set such variables for every job."""
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    asked: list[int] = []
+    monkeypatch.setattr(SmallHost, "is_spmd", is_spmd)
+    monkeypatch.setattr(SmallHost, "why_validation_will_crash", staticmethod(lambda config, num: asked.append(num)))
+    Program().run(config)
+    assert asked == [8 if is_spmd else 1]
+    assert logging.getLogger("verl_valgen").level == (logging.WARNING if is_spmd else logging.INFO)
+    config.generation.top_k = -5
+    with pytest.raises(SystemExit):
+        Program().run(config)
+    assert ("verl-valgen: " in capsys.readouterr().err) == (not is_spmd)

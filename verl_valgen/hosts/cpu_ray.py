@@ -62,10 +62,10 @@ def worker_support() -> Iterator[None]:
 
 
 def _initialize_gloo_in_worker(timeout_second: int | None = None, backend: str | None = None) -> None:
-    """Stands in for verl's `initialize_global_process_group_ray`."""
+    """Stands in for verl's `initialize_global_process_group_ray`; without a time-out, as `_initialize_gloo` has it."""
     dist.init_process_group(
         "gloo",
-        timeout=None if timeout_second is None else timedelta(seconds=timeout_second),
+        timeout=timedelta(seconds=36000 if timeout_second is None else timeout_second),
         init_method=os.environ.get("DIST_INIT_METHOD"),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
@@ -77,18 +77,21 @@ def _init_with_logical_gpus(init: Callable[..., Any], num_workers: int) -> Calla
 
     def ray_init(*args: Any, **kwargs: Any) -> Any:
         logical: dict[str, Any]
-        if args or "address" in kwargs or "RAY_ADDRESS" in os.environ:
+        address = args[0] if args else kwargs.get("address")
+        if address is None:
+            address = os.environ.get("RAY_ADDRESS")
+        if address not in (None, "", "local"):
             return init(*args, **kwargs)
         logical = {"num_gpus": num_workers, "num_cpus": _CPUS_OF_WORKER * num_workers}
         logical["resources"] = {"cpu": num_workers}  # what verl before 0.9 asks for in the GPUs' place
         small = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         try:
             with _hidden_devices(num_workers):
-                return init(**(logical | small | kwargs))
+                return init(*args, **(logical | small | kwargs))
         except ValueError as e:
             if "existing cluster" not in str(e):  # one runs on this machine, and has what it has
                 raise
-            return init(**kwargs)
+            return init(*args, **kwargs)
 
     return ray_init
 

@@ -42,7 +42,7 @@ class EngineHost(ModelHost):
         self.model = engine.module  # anything at all, in other engines than FSDP's
         self.verl_model_config = model_config
         self.tokenizer = model_config.tokenizer
-        self.is_logging_rank = engine.is_mp_src_rank_with_outputs() and engine.get_data_parallel_rank() == 0
+        self.is_logging_rank = is_logging_rank_of(engine)
         self.device = current_device(device_type)
         self.compute_dtype = _compute_dtype(engine_config)
         self.is_sharded_by_fsdp = engine_config.strategy in _FSDP and isinstance(self.model, FSDP | FSDPModule)
@@ -169,6 +169,11 @@ class EngineHost(ModelHost):
             yield from parameters
 
         return stream()
+
+
+def is_logging_rank_of(engine: Any) -> bool:
+    """Whether this is the one rank that has the outputs of the first data-parallel rank."""
+    return engine.is_mp_src_rank_with_outputs() and engine.get_data_parallel_rank() == 0
 
 
 def _compute_dtype(engine_config: Any) -> torch.dtype:

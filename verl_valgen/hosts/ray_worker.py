@@ -12,13 +12,18 @@ from contextlib import ExitStack
 from typing import Any
 
 from verl.single_controller.base.decorator import Dispatch, register
+from verl.workers import engine_workers
 from verl.workers.engine_workers import TrainingWorker
 
 from verl_valgen.hosts import cpu_ray, fused_kernels
-from verl_valgen.hosts.engine import EngineHost
+from verl_valgen.hosts.engine import EngineHost, is_logging_rank_of
 from verl_valgen.hosts.workers import Desk, Lines, Report
+from verl_valgen.patching import patched
 
 _ALL: Any = Dispatch.ONE_TO_ALL  # type: ignore[attr-defined]  # an enumeration that grows
+
+_TIMEOUT_S = 36000
+"""verl's own, of `initialize_global_process_group`."""
 
 
 class CPUWorkerMixin:
@@ -41,7 +46,9 @@ class GeneratingWorkerMixin:
     """Goes before `TrainingWorker`, to answer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        make_group = engine_workers.initialize_global_process_group_ray
+        with patched(engine_workers, "initialize_global_process_group_ray", _with_time_for_a_round(make_group)):
+            super().__init__(*args, **kwargs)
         self._valgen_forwards = ExitStack()
         self._valgen_forwards.enter_context(fused_kernels.forwards_remembered())  # `reset` builds the model later
 
@@ -53,14 +60,13 @@ class GeneratingWorkerMixin:
             level: That of the driver's log.
         """
         worker: Any = self
-        engine = worker.engine
-        is_logging_rank = engine.is_mp_src_rank_with_outputs() and engine.get_data_parallel_rank() == 0
+        is_logging_rank = is_logging_rank_of(worker.engine)
         lines = Lines()
         lines.take_over(level if is_logging_rank else max(level, logging.WARNING))
         self._valgen_desk = Desk(worker.rank, is_logging_rank, lines)
 
         def make() -> Any:
-            host = EngineHost(engine, worker.model_config, worker.engine_config, worker.device_name)
+            host = EngineHost(worker.engine, worker.model_config, worker.engine_config, worker.device_name)
             return make_part(host, *args)
 
         return self._valgen_desk.set_up(make)
@@ -69,6 +75,18 @@ class GeneratingWorkerMixin:
     def valgen_call(self, name: str, *args: Any) -> Report:
         """Calls a method of what `valgen_set_up` has made."""
         return self._valgen_desk.call(name, *args)
+
+
+def _with_time_for_a_round(make_group: Callable[..., Any]) -> Callable[..., Any]:
+    """verl's function that makes the process group, with a time-out as long as `sft_trainer` has it.
+
+    Without one it is torch's half an hour, in which ranks that wait for another's answers would give up.
+    """
+
+    def make(timeout_second: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        return make_group(_TIMEOUT_S if timeout_second is None else timeout_second, *args, **kwargs)
+
+    return make
 
 
 class CPUTrainingWorker(CPUWorkerMixin, TrainingWorker):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
@@ -13,9 +14,16 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from verl_valgen.hosts import cpu_ray
 from verl_valgen.hosts.engine_trainer import EngineTrainerHost
-from verl_valgen.hosts.workers import Workers
+from verl_valgen.hosts.workers import BrokenGroupError, Workers
 from verl_valgen.patching import patched
 from verl_valgen.settings.checks import ConfigError
+
+_OF_IMPORTING = re.compile(
+    "ModuleNotFoundError: No module named 'verl_valgen"
+    "|ImportError: .*'verl_valgen"
+    "|AttributeError: .*module 'verl_valgen"
+)
+"""What Python says in a worker that is sent what its package does not have."""
 
 
 class RaySFTHost(EngineTrainerHost):
@@ -40,7 +48,12 @@ class RaySFTHost(EngineTrainerHost):
                 "class of its workers from verl's module, as `verl.trainer.sft_trainer_ray.TrainingWorker`, when called"
             )
         self.workers = Workers(trainer.training_client)
-        self.fatal_errors = (RayError,)
+        self.fatal_errors = (RayError, BrokenGroupError)
+
+    def set_up_workers(self, make_part: Callable[..., Any], *args: Any) -> None:
+        """See `Workers.set_up`."""
+        with _other_packages_told():
+            self.workers.set_up(make_part, *args)
 
     @property
     def model_config(self) -> PretrainedConfig:
@@ -71,17 +84,27 @@ class RaySFTHost(EngineTrainerHost):
     @classmethod
     @contextmanager
     def while_building(cls, module: ModuleType) -> Iterator[None]:
-        from ray.exceptions import RayError
-
         from verl_valgen.hosts.ray_worker import answering
 
-        with patched(module, "TrainingWorker", answering(module.TrainingWorker)):
-            try:
-                yield
-            except RayError as e:
-                if "No module named 'verl_valgen" in str(e):
-                    raise ConfigError(
-                        "a worker's node lacks verl-valgen, or has another version of it: install it on every node, in "
-                        "the environment that Ray's workers run in"
-                    ) from e
-                raise
+        with _other_packages_told(), patched(module, "TrainingWorker", answering(module.TrainingWorker)):
+            yield
+
+
+@contextmanager
+def _other_packages_told() -> Iterator[None]:
+    """Turns Ray's errors about a node that cannot import what it is sent into one line.
+
+    Raises:
+        ConfigError: There is none of this package, or another.
+    """
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as e:
+        if _OF_IMPORTING.search(str(e)):
+            raise ConfigError(
+                "a worker's node lacks verl-valgen, or has another version of it: install it on every node, in the "
+                "environment that Ray's workers run in"
+            ) from e
+        raise

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from verl_valgen import __version__
 from verl_valgen.collectives import attempt
@@ -29,9 +30,18 @@ _PACKAGE = "verl_valgen"
 class WorkerError(RuntimeError):
     """A worker failed; the message says how."""
 
+    @property
+    def one_line(self) -> str:
+        """What it is described by: the worker's exception, and not this one."""
+        return str(self)
+
 
 class WorkerMemoryError(WorkerError, MemoryError):
     """A worker had no memory left."""
+
+
+class BrokenGroupError(WorkerError):
+    """A collective of the workers' broke: there can be no other among them, and no training."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +50,23 @@ class Failure:
 
     text: str
     is_for_memory: bool = False
+    has_broken_group: bool = False
+    """Whether it came from a collective that broke: by a rank that has gone, or by the time that it may take."""
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        return cls(describe(error), isinstance(error, torch.OutOfMemoryError | MemoryError))
+        # gloo's errors are plain ones, which begin with where in its source they came from.
+        has_broken_group = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+        return cls(describe(error), isinstance(error, torch.OutOfMemoryError | MemoryError), has_broken_group)
 
-    def as_error(self) -> WorkerError:
-        return (WorkerMemoryError if self.is_for_memory else WorkerError)(self.text)
+    def as_error(self, whose: str = "") -> WorkerError:
+        """
+        Args:
+            whose: Goes before the text.
+        """
+        if self.has_broken_group:
+            return BrokenGroupError(whose + self.text)
+        return (WorkerMemoryError if self.is_for_memory else WorkerError)(whose + self.text)
 
 
 class LogLine(NamedTuple):
@@ -154,33 +174,41 @@ class Workers:
         """
         level = logging.getLogger(_PACKAGE).getEffectiveLevel()
         reports = self.group.valgen_set_up(make_part, args, level)
-        self._value_of(reports)
-        for report in reports:
-            if report.failure is not None:
-                raise report.failure.as_error()
+        for report in reports:  # first, as another version may be what has failed
             if report.version != __version__:
                 raise ConfigError(
                     f"the node of rank {report.rank} has verl-valgen {report.version}, the driver {__version__}: "
                     "install the same version on every node"
                 )
+        self._value_of(reports)
 
     def call(self, name: str, *args: Any) -> Any:
         """Calls a method of every worker's part, and returns what it gives on the logging rank.
 
         Raises:
-            WorkerError: It failed there. (Of what failed elsewhere a warning tells: ranks exchange what they need to.)
+            WorkerError: It failed on any rank: what belongs to it must not be called, as others would wait there.
+            BrokenGroupError: No other collective is possible.
         """
         return self._value_of(self.group.valgen_call(name, *args))
 
-    def _value_of(self, reports: list[Report]) -> Any:
+    def call_last(self, name: str, *args: Any) -> Any:
+        """`call` for what ends a round: what failed on other ranks than the logging rank alone costs a warning."""
+        return self._value_of(self.group.valgen_call(name, *args), is_last=True)
+
+    def _value_of(self, reports: list[Report], *, is_last: bool = False) -> Any:
         for report in reports:
             whose = "" if report.is_logging_rank else f"rank {report.rank}: "
             for line in report.lines:
                 logging.getLogger(line.logger).log(line.level, "%s%s", whose, line.message)
-        (leading,) = (report for report in reports if report.is_logging_rank)
-        if leading.failure is not None:
-            raise leading.failure.as_error()
-        for report in reports:
-            if report.failure is not None:
-                self.warnings.warn(f"rank {report.rank} failed: {report.failure.text}", cause=report.failure.text)
-        return leading.value
+        leading = [report for report in reports if report.is_logging_rank]
+        if len(leading) != 1:
+            raise WorkerError(f"{len(leading)} of {len(reports)} workers say that they are the logging rank")
+        # The logging rank's own error first: what others say may follow from it.
+        for report in sorted(reports, key=lambda report: not report.is_logging_rank):
+            whose = "" if report.is_logging_rank else f"rank {report.rank}: "
+            if report.failure is None:
+                continue
+            if report.is_logging_rank or report.failure.has_broken_group or not is_last:
+                raise report.failure.as_error(whose)
+            self.warnings.warn(f"{whose}{report.failure.text}", cause=report.failure.text)
+        return leading[0].value

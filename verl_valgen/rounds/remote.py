@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from transformers import GenerationConfig
 
-from verl_valgen.hosts.workers import Workers
+from verl_valgen.hosts.workers import BrokenGroupError, WorkerError, Workers
 from verl_valgen.records import Prompt, ProvenAnswers, Request, RowData, pack
 from verl_valgen.rounds.answerer import Answers, RoundAnswerer
 from verl_valgen.rounds.answers_bar import AnswersBar
@@ -47,11 +47,11 @@ class RemoteAnswerer(RoundAnswerer[Begun]):
         self.under_way: RemoteBeside[Any] | None = None
         self.num_requests, self.began_at = 0, 0.0
         """Of the round that was begun last; `time.monotonic()`."""
-        self.workers.set_up(WorkersPart, settings)
+        host.set_up_workers(WorkersPart, settings)
 
     def at_batch(self) -> None:
         """Asks the workers whether the answers are there, which they say between two steps, at once."""
-        answers = self.workers.call("at_batch")
+        answers = self.workers.call_last("at_batch")
         if answers is not None and self.under_way is not None:
             self.under_way.take(answers)
 
@@ -62,15 +62,16 @@ class RemoteAnswerer(RoundAnswerer[Begun]):
         if not requests:
             return None
         self.num_requests, self.began_at = len(requests), time.monotonic()
-        return self.workers.call("begin", pack(requests), self.special_tokens(), may_overlap)
+        return self._call_of_a_round("begin", pack(requests), self.special_tokens(), may_overlap)
 
     def may_go_on(self, gathered: Begun, prompts: Sequence[Prompt]) -> bool:
         # Those are all that is read of them; a data set's columns may not be fit to travel.
-        bare = [replace(prompt, data=RowData(), source="") for prompt in prompts]
-        return self.workers.call("may_go_on", bare)
+        bare = {id(prompt): replace(prompt, data=RowData(), source="") for prompt in prompts}
+        # One that is asked in several ways stays one: so it is read once.
+        return self._call_of_a_round("may_go_on", [bare[id(prompt)] for prompt in prompts])
 
     def beside(self, gathered: Begun, then: Callable[[Callable[[], Answers]], T]) -> RemoteBeside[T]:
-        self.workers.call("beside")
+        self._call_of_a_round("beside")
         self.under_way = RemoteBeside(self.workers, then)
         return self.under_way
 
@@ -82,8 +83,19 @@ class RemoteAnswerer(RoundAnswerer[Begun]):
             return None
         # It shows how long this takes, and not how many answers are done: the workers say nothing before all are.
         with AnswersBar(self.num_requests, self.num_requests, self.began_at, is_wanted=self.has_bar):
-            proven = self.workers.call("finish")
+            proven = self.workers.call_last("finish")
         return None if proven is None else _at_this_clock(proven)
+
+    def _call_of_a_round(self, name: str, *args: Any) -> Any:
+        """Calls what others calls follow upon. Where it fails on one rank, none keeps its part of the round: what is
+        collective there would wait for the others for ever."""
+        try:
+            return self.workers.call(name, *args)
+        except BrokenGroupError:
+            raise
+        except WorkerError:
+            self.workers.call_last("discard")
+            raise
 
     def tell(self, finding: Finding) -> None:
         pass  # the worker did, with its answers: this may be at the end of a run that workers are in the middle of
@@ -117,7 +129,12 @@ class RemoteBeside(Generic[T]):
     def result(self) -> tuple[T | None, Exception | None]:
         """See `BesideTraining.result`. To be called between two steps."""
         if self._thread is None:
-            self.take(self._workers.call("result"))
+            try:
+                self.take(self._workers.call_last("result"))
+            except BrokenGroupError:
+                raise
+            except WorkerError as e:
+                return None, e
         assert self._thread is not None
         return self._thread.result()
 

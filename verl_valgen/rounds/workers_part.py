@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
 
+from verl_valgen.collectives import attempt
 from verl_valgen.hosts.model_host import ModelHost
 from verl_valgen.hosts.workers import Failure
 from verl_valgen.records import Prompt, ProvenAnswers, unpack
@@ -19,6 +21,9 @@ from verl_valgen.rounds.local import LocalAnswerer
 from verl_valgen.rounds.overlap import BesideTraining
 from verl_valgen.rounds.reading import Finding
 from verl_valgen.settings.settings import GenerationSettings
+from verl_valgen.text import describe
+
+logger = logging.getLogger(__name__)
 
 
 class Begun(NamedTuple):
@@ -70,7 +75,7 @@ class WorkersPart:
         return self.result() if is_done else None
 
     def begin(self, packed: dict[str, Any], special_tokens: GenerationConfig, may_overlap: bool) -> Begun | None:
-        self._end_what_is_open()
+        self.discard()  # a driver that failed in the middle of a round may go on with another
         self.given = special_tokens
         with ExitStack() as stack:
             stack.enter_context(self.answerer.apart_from_training())
@@ -81,7 +86,10 @@ class WorkersPart:
         return Begun(gathered.is_beside_training)
 
     def may_go_on(self, prompts: Sequence[Prompt]) -> bool:
-        return self.open is not None and self.answerer.may_go_on(self.open.gathered, prompts)
+        with self._closing() as opened:
+            may_go_on = self.answerer.may_go_on(opened.gathered, prompts)
+            self.open = _Open(opened.gathered, opened.stack.pop_all())
+        return may_go_on
 
     def beside(self) -> None:
         with self._closing() as opened:
@@ -100,7 +108,9 @@ class WorkersPart:
         if opened is None or opened.beside is None:
             return None
         result, error = opened.beside.result()
-        self.answerer.let_go(opened.gathered, is_done=True)
+        _, problem = attempt(lambda: self.answerer.let_go(opened.gathered, is_done=True))
+        if problem is not None:  # the answers are there all the same
+            logger.warning("what the answers held is not free: %s", describe(problem))
         if error is not None or result is None:
             return FromThread(None, Failure.of(error or RuntimeError("no answers came")))
         answers, ended_at = result
@@ -110,24 +120,29 @@ class WorkersPart:
     def note(self, finding: Finding | None) -> None:
         self.answerer.note(finding)
 
-    @contextmanager
-    def _closing(self) -> Iterator[_Open]:
-        """The round that is open, which is not any longer."""
-        opened, self.open = self.open, None
-        if opened is None:
-            raise RuntimeError("no round was begun")
-        with opened.stack:
-            yield opened
-
-    def _end_what_is_open(self) -> None:
-        """A driver that failed in the middle of a round may go on with another."""
+    def discard(self) -> None:
+        """Ends a round that is open, without waiting for answers. Not collective."""
         if self.open is None:
             return
         if self.open.beside is not None:
+            self.open.beside.stop()
             self.result()
         else:
             with self._closing() as opened:
                 opened.gathered.discard()
+
+    @contextmanager
+    def _closing(self) -> Iterator[_Open]:
+        """The round that is open, which is not any longer; where something fails, nothing of it stays."""
+        opened, self.open = self.open, None
+        if opened is None:
+            raise RuntimeError("no round was begun")
+        with opened.stack:
+            try:
+                yield opened
+            except BaseException:
+                opened.gathered.discard()
+                raise
 
 
 def _left(proven: ProvenAnswers) -> ProvenAnswers:

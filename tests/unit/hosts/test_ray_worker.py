@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,13 +16,17 @@ pytest.importorskip("verl.trainer.sft_trainer_ray")
 from ray import cloudpickle
 from ray.exceptions import ActorDiedError
 from verl.single_controller.base.decorator import MAGIC_ATTR
+from verl.utils.distributed import initialize_global_process_group
+from verl.workers import engine_workers
 from verl.workers.engine_workers import TrainingWorker
 
 from verl_valgen.hosts import cpu_ray
 from verl_valgen.hosts.ray_worker import (
     CPUTrainingWorker,
+    CPUWorkerMixin,
     GeneratingCPUTrainingWorker,
     GeneratingTrainingWorker,
+    GeneratingWorkerMixin,
     answering,
     on_cpu,
 )
@@ -100,20 +105,69 @@ def test_the_worker_stands_in_verls_place_while_a_trainer_is_built(before, meanw
     assert module.TrainingWorker is before
 
 
-@pytest.mark.parametrize("name", ["verl_valgen", "verl_valgen.hosts.ray_worker"])
-def test_a_node_without_the_package_is_told_in_one_line(name):
-    """The text is Ray's, of an actor whose class cannot be unpickled."""
+@pytest.mark.parametrize(
+    "said",
+    [
+        "ModuleNotFoundError: No module named 'verl_valgen'",
+        "ModuleNotFoundError: No module named 'verl_valgen.hosts.ray_worker'",
+        "ImportError: cannot import name 'Report' from 'verl_valgen.hosts.workers' (/a/verl_valgen/hosts/workers.py)",
+        "AttributeError: Can't get attribute 'WorkersPart' on <module 'verl_valgen.rounds.workers_part' from '/a.py'>",
+    ],
+)
+def test_a_node_without_the_package_is_told_in_one_line(said):
+    """The text before is Ray's, of an actor whose class cannot be unpickled."""
     error = ActorDiedError()
     error.error_msg = (
         "The actor with name GeneratingTrainingWorker failed to import on the worker. This may be because needed "
-        "library dependencies are not installed in the worker environment:\n\n"
-        f"ModuleNotFoundError: No module named '{name}'"
+        f"library dependencies are not installed in the worker environment:\n\n{said}"
     )
+
+    class Group:
+        def valgen_set_up(self, *args: Any) -> None:
+            raise error
+
     module: Any = SimpleNamespace(TrainingWorker=TrainingWorker)
     with pytest.raises(ConfigError) as raised, RaySFTHost.while_building(module):
         raise error
-    assert str(raised.value).startswith("a worker's node lacks verl-valgen")
-    assert "\n" not in str(raised.value)
+    with pytest.raises(ConfigError) as raised_later:
+        RaySFTHost(trainer_of(Group())).set_up_workers(WorkersPart)
+    for told in (raised, raised_later):
+        assert str(told.value).startswith("a worker's node lacks verl-valgen")
+        assert "\n" not in str(told.value)
+
+
+class MakesAGroup:
+    """As verl's worker does."""
+
+    def __init__(self) -> None:
+        engine_workers.initialize_global_process_group_ray(timeout_second=None)
+
+
+VERLS_TIMEOUT_S = inspect.signature(initialize_global_process_group).parameters["timeout_second"].default
+"""Of `sft_trainer`; without one torch's own is half an hour."""
+
+
+def test_a_round_may_take_as_long_as_without_ray(monkeypatch):
+    given: list[int] = []
+    monkeypatch.setattr(
+        engine_workers, "initialize_global_process_group_ray", lambda timeout_second: given.append(timeout_second)
+    )
+    type("Worker", (GeneratingWorkerMixin, MakesAGroup), {})()
+    MakesAGroup()
+    assert given == [VERLS_TIMEOUT_S, None]
+
+
+def test_a_round_on_cpu_may_take_as_long(monkeypatch):
+    given: list[timedelta] = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *args, timeout, **how: given.append(timeout))
+    monkeypatch.setattr(
+        engine_workers, "initialize_global_process_group_ray", engine_workers.initialize_global_process_group_ray
+    )
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    worker: Any = type("Worker", (GeneratingWorkerMixin, CPUWorkerMixin, MakesAGroup), {})()
+    worker._valgen_on_cpu.close()
+    assert given == [timedelta(seconds=VERLS_TIMEOUT_S)]
 
 
 def trainer_of(worker_class: type) -> Any:
@@ -158,6 +212,10 @@ class Init:
         (False, None, {"num_gpus": 7}, [{"num_gpus": 7, "num_cpus": 20}]),
         (True, None, {}, [{"num_gpus": 2, "num_cpus": 20}, {}]),
         (True, "here:1", {}, [{}]),
+        (False, "", {}, [{"num_gpus": 2, "num_cpus": 20}]),
+        (False, "local", {}, [{"num_gpus": 2, "num_cpus": 20}]),
+        (False, None, {"address": None}, [{"address": None, "num_gpus": 2, "num_cpus": 20}]),
+        (False, "here:1", {"address": "local"}, [{"address": "local", "num_gpus": 2, "num_cpus": 20}]),
         (True, None, {"address": "here:1"}, [{"address": "here:1"}]),
     ],
 )

@@ -11,8 +11,9 @@ import cloudpickle
 import pytest
 import torch
 
-from verl_valgen.hosts.workers import Desk, Lines, Report, WorkerError, Workers
+from verl_valgen.hosts.workers import BrokenGroupError, Desk, Lines, Report, WorkerError, Workers
 from verl_valgen.settings.checks import ConfigError
+from verl_valgen.text import describe
 
 
 class Part:
@@ -73,11 +74,41 @@ def test_a_failure_of_the_logging_rank_is_raised_in_one_line(workers, error, is_
     assert workers.call("whose") == 1
 
 
-def test_a_failure_of_another_rank_alone_is_told_once(workers, caplog):
+def test_a_failure_of_another_rank_is_raised_unless_nothing_follows(workers, caplog):
+    """What follows may be collective, and that rank would be missing there."""
+    with pytest.raises(WorkerError, match=r"\Arank 2: ValueError: planted\Z"):
+        workers.call("fail", 2, ValueError("planted"))
     for _ in range(2):
-        assert workers.call("fail", 2, ValueError("planted")) == "answered"
+        assert workers.call_last("fail", 2, ValueError("planted")) == "answered"
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert record.getMessage() == "rank 2 failed: ValueError: planted"
+    assert record.getMessage() == "rank 2: ValueError: planted"
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0."),
+        RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1"),
+    ],
+)
+def test_a_collective_that_broke_is_told_apart_on_whichever_rank(workers, rank, error):
+    with pytest.raises(BrokenGroupError):
+        workers.call_last("fail", rank, error)
+
+
+def test_a_failure_is_described_by_what_failed(workers):
+    with pytest.raises(WorkerError) as raised:
+        workers.call("fail", 1, ValueError("planted"))
+    assert describe(raised.value) == "ValueError: planted"
+
+
+@pytest.mark.parametrize("num", [0, 2])
+def test_that_there_is_no_one_logging_rank_is_told(workers, num):
+    for rank, desk in enumerate(workers.group.desks):
+        desk.is_logging_rank = rank < num
+    with pytest.raises(WorkerError, match=f"{num} of 3 workers say that they are the logging rank"):
+        workers.call("whose")
 
 
 @pytest.mark.parametrize("failing", [1, 2])
@@ -91,7 +122,7 @@ def test_a_part_that_cannot_be_made_is_an_error_on_whichever_rank(workers, faili
 
 
 def test_a_node_with_another_version_is_refused(workers):
-    reports = workers.group.valgen_set_up(Part, (), 0)
+    reports = workers.group.valgen_set_up(lambda rank: rank / 0, (), 0)  # it has failed, too
     workers.group.valgen_set_up = lambda *args: [replace(r, version="0.0.1") if r.rank == 2 else r for r in reports]
     with pytest.raises(ConfigError, match=r"the node of rank 2 has verl-valgen 0\.0\.1, the driver "):
         workers.set_up(Part)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, Qwen2Config
 
-from verl_valgen.hosts.workers import Failure, WorkerError, WorkerMemoryError
+from verl_valgen.hosts.workers import BrokenGroupError, Failure, WorkerError, WorkerMemoryError
 from verl_valgen.records import Completion, Prompt, ProvenAnswers, Query, Round, RoundNumbers, RowData
 from verl_valgen.rounds.answerer import Answers
 from verl_valgen.rounds.reading import Finding
@@ -39,8 +39,8 @@ class TheWorkers:
         self.args: dict[str, tuple[Any, ...]] = {}
         self.answers: dict[str, Any] = {"begin": Begun(False), "may_go_on": True, "finish": PROVEN}
 
-    def set_up(self, make_part: Callable[..., Any], *args: Any) -> None:
-        pass
+    def call_last(self, name: str, *args: Any) -> Any:
+        return self.call(name, *args)
 
     def call(self, name: str, *args: Any) -> Any:
         self.asked.append(name)
@@ -82,8 +82,9 @@ def rounds(workers) -> ValidationRounds:
         device=torch.device("cpu"),
         is_logging_rank=True,
         workers=workers,
+        set_up_workers=lambda *args: None,
         answerer="verl_valgen.rounds.remote:RemoteAnswerer",
-        fatal_errors=(WorkersLost,),
+        fatal_errors=(WorkersLost, BrokenGroupError),
         model_config=Qwen2Config(vocab_size=10),
     )
     rounds = ValidationRounds(host, GenerationSettings(enabled=True, overlap=True))
@@ -136,6 +137,46 @@ def test_what_workers_report_is_told_and_training_goes_on(rounds, workers, caplo
     workers.answers["begin"] = Begun(False)
     rounds.run(2)
     assert [round.step for round in rounds.recorder.rounds] == [2]
+
+
+@pytest.mark.parametrize("name", ["begin", "may_go_on", "beside"])
+def test_what_fails_on_one_rank_is_ended_on_all_before_anything_collective(rounds, workers, caplog, name):
+    workers.answers |= {"begin": Begun(True), name: WorkerError("rank 1: planted")}
+    rounds.run(1)
+    assert workers.asked[-2:] == [name, "discard"]
+    (record,) = caplog.records
+    assert "no samples at this validation: rank 1: planted; " in record.getMessage()
+    assert rounds.under_way is None
+    workers.answers |= {"begin": Begun(False), name: Begun(False)}
+    rounds.run(9)
+    assert [round.step for round in rounds.recorder.rounds] == [9]
+
+
+@pytest.mark.parametrize("name", ["begin", "finish"])
+def test_a_broken_collective_ends_the_run(rounds, workers, name):
+    workers.answers[name] = BrokenGroupError("Connection closed by peer")
+    with pytest.raises(BrokenGroupError):
+        rounds.run(1)
+    assert workers.asked[-1] == name
+
+
+def test_answers_that_cannot_be_asked_for_cost_one_warning(rounds, workers, caplog):
+    begin_beside(rounds, workers)
+    workers.answers["result"] = WorkerError("planted")
+    rounds.record_under_way()
+    rounds.record_under_way()
+    (record,) = caplog.records
+    assert "no samples of the validation at step 1: planted; training goes on" in record.getMessage()
+    assert rounds.under_way is None
+
+
+def test_a_prompt_that_is_asked_in_several_ways_travels_once(rounds, workers):
+    (query,) = rounds.recorder.queries
+    rounds.recorder.queries = [query, replace(query, strategy="other")]
+    begin_beside(rounds, workers)
+    (prompts,) = workers.args["may_go_on"]
+    assert len(prompts) == 2
+    assert prompts[0] is prompts[1]
 
 
 def test_training_is_not_asked_to_wait_for_answers_beside_it(rounds, workers):

@@ -29,6 +29,7 @@ class TheAnswerer:
         self.error: Exception | None = None
         self.is_logging_rank = True
         self.is_done = True
+        self.is_unfree = False
 
     @contextmanager
     def apart_from_training(self) -> Iterator[None]:
@@ -41,7 +42,14 @@ class TheAnswerer:
     def begin(self, requests: Any, *, may_overlap: bool) -> Any:
         self._ask("begin")
         self.held.append("a copy")
-        return SimpleNamespace(is_beside_training=may_overlap, discard=lambda: self.held.remove("a copy"))
+        return SimpleNamespace(is_beside_training=may_overlap, discard=self._free)
+
+    def _free(self) -> None:
+        self.held = [name for name in self.held if name != "a copy"]
+
+    def may_go_on(self, gathered: Any, prompts: Any) -> bool:
+        self._ask("may_go_on")
+        return True
 
     def finish(self, gathered: Any) -> ProvenAnswers:
         gathered.discard()
@@ -54,11 +62,15 @@ class TheAnswerer:
             gathered.discard()
             return None
         value = then(lambda: Answers(PROVEN, Finding(True)))
-        return SimpleNamespace(is_done=self.is_done, result=lambda: (value, self.error))
+        return SimpleNamespace(
+            is_done=self.is_done, result=lambda: (value, self.error), stop=lambda: self.asked.append("stop")
+        )
 
     def let_go(self, gathered: Any, *, is_done: bool) -> None:
         assert is_done
         gathered.discard()
+        if self.is_unfree:
+            raise OSError("not free")
 
     def at_batch(self) -> None:
         self._ask("at_batch")
@@ -91,14 +103,15 @@ def test_training_waits_from_the_beginning_to_the_end_of_a_round(part):
     assert part.answerer.held == []
 
 
-@pytest.mark.parametrize("name", ["begin", "finish", "beside"])
+@pytest.mark.parametrize("name", ["begin", "may_go_on", "finish", "beside"])
 def test_training_waits_no_longer_where_a_round_fails(part, name):
     if name != "begin":
         begin(part)
     part.answerer.error = RuntimeError("planted")
     with pytest.raises(RuntimeError, match="planted"):
-        begin(part) if name == "begin" else getattr(part, name)()
-    assert "training waits" not in part.answerer.held
+        begin(part) if name == "begin" else getattr(part, name)(*([[]] if name == "may_go_on" else []))
+    assert part.answerer.held == []
+    part.discard()
     part.answerer.error = None
     assert begin(part) == Begun(False)
 
@@ -134,6 +147,34 @@ def test_what_failed_in_the_thread_travels_as_a_value(part):
     assert given.answers is None
     assert given.failure.text == "ValueError: planted"
     assert part.answerer.held == []
+
+
+def test_answers_are_given_where_what_they_held_cannot_be_freed(part, caplog):
+    begin(part, beside=True)
+    part.beside()
+    part.answerer.is_unfree = True
+    assert part.result().answers.proven.verified is True
+    assert "what the answers held is not free: OSError: not free" in caplog.text
+
+
+def test_training_still_waits_where_it_may_go_on(part):
+    begin(part, beside=True)
+    assert part.may_go_on([]) is True
+    assert part.answerer.held == ["training waits", "a copy"]
+    part.beside()
+    assert part.answerer.held == ["a copy"]
+
+
+def test_what_is_discarded_is_not_waited_for(part):
+    begin(part, beside=True)
+    part.discard()
+    assert part.answerer.held == []
+    begin(part, beside=True)
+    part.beside()
+    part.discard()
+    assert part.answerer.held == []
+    assert part.answerer.asked[-2:] == ["stop", "tell"]
+    part.discard()
 
 
 def test_another_rank_has_nothing_to_hold(part):
