@@ -371,6 +371,6 @@ def test_tensors_are_whole_however_they_are_shared(tmp_path: Path):
     first, second = run_distributed(of_placements, 2, tmp_path)
     assert first == second
     assert first["wrong"] == []
-    # Six together, two of the other mesh, the large one, two that have half of its bytes together, with padding, and one more.
+    # Six together, two of the other mesh, the large one, two that are half of it with their padding, and one more.
     assert len(first["sizes"]) == 5
     assert first["sizes"][2:] == [2400, 2 * 2 * 288, 800]
