@@ -38,7 +38,7 @@ def last_logits(
     """
     lengths = [len(ids) for ids in texts]
     longest = max(lengths)
-    padded = [[*ids, *ids[-1:] * (longest - len(ids))] for ids in texts]
+    padded = [[*ids, *[ids[-1]] * (longest - len(ids))] for ids in texts]
     input_ids = torch.tensor(padded, device=device)  # (B, L)
     inputs: dict[str, Any] = {
         "input_ids": input_ids,
