@@ -6,9 +6,6 @@ Heads and sizes of Qwen2.5-7B, bfloat16. Every figure is the median of nine repl
 operation many times, on different data where that would stay in the L2 cache. Attention: rows of equal length (three
 quarters of the cache), and of uneven ones (prompts of 60 to 200 tokens and parts of answers of geometric length, mean
 150), with the bytes per second of keys and values that rows hold; a copy's are those that it reads and writes.
-
-Attention is also measured in other tiles than its own, `slots of a block/blocks under way/warps`, and with each row in
-as many parts as stand behind the x.
 """
 
 from __future__ import annotations
@@ -21,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from verl_valgen.backends.fast.kernels.activation import silu_and_mul
-from verl_valgen.backends.fast.kernels.attention import Tiles, decode_attention
-from verl_valgen.backends.fast.kernels.norm import add_and_norm, rms_norm
+from verl_valgen.backends.fast.kernels.attention import decode_attention
+from verl_valgen.backends.fast.kernels.norm import rms_norm
 from verl_valgen.backends.fast.kernels.rotary import rotate_and_store
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, HIDDEN_SIZE, INTERMEDIATE_SIZE = 28, 4, 128, 3584, 18944
@@ -32,21 +29,12 @@ SHAPES = (
     ("equal", 8, 256), ("equal", 8, 2048), ("equal", 8, 8192), ("equal", 64, 256), ("equal", 64, 2048),
     ("equal", 256, 256), ("uneven", 8, 768), ("uneven", 64, 768), ("uneven", 256, 768),
 )  # fmt: skip
-TILES = (
-    Tiles(64, 3), Tiles(64, 2), Tiles(32, 4), Tiles(32, 3), Tiles(32, 2), Tiles(32, 3, 2), Tiles(32, 2, 2),
-    Tiles(16, 3, 2),
-)  # fmt: skip
-SHAPES_IN_TILES = (
-    ("equal", 256, 256, (1,)), ("uneven", 256, 768, (1, 2)), ("equal", 64, 256, (1, 2)), ("equal", 8, 2048, (8,)),
-)  # fmt: skip
 
 
 @torch.no_grad()
 def main() -> None:
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     measure_copy()
-    for kind, num_rows, cache_length, splits in SHAPES_IN_TILES:
-        measure_tiles(kind, num_rows, cache_length, splits)
     for kind, num_rows, cache_length in SHAPES:
         measure_attention(kind, num_rows, cache_length)
     for num_rows in (8, 64, 256):
@@ -57,12 +45,15 @@ def main() -> None:
 
 def measure_copy() -> None:
     source, target = random(2, 1 << 29)
-    us = timed([lambda: target.copy_(source)])
+    us = timed([lambda: target.copy_(source)] * 4)
     print(f"copy: {2 * source.nbytes / us / 1e3:.0f} GB/s")
 
 
 def measure_attention(kind: str, num_rows: int, cache_length: int) -> None:
-    slots, caches, held_bytes = attention_inputs(kind, num_rows, cache_length)
+    slots = lengths(kind, num_rows, cache_length)
+    held_bytes = int((slots + 1).sum()) * NUM_KV_HEADS * HEAD_DIM * 4
+    num_caches = max(3, min(40, BEYOND_L2_BYTES // held_bytes))
+    caches = [random(2, num_rows, NUM_KV_HEADS, cache_length, HEAD_DIM) for _ in range(num_caches)]
     query = random(num_rows, NUM_HEADS, HEAD_DIM)
     grouped = query.unflatten(1, (NUM_KV_HEADS, -1))
     is_held = torch.arange(cache_length, device="cuda") <= slots[:, None]
@@ -74,37 +65,13 @@ def measure_attention(kind: str, num_rows: int, cache_length: int) -> None:
             for keys, values in caches
         ]
     )
-    ours = timed_attention(slots, caches)
-    report(f"attention, {kind} rows, L = {cache_length}", num_rows, torchs, ours, held_bytes)
-
-
-def measure_tiles(kind: str, num_rows: int, cache_length: int, splits: Sequence[int]) -> None:
-    slots, caches, held_bytes = attention_inputs(kind, num_rows, cache_length)
-    print(f"{num_rows:4} rows  attention in tiles, {kind} rows, L = {cache_length}, {held_bytes / 1e6:.0f} MB:")
-    for tiles in TILES:
-        times = [(parts, timed_attention(slots, caches, parts, tiles)) for parts in splits]
-        figures = (f"x{parts} {us:.1f} us, {held_bytes / us / 1e3:.0f} GB/s" for parts, us in times)
-        print(f"           {'/'.join(map(str, tiles))}: {'; '.join(figures)}", flush=True)
-
-
-def attention_inputs(kind: str, num_rows: int, cache_length: int) -> tuple[Tensor, list[Tensor], int]:
-    """Returns slots, so many caches that they do not stay in the L2 cache, and the bytes that the rows of one hold."""
-    slots = lengths(kind, num_rows, cache_length)
-    held_bytes = int((slots + 1).sum()) * NUM_KV_HEADS * HEAD_DIM * 4
-    num_caches = max(3, min(40, BEYOND_L2_BYTES // held_bytes))
-    return slots, [random(2, num_rows, NUM_KV_HEADS, cache_length, HEAD_DIM) for _ in range(num_caches)], held_bytes
-
-
-def timed_attention(
-    slots: Tensor, caches: Sequence[Tensor], num_splits: int | None = None, tiles: Tiles | None = None
-) -> float:
-    query = random(len(slots), NUM_HEADS, HEAD_DIM)
-    return timed(
+    ours = timed(
         [
-            lambda keys=keys, values=values: decode_attention(query, keys, values, slots, SCALING, num_splits, tiles)
+            lambda keys=keys, values=values: decode_attention(query, keys, values, slots, SCALING)
             for keys, values in caches
         ]
     )
+    report(f"attention, {kind} rows, L = {cache_length}", num_rows, torchs, ours, held_bytes)
 
 
 def measure_rotation(num_rows: int) -> None:
@@ -133,12 +100,8 @@ def measure_activation(num_rows: int) -> None:
 
 def measure_norm(num_rows: int) -> None:
     states, weight = random(num_rows, HIDDEN_SIZE), random(HIDDEN_SIZE)
-    torchs = timed([lambda: F.rms_norm(states, (HIDDEN_SIZE,), weight, 1e-6)])
-    report("RMS norm", num_rows, torchs, timed([lambda: rms_norm(states, weight, 1e-6)]))
-    delta = random(num_rows, HIDDEN_SIZE)
-    apart = timed([lambda: rms_norm(states + delta, weight, 1e-6)])
-    ours = timed([lambda: add_and_norm(states, delta, weight, 1e-6)])
-    print(f"{num_rows:4} rows  addition, then RMS norm: two kernels {apart:.1f} us, one {ours:.1f} us", flush=True)
+    torchs = timed([lambda: F.rms_norm(states, (HIDDEN_SIZE,), weight, 1e-6)] * 20)
+    report("RMS norm", num_rows, torchs, timed([lambda: rms_norm(states, weight, 1e-6)] * 20))
 
 
 def random(*shape: int) -> Tensor:
@@ -158,9 +121,8 @@ def lengths(kind: str, num_rows: int, cache_length: int) -> Tensor:
 
 
 def timed(calls: Sequence[Callable[[], object]]) -> float:
-    """Returns microseconds per call, of 20 or more in turns."""
+    """Returns microseconds per call."""
     calls[0]()
-    calls = [*calls] * -(-20 // len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:

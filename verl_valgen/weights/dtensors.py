@@ -58,7 +58,7 @@ def whole_tensors(wanted: Sequence[Wanted], device: torch.device) -> Iterator[tu
     """Yields tensors by their names, whole, in their order. Collective: all ranks must exhaust it.
 
     The order, the shapes and the dtypes must be the same on all ranks. A tensor is valid until the next one is asked
-    for. It takes no more memory than twice the largest tensor.
+    for. It takes no more memory than twice the largest tensor, with padding, and a rank's share of that.
 
     Args:
         device: The rank's own device; shards are brought there first.
@@ -77,7 +77,8 @@ def _batches(wanted: Iterable[Wanted], most_bytes: int) -> Iterator[tuple[_Share
     batch: list[Wanted] = []
     shares, num_bytes = None, 0
     for one in wanted:
-        own_shares, own_bytes = _shares(one.parameter), _whole_bytes(one)
+        own_shares = _shares(one.parameter)
+        own_bytes = _whole_bytes(one) if own_shares is None else own_shares.num_ranks * own_shares.num_bytes(one)
         if batch and (own_shares != shares or num_bytes + own_bytes > most_bytes):
             yield shares, batch
             batch, num_bytes = [], 0

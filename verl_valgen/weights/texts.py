@@ -23,7 +23,8 @@ def last_logits(
 
     Shorter texts are padded on the right, where no position of a causal model looks: what it gives there is left out.
     So the mask need hide nothing. One that does has attention unpad in each layer, which waits for the device, or build
-    a plan for each new shape.
+    a plan for each new shape. The padding repeats a token of the text: another's embedding may have NaN, which would
+    reach back, as NaN has weight where it is hidden, too.
 
     Args:
         call: Calls the model.
@@ -37,7 +38,7 @@ def last_logits(
     """
     lengths = [len(ids) for ids in texts]
     longest = max(lengths)
-    padded = [[*ids, *[0] * (longest - len(ids))] for ids in texts]
+    padded = [[*ids, *ids[-1:] * (longest - len(ids))] for ids in texts]
     input_ids = torch.tensor(padded, device=device)  # (B, L)
     inputs: dict[str, Any] = {
         "input_ids": input_ids,
@@ -53,5 +54,7 @@ def last_logits(
         is_end = kept[0] == longest - len(kept)
         inputs["logits_to_keep"] = len(kept) if is_end else torch.tensor(kept, device=device)
     logits = call(**inputs).logits  # (B, K, V)
+    if logits.shape[1] != len(kept):  # a model that leaves none out all the same
+        kept = list(range(longest))
     places = [kept.index(begin) for begin in begins]
     return [row[place : place + num] for row, place, num in zip(logits, places, nums_last, strict=True)]

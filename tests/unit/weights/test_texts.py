@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -42,3 +43,22 @@ def test_logits_in_a_batch_are_those_without_one(model, nums_last):
     for found in (together, of_all):
         for expected, actual in zip(alone, found, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_brings_no_nan_of_a_token_that_no_text_has(model):
+    spoilt = copy.deepcopy(model)
+    spoilt.get_input_embeddings().weight[0] = torch.nan
+    nums_last = (3, 4, 5)
+    expected = last_logits(model, model.forward, TEXTS, nums_last, CPU)
+    for found in last_logits(spoilt, model.forward, TEXTS, nums_last, CPU), expected:
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert all(logits.isfinite().all() for logits in expected)
+
+
+def test_a_model_that_gives_all_positions_all_the_same_is_read_at_the_right_ones(model):
+    def call(logits_to_keep: Any = 0, **inputs: Any) -> Any:
+        return model(**inputs)
+
+    expected = last_logits(model, model.forward, TEXTS, (3, 2, 5), CPU)
+    for actual, logits in zip(last_logits(call, model.forward, TEXTS, (3, 2, 5), CPU), expected, strict=True):
+        torch.testing.assert_close(actual, logits, rtol=1e-4, atol=1e-5)

@@ -16,8 +16,7 @@ from typing import Any
 from torch import nn
 
 from verl_valgen.backends.fast.fused_attention import FusedAttention
-from verl_valgen.backends.fast.kernels import are_available
-from verl_valgen.backends.fast.modules import FusedLayer, FusedMLP, FusedNorm
+from verl_valgen.backends.fast.modules import FusedMLP, FusedNorm
 
 _TENSOR_NAMES = {"shape", "view", "reshape", "transpose", "contiguous", "torch"}
 _ATTENTION_NAMES = _TENSOR_NAMES | {
@@ -32,7 +31,6 @@ _NORM_NAMES = {
     *("weight", "variance_epsilon", "eps", "dtype", "to", "torch", "float32", "float", "pow", "mean", "rsqrt"),
     *("_norm", "type_as"),
 }
-_LAYER_NAMES = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 """Names that a `forward` may use besides its local ones. With another, what a module computes could depend on the
 position of a token, say, or on the size of numbers, which a proof on a few tokens does not see. (The flags among them
 are constants of the module.)"""
@@ -40,13 +38,12 @@ are constants of the module.)"""
 
 def maker(module: nn.Module) -> Callable[[Any], nn.Module] | None:
     """Returns what makes the fused counterpart of a module, None where it has none."""
-    if type(module) in (FusedMLP, FusedAttention, FusedNorm, FusedLayer, nn.RMSNorm):
+    if type(module) in (FusedMLP, FusedAttention, FusedNorm, nn.RMSNorm):
         return None
     for fits, names, make in (
         (_is_rms_norm, _NORM_NAMES, FusedNorm),
         (_is_gated_mlp, _MLP_NAMES, FusedMLP),
         (_is_attention, _ATTENTION_NAMES, FusedAttention),
-        (_is_layer, _LAYER_NAMES, FusedLayer),
     ):
         if fits(module) and _is_plain(module) and _uses_only(names, module):
             return make
@@ -99,16 +96,6 @@ def _is_attention(module: Any) -> bool:
         and _rotates(module)
         and all(hasattr(module, name) for name in ("config", "head_dim", "scaling", "layer_idx"))
         and module.config._attn_implementation == "sdpa"
-    )
-
-
-def _is_layer(module: Any) -> bool:
-    """Where there is no kernel for its additions, a layer has no counterpart."""
-    return (
-        dict(module.named_children()).keys() == _LAYER_NAMES
-        and not module._parameters
-        and maker(module.post_attention_layernorm) is FusedNorm
-        and are_available(module.post_attention_layernorm.weight.device)
     )
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from verl_valgen.backends.fast.counterparts import maker
 from verl_valgen.backends.fast.decoded import decoded_logits
-from verl_valgen.backends.fast.modules import FusedLayer, FusedNorm
+from verl_valgen.backends.fast.modules import FusedNorm
 from verl_valgen.backends.trial import NUM_STEPS
 
 Proven = Set[tuple[str, type]]
@@ -44,7 +44,7 @@ class _Slot(NamedTuple):
 def fuse(
     model: PreTrainedModel, run: Callable[[], object] | None = None, known: Proven | None = None
 ) -> frozenset[tuple[str, type]]:
-    """Replaces norms, MLPs, attention and decoder layers of an unsharded model in place, where the result is the same.
+    """Replaces norms, MLPs and attention of an unsharded model in place, where the result is the same.
 
     Peak memory above the level before: the joined weights of one layer. The originals stay, with their weights as
     parts of the joined ones, for `unfuse`.
@@ -66,28 +66,13 @@ def fuse(
         slots = _proven(slots, run or (lambda: decoded_logits(model, _sequences(model))))
     else:
         slots = [slot for slot in slots if (slot.name, type(slot.module)) in known]
-    # Norms first, layers last: the replacement of a module takes over what is within it.
-    for slot in sorted(slots, key=lambda slot: (slot.make is FusedLayer, slot.make is not FusedNorm)):
+    # Norms first: the replacement of an attention takes over the norms that are within it.
+    for slot in sorted(slots, key=lambda slot: slot.make is not FusedNorm):
         module = slot.module
         replacement = slot.make(module)
         vars(replacement)[_REPLACED] = module
         setattr(slot.parent, slot.attribute, replacement)
-    _link_layers(model)
     return frozenset((slot.name, type(vars(slot.module)[_REPLACED])) for slot in slots)
-
-
-def _link_layers(model: nn.Module) -> None:
-    """Tells each fused layer which norm comes behind it: the first of the next layer, or the model's own.
-
-    Where another should come, it norms what it gets, as always.
-    """
-    for parent in model.modules():
-        for layers in parent.children():
-            if isinstance(layers, nn.ModuleList):
-                norms = [*(getattr(layer, "input_layernorm", None) for layer in layers), getattr(parent, "norm", None)]
-                for layer, norm in zip(layers, norms[1:], strict=True):
-                    if isinstance(layer, FusedLayer) and isinstance(norm, FusedNorm):
-                        layer.precede(norm)
 
 
 def unfuse(module: nn.Module) -> None:
@@ -104,23 +89,17 @@ def is_fused(model: nn.Module) -> bool:
 
 
 class _Proof:
-    """Watches the calls of a module and compares its results with those of the fused one.
+    """Watches the calls of a module and compares its results with those of the fused one."""
 
-    Args:
-        under_way: The proofs that compare at this moment. What is called then is no call of the model's own: a fused
-            layer, say, calls the modules that are within it.
-    """
-
-    def __init__(self, make: Callable[[Any], nn.Module], module: nn.Module, under_way: list[_Proof]) -> None:
-        self.make, self.under_way = make, under_way
+    def __init__(self, make: Callable[[Any], nn.Module], module: nn.Module) -> None:
+        self.make = make
         self.fused: nn.Module | None = None
         self.is_same: Tensor | bool = True
         self.hook = module.register_forward_hook(self.compare, with_kwargs=True)
 
     def compare(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.is_same is False or self.under_way:
+        if self.is_same is False:
             return
-        self.under_way.append(self)
         try:
             self.fused = self.fused or self.make(module)
             actual = self.fused(*args, **kwargs)  # what it writes into the cache is what is there
@@ -129,8 +108,6 @@ class _Proof:
         except Exception:  # a class that we do not know may pass anything
             self.is_same = False
             return
-        finally:
-            self.under_way.clear()
         self.is_same = _is_same(output, actual) & self.is_same
 
 
@@ -139,8 +116,7 @@ def _proven(slots: list[_Slot], run: Callable[[], object]) -> list[_Slot]:
 
     None of them where `run` fails.
     """
-    under_way: list[_Proof] = []
-    proofs = [_Proof(slot.make, slot.module, under_way) for slot in slots]
+    proofs = [_Proof(slot.make, slot.module) for slot in slots]
     try:
         run()
     except torch.OutOfMemoryError:

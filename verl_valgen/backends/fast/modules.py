@@ -25,55 +25,21 @@ _ACTIVATIONS = {
 
 
 class FusedNorm(nn.RMSNorm):
-    """An RMS norm as one kernel; transformers' classes take eight, torch's own three times as long for few tokens.
-
-    It can be one together with the addition before it, too.
-    """
-
-    known: tuple[Tensor, int, Tensor] | None
-    """The states that come next, where they have been normed already; their version; and their norm."""
+    """An RMS norm as one kernel; transformers' classes take eight, torch's own three times as long for few tokens."""
 
     def __init__(self, norm: Any) -> None:
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
         super().__init__(norm.weight.shape, eps=eps, device="meta")
         self.weight = norm.weight
         self.has_kernels = eps is not None and are_available(norm.weight.device)
-        self.known = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.known is not None:
-            (states, version, normed), self.known = self.known, None
-            if x is states and x._version == version:
-                return normed
-        if not self._has_kernel_for(x):
+        if not self.has_kernels or torch.compiler.is_compiling() or x.dtype != self.weight.dtype:
             return super().forward(x)
         from verl_valgen.backends.fast.kernels.norm import rms_norm
 
         assert self.eps is not None
-        return rms_norm(_as_rows(x), self.weight, self.eps).view(x.shape)
-
-    def add(self, residual: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns residual + delta, and the norm of that."""
-        if not (self._has_kernel_for(residual) and delta.dtype == residual.dtype and delta.shape == residual.shape):
-            total = residual + delta
-            return total, self(total)
-        from verl_valgen.backends.fast.kernels.norm import add_and_norm
-
-        assert self.eps is not None
-        total, normed = add_and_norm(_as_rows(residual), _as_rows(delta), self.weight, self.eps)
-        return total.view(residual.shape), normed.view(residual.shape)
-
-    def add_ahead(self, residual: Tensor, delta: Tensor) -> Tensor:
-        """Returns residual + delta; if that very tensor is what comes next, unchanged, it is normed already.
-
-        Another is normed when it comes, so that what a model does in between is seen.
-        """
-        total, normed = self.add(residual, delta)
-        self.known = total, total._version, normed
-        return total
-
-    def _has_kernel_for(self, x: Tensor) -> bool:
-        return self.has_kernels and not torch.compiler.is_compiling() and x.dtype == self.weight.dtype
+        return rms_norm(x.reshape(-1, x.shape[-1]).contiguous(), self.weight, self.eps).view(x.shape)
 
 
 class FusedMLP(nn.Module):
@@ -95,43 +61,6 @@ class FusedMLP(nn.Module):
             return self.down_proj(activate_and_multiply(gate_up.flatten(0, -2)).view(*x.shape[:-1], -1))
         gate, up = gate_up.chunk(2, dim=-1)
         return self.down_proj(self.act_fn(gate) * up)
-
-
-class FusedLayer(nn.Module):
-    """Llama's decoder layer, x + attention(norm(x)) and then x + mlp(norm(x)), each addition in one kernel with the
-    norm behind it: of the same layer, and, from `precede` on, of the next one."""
-
-    next_norm: FusedNorm | None
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        # The model reads attributes of its layers.
-        vars(self).update({name: value for name, value in vars(layer).items() if not name.startswith("_")})
-        self.training = False
-        norm = layer.post_attention_layernorm
-        self.input_layernorm, self.self_attn = layer.input_layernorm, layer.self_attn
-        self.post_attention_layernorm = norm if isinstance(norm, FusedNorm) else FusedNorm(norm)
-        self.mlp = layer.mlp
-        self.next_norm = None
-
-    def precede(self, norm: FusedNorm) -> None:
-        """Says which norm of the model comes behind this layer."""
-        vars(self)["next_norm"] = norm  # not as a child: it is a part of the model elsewhere
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """Computes what the original does, from (B, S, hidden_size) states; the rest is for the attention."""
-        hidden_states, normed = self.post_attention_layernorm.add(
-            hidden_states, self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
-        )
-        delta = self.mlp(normed)
-        if torch.compiler.is_compiling() or self.next_norm is None:
-            return hidden_states + delta
-        return self.next_norm.add_ahead(hidden_states, delta)
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """Returns (..., D) as (N, D), contiguous."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def joined(*linears: Any) -> nn.Linear:

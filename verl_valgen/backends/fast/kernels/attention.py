@@ -1,11 +1,6 @@
-"""Attention of one new token per row to the row's own tokens in a long cache, as Triton kernels.
-
-(Over 200 lines, with the choice of tiles and parts, which the two kernels share.)
-"""
+"""Attention of one new token per row to the row's own tokens in a long cache, as Triton kernels."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -15,24 +10,8 @@ from torch import Tensor
 _LOG2_E = 1.4426950408889634
 
 
-class Tiles(NamedTuple):
-    """How a program goes through its slots."""
-
-    block: int
-    """Number of slots that are read at once."""
-    num_stages: int
-    """Number of such blocks that are under way: each takes shared memory, of which there is less for other programs."""
-    num_warps: int = 4
-
-
 def decode_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    scaling: float,
-    num_splits: int | None = None,
-    tiles: Tiles | None = None,
+    query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, scaling: float, num_splits: int | None = None
 ) -> Tensor:
     """Computes softmax(scaling * query . keys) . values for every row, over the slots 0..slots[b] of row b.
 
@@ -52,7 +31,6 @@ def decode_attention(
             L - 1.
         scaling: Factor of the scores.
         num_splits: Number of parts of a row; None for what suits the shapes.
-        tiles: None for what suits the shapes.
 
     Returns:
         (B, H, DV), contiguous, in the query's dtype.
@@ -64,9 +42,9 @@ def decode_attention(
     assert keys.stride(3) == values.stride(3) == 1, "a head's numbers must lie side by side"
     padded_dim, padded_value_dim = (max(16, triton.next_power_of_2(size)) for size in (head_dim, value_dim))
     num_multiprocessors, shared_bytes = _multiprocessors(query.device)
-    tiles = tiles or _tiles(max(padded_dim, padded_value_dim) * query.element_size(), shared_bytes)
+    block, num_stages = _block(max(padded_dim, padded_value_dim) * query.element_size(), shared_bytes)
     if num_splits is None:
-        num_splits = _num_splits(batch_size * num_kv_heads, -(-cache_length // tiles.block), num_multiprocessors)
+        num_splits = _num_splits(batch_size * num_kv_heads, -(-cache_length // block), num_multiprocessors)
     output = query.new_empty(batch_size, num_heads, value_dim)
     if num_splits == 1:
         parts, part_stats = output, output  # not used
@@ -80,7 +58,7 @@ def decode_attention(
         NUM_GROUPS=num_heads // num_kv_heads,
         PADDED_GROUPS=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim, VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded_value_dim,
-        BLOCK=tiles.block, IS_SPLIT=num_splits > 1, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        BLOCK=block, IS_SPLIT=num_splits > 1, num_warps=4, num_stages=num_stages,
     )  # fmt: skip
     if num_splits > 1:
         _combine[num_heads, batch_size](
@@ -91,8 +69,8 @@ def decode_attention(
     return output
 
 
-def _tiles(bytes_per_slot: int, shared_bytes: int) -> Tiles:
-    """Returns what suits the shapes.
+def _block(bytes_per_slot: int, shared_bytes: int) -> tuple[int, int]:
+    """Returns how many slots are read at once, and how many such blocks are under way.
 
     Args:
         bytes_per_slot: Of a padded key or value.
@@ -102,7 +80,7 @@ def _tiles(bytes_per_slot: int, shared_bytes: int) -> Tiles:
     num_stages = 3
     while num_stages > 1 and num_stages * block * 2 * bytes_per_slot > 0.8 * shared_bytes:
         num_stages -= 1
-    return Tiles(block, num_stages)
+    return block, num_stages
 
 
 def _num_splits(num_rows: int, num_blocks: int, num_multiprocessors: int) -> int:
