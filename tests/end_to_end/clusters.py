@@ -69,6 +69,8 @@ class Cluster:
             *("--include-dashboard=false", f"--temp-dir={self.folder}", "--object-store-memory=200000000"),
         ]
         own = environment_of_a_run({**self.environment, **environment})
+        if "CUDA_VISIBLE_DEVICES" in self.environment:  # Ray wants an entry for each, and so hides them from workers
+            own["CUDA_VISIBLE_DEVICES"] = ",".join(["-1"] * num_workers)
         subprocess.run(command, env=own, check=True, timeout=120, stdout=subprocess.DEVNULL, cwd=self.folder)
         return address
 
