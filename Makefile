@@ -43,7 +43,7 @@ test-engine: $(ENGINE)/.installed  ## runs them with verl.trainer.sft_trainer (v
 	$(call run_pytest,$(ENGINE), and not any_verl)
 
 # One environment after the other, for some of these runs take two ranks and are timed.
-test-slow: install  ## runs the slow tests with both trainers: 23 minutes on two cores
+test-slow: install  ## runs the slow tests with both trainers: 26 minutes on two cores
 	$(MAKE) --no-print-directory --keep-going test-fsdp-sft test-engine LEVEL=slow WORKERS=2
 
 test-all:  ## runs both, one after the other
