@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 _GATE_UP, _DOWN = ".experts.gate_up_proj", ".experts.down_proj"
 
@@ -36,3 +37,12 @@ def by_expert(
             else:
                 for projection, half in zip((gate, up), expert.chunk(2), strict=True):
                     yield f"{prefix}.{projection}.weight", half
+
+
+@torch.no_grad()
+def randomize(model: nn.Module) -> None:
+    """Gives every tensor numbers of its own: what stands at zero looks right in another's place, too."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))

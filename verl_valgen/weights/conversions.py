@@ -1,8 +1,9 @@
 """Where a tensor belongs that comes under a checkpoint's name, by transformers' own conversions.
 
 transformers 5 holds the experts of a layer in one tensor, checkpoints and engines hold one tensor an expert, and what
-makes the one of the other is known to transformers alone: it renames and converts as `from_pretrained` does. With
-transformers 4, which holds experts as checkpoints do, there is nothing to convert. This module moves no values.
+makes the one of the other is known to transformers alone: it renames and converts as `from_pretrained` does.
+transformers 4, which holds experts as checkpoints do, converts nothing, and a few of its classes rename. This module
+moves no values.
 """
 
 from __future__ import annotations
@@ -50,13 +51,16 @@ class Conversions:
         """
         if name in self.tensors and self.tensors[name].shape == shape:
             return Route((name,))
-        return (
-            self._converted(name, self.converters)
-            or self._unpacked(name, shape)
-            or self._row(name, shape)
-            or self._converted(name, self._of_the_usual_experts)
-            or (Route((name,)) if name in self.tensors else None)
-        )
+        found = self._converted(name, self.converters) or self._unpacked(name, shape)
+        if found is None and not self.fits_both_ways(name, shape):
+            found = self._row(name, shape) or self._converted(name, self._of_the_usual_experts)
+            found = found or (Route((name,)) if name in self.tensors else None)
+        return found
+
+    def fits_both_ways(self, name: str, shape: torch.Size) -> bool:
+        """Whether it cannot be told how an expert's matrix lies: the model has it turned, and it is square."""
+        is_square = len(shape) == 2 and shape[0] == shape[1]
+        return is_square and self._has_turned_experts and self._converted(name, self._of_the_usual_experts) is not None
 
     def is_ignored(self, name: str) -> bool:
         """Whether transformers loads nothing from a tensor of this name: parts that it leaves out, computed buffers."""
@@ -77,7 +81,8 @@ class Conversions:
     def _converted(self, name: str, converters: list[Any]) -> Route | None:
         """By renaming, and at most one converter, as `from_pretrained` finds them."""
         if self.is_transformers_4:
-            return None
+            renamed = self._renamed_by_class(name)
+            return Route((renamed,)) if renamed in self.tensors else None
         from transformers.core_model_loading import rename_source_key
 
         prefix = self.model.base_model_prefix
@@ -94,6 +99,14 @@ class Conversions:
             targets, converter, renamed, pattern, expert_in(before, pattern) if is_by_rows(converter) else None
         )
 
+    def _renamed_by_class(self, name: str) -> str:
+        """As transformers 4 does for models with images: by the first of the class's patterns that is in the name."""
+        for pattern, replacement in (getattr(self.model, "_checkpoint_conversion_mapping", None) or {}).items():
+            renamed, num_found = re.subn(pattern, replacement, name)
+            if num_found:
+                return renamed
+        return name
+
     def _unpacked(self, name: str, shape: torch.Size) -> Route | None:
         """By a converter the other way round: the engine holds packed what this model holds in modules."""
         if not self._reversed:
@@ -105,7 +118,11 @@ class Conversions:
             return None
         converter = next(converter for converter in self._reversed if pattern in converter.source_patterns)
         route = Route((), converter, renamed, pattern)
-        targets = tuple(convert(route, {name: (pattern, torch.empty(shape, device="meta"))}, self.model))
+        try:
+            targets = tuple(convert(route, {name: (pattern, torch.empty(shape, device="meta"))}, self.model))
+        except Exception as e:  # of another shape than what it is taken for
+            logger.debug("%s cannot be unpacked: %s", name, describe(e))
+            return None
         return route._replace(targets=targets) if all(target in self.tensors for target in targets) else None
 
     def _row(self, name: str, shape: torch.Size) -> Route | None:
@@ -135,6 +152,15 @@ class Conversions:
         return converters
 
     @cached_property
+    def _has_turned_experts(self) -> bool:
+        """Whether packed experts lie as (experts, in, out), where a linear layer has (out, in)."""
+        for name, tensor in self.tensors.items():
+            down = self.tensors.get(f"{name.removesuffix('gate_up_proj')}down_proj")
+            if name.endswith(".experts.gate_up_proj") and down is not None:
+                return tensor.shape[2] == 2 * down.shape[1]
+        return False
+
+    @cached_property
     def _of_the_usual_experts(self) -> list[Any]:
         """Converters for experts that checkpoints hold packed, and engines export one by one under the usual names.
 
@@ -148,8 +174,7 @@ class Conversions:
         experts = packed[0].removesuffix(".gate_up_proj")
         if not getattr(self.model.get_submodule(experts), "is_concatenated", True):
             return []  # gate's and up's columns take turns, in a way that no engine exports
-        width = self.tensors[packed[0]].shape[2]
-        turned = [Transpose(1, 2)] if width == 2 * self.tensors[f"{experts}.down_proj"].shape[1] else []
+        turned = [Transpose(1, 2)] if self._has_turned_experts else []
         gate, up, down = (f".experts.*.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj"))
         return [
             WeightConverter([gate, up], ".experts.gate_up_proj", [MergeModulelist(0), Concatenate(1), *turned]),

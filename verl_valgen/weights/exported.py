@@ -1,7 +1,8 @@
 """A plain copy that is filled by what an engine exports, under the names that checkpoints have.
 
 A row of packed experts is put in its place as soon as all that it is made of has come: what is held beside the copy is
-an expert, or the gates of a layer where an engine exports them before the rest. Nothing here is collective.
+an expert, or the gates of a layer where an engine exports them before the rest; all of a layer's experts where their
+conversion mixes them. Nothing here is collective.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from verl_valgen.text import OnceLogger
 from verl_valgen.weights.conversions import Conversions
 from verl_valgen.weights.plain_copy import PlainCopy
 from verl_valgen.weights.routes import Route, convert
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+_warnings = OnceLogger(logger)
 
 
 @dataclass
@@ -60,6 +63,7 @@ class ExportedCopy(PlainCopy):
         self.pending: dict[tuple[tuple[str, ...], int | None], _Pending] = {}
         self.rows: dict[str, _Rows] = {}
         self.names: dict[str, None] = {}
+        self.missing_buffers = dict.fromkeys(self.buffers)
 
     @property
     def num_pending_bytes(self) -> int:
@@ -80,6 +84,8 @@ class ExportedCopy(PlainCopy):
         self.names[name] = None
         route = self.conversions.route(name, parameter.shape)
         if route is None:
+            if self.conversions.fits_both_ways(name, parameter.shape):
+                raise ValueError(f"{self.exporter} exports {name}, square, so that it could lie either way")
             if not self.conversions.is_ignored(name):
                 raise self._has_no_place(name)
             logger.debug("%s exports %s, which transformers leaves out", self.exporter, name)
@@ -129,6 +135,7 @@ class ExportedCopy(PlainCopy):
     def _put(self, name: str, value: Tensor, row: int | None) -> None:
         if row is None:
             super().receive(name, value)
+            self.missing_buffers.pop(name, None)
             return
         weight = self.weights[name]
         if name not in self.rows:
@@ -152,6 +159,13 @@ class ExportedCopy(PlainCopy):
         if missing:
             others = f", nor {len(missing) - 1} others" if len(missing) > 1 else ""
             raise RuntimeError(f"{self.exporter} did not export {self._what_is_missing(missing[0])}{others}")
+        if self.missing_buffers:  # some engines have none, and compute without; some buffers are made with the model
+            first, *rest = self.missing_buffers
+            others = f", nor {len(rest)} others" if rest else ""
+            _warnings.warn(
+                f"{self.exporter} did not export the buffer {first} of {self._class}{others}: the answers are made "
+                "with what a new model has there"
+            )
         return super().finish()
 
     def _what_is_missing(self, name: str) -> str:

@@ -111,7 +111,7 @@ def collect(
                 try:
                     copy.receive(name, parameter)
                 except Exception as e:  # the other ranks are on their way to the next gather: so is this one
-                    traceback.clear_frames(e.__traceback__)  # they hold the copy, and memory may be what is missing
+                    _clear_frames(e)  # they hold the copy, and memory may be what is missing
                     error, copy = e, None
             del parameter  # perhaps the memory in which the next ones come
     if error is not None:
@@ -124,6 +124,14 @@ def collect(
         num_bytes / 1e6, world_size(), dtype, type(model).__name__, device, time.perf_counter() - start,
     )  # fmt: skip
     return model
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Lets go of what the frames of an error hold, and those of the errors that it came from."""
+    traceback.clear_frames(error.__traceback__)
+    for earlier in (error.__cause__, error.__context__):
+        if earlier is not None:
+            _clear_frames(earlier)
 
 
 def _together(prepare: Callable[[], _T], device: torch.device) -> tuple[_T | None, bool]:

@@ -57,7 +57,11 @@ def is_by_rows(converter: Any) -> bool:
         and first.dim == 0
         and all(
             (type(other) is Concatenate and other.dim > 0)
-            or (type(other) is Transpose and {other.dim0, other.dim1} == {1, 2} and not other.check_dims)
+            or (
+                type(other) is Transpose
+                and {other.dim0, other.dim1} == {1, 2}
+                and not getattr(other, "check_dims", False)
+            )
             for other in others
         )
     )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import random
+import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from exports import by_expert
+from exports import by_expert, randomize
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +29,7 @@ from transformers import (
 from verl_valgen.weights import routes
 from verl_valgen.weights.empty import empty_from_config
 from verl_valgen.weights.exported import ExportedCopy
+from verl_valgen.weights.gather import collect
 
 HAS_PACKED_EXPERTS = int(transformers.__version__.partition(".")[0]) >= 5
 packed_experts = pytest.mark.skipif(not HAS_PACKED_EXPERTS, reason="transformers 4 holds experts as checkpoints do")
@@ -51,8 +56,9 @@ EXPERT_BYTES = 4 * HIDDEN * INTERMEDIATE
 
 
 def build(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[name]())
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]())
+    randomize(model)
+    return model
 
 
 def exported(model: PreTrainedModel, name: str) -> list[tuple[str, Tensor]]:
@@ -162,10 +168,32 @@ def test_the_usual_names_where_checkpoints_hold_experts_packed_and_the_other_way
         lambda: Llama4TextConfig(**SIZES, num_local_experts=NUM_EXPERTS, intermediate_size_mlp=INTERMEDIATE),
     )
     source, copy = build("llama4"), new_copy("llama4")
-    turned = [(name, t.transpose(1, 2) if ".experts." in name else t) for name, t in source.state_dict().items()]
-    tensors = list(by_expert(turned, mlp="mlp"))
+    tensors = list(by_expert(turned(source), mlp="mlp"))
     assert sum(".experts.3." in name for name, _ in tensors) > 0
     fill(copy, tensors)
+    assert differing(copy, source) == []
+
+
+def turned(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    return [(name, t.transpose(1, 2) if ".experts." in name else t) for name, t in model.state_dict().items()]
+
+
+@packed_experts
+def test_an_experts_matrix_that_could_lie_either_way_is_an_error(monkeypatch):
+    """One engine has (out, in), another the model's own (in, out): of equal numbers nobody can tell."""
+    sizes = SIZES | {"intermediate_size": HIDDEN}
+    monkeypatch.setitem(
+        CONFIGS,
+        "square",
+        lambda: Llama4TextConfig(**sizes, num_local_experts=NUM_EXPERTS, intermediate_size_mlp=HIDDEN),
+    )
+    tensors = [pair for pair in by_expert(turned(build("square")), mlp="mlp") if ".experts." in pair[0]]
+    assert {tensor.shape for _, tensor in tensors} == {(HIDDEN, HIDDEN)}
+    for name, tensor in tensors:
+        with pytest.raises(ValueError, match=rf"SomeEngine exports {re.escape(name)}, square, so that it could lie"):
+            new_copy("square").receive(name, tensor)
+    source, copy = build("square"), new_copy("square")
+    fill(copy, list(source.state_dict().items()))
     assert differing(copy, source) == []
 
 
@@ -275,3 +303,62 @@ def test_what_never_came_is_named(missing):
     fill(copy, [pair for pair in exported(build("qwen3_moe"), "qwen3_moe") if pair[0] != missing])
     with pytest.raises(RuntimeError, match=MISSING[missing]):
         copy.finish()
+
+
+def test_a_buffer_that_never_came_is_told(caplog):
+    source, copy = build("deepseek_v3"), new_copy("deepseek_v3")
+    missing = "model.layers.1.mlp.gate.e_score_correction_bias"
+    fill(copy, [pair for pair in exported(source, "deepseek_v3") if pair[0] != missing])
+    with caplog.at_level(logging.WARNING, "verl_valgen"):
+        assert differing(copy, source) == [missing]
+    assert f"SomeEngine did not export the buffer {missing} of DeepseekV3ForCausalLM" in caplog.text
+
+
+@packed_experts
+def test_what_fails_in_a_conversion_frees_the_copy_at_once(monkeypatch):
+    """An error has others behind it, and their frames hold the model; the rest of the export still comes."""
+
+    def convert(*args: Any) -> Any:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr("verl_valgen.weights.exported.convert", convert)
+    models, are_alive = [], []
+
+    def copy() -> ExportedCopy:
+        copy = new_copy("qwen3_moe")
+        models.append(weakref.ref(copy.model))
+        return copy
+
+    def parameters(uncast: Any) -> Any:
+        for pair in exported(build("qwen3_moe"), "qwen3_moe"):
+            yield pair
+            are_alive.append(models[0]() is not None)
+
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="which do not make"):
+            collect(parameters, copy, dtype=torch.float32, device=torch.device("cpu"), keep=True)
+    finally:
+        gc.enable()
+    assert are_alive[0]
+    assert not are_alive[-1]
+
+
+def test_names_of_a_checkpoint_whose_class_renames_them():
+    """Of models with images transformers has moved the parts, and checkpoints keep the old names."""
+    text = {
+        "vocab_size": 160, "hidden_size": HIDDEN, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": HIDDEN, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": HIDDEN}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    model: Any = empty_from_config(transformers.AutoModelForImageTextToText, config, torch.float32)
+    copy = ExportedCopy(model, torch.device("cpu"), exporter="SomeEngine")
+    weights = {
+        "visual.merger.ln_q.weight": "model.visual.merger.ln_q.weight",
+        "model.layers.0.self_attn.o_proj.weight": "model.language_model.layers.0.self_attn.o_proj.weight",
+    }
+    for name, own in weights.items():
+        copy.receive(name, torch.full(model.state_dict()[own].shape, 3.0))
+        assert model.state_dict()[own].eq(3).all()
