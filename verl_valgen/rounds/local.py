@@ -18,7 +18,7 @@ from verl_valgen.rounds.generation import GatheredRound
 from verl_valgen.rounds.overlap import BesideTraining, TrainingMemory
 from verl_valgen.rounds.proven import ProvenAnswerer
 from verl_valgen.rounds.reading import Finding
-from verl_valgen.rounds.restore import preserved_random_state
+from verl_valgen.rounds.restore import preserved_random_state, uncounted_objects
 from verl_valgen.settings.settings import GenerationSettings
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class LocalAnswerer(RoundAnswerer[GatheredRound]):
         """Before the first training step nobody knows what memory training takes: then it waits."""
         self.memory.before_gather()
         free = self.memory.free_bytes if may_overlap and self.num_batches > 0 else None
-        with preserved_random_state(self.host.device):
+        with preserved_random_state(self.host.device), uncounted_objects():
             return self.proven.begin(requests, free)
 
     def may_go_on(self, gathered: GatheredRound, prompts: Sequence[Prompt]) -> bool:

@@ -1,7 +1,11 @@
-"""Puts back what a round changes in the process: random states, cuBLAS workspaces. Knows nothing of what runs."""
+"""Puts back what a round changes in the process: random states, cuBLAS workspaces, the garbage collector's count.
+
+Knows nothing of what runs.
+"""
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +25,27 @@ def preserved_random_state(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+@contextmanager
+def uncounted_objects() -> Iterator[None]:
+    """Keeps what is made while open from bringing on a collection of all garbage, in the middle of a training step.
+
+    Python looks through all objects, for a quarter of a second where torch and transformers are loaded, once those that
+    have grown old since the last time are a quarter of the others. A copy of a model is tens of thousands that grow old
+    in a round; training makes hardly any. What is made here is old at once, without having been counted.
+    """
+    if not gc.isenabled() or gc.get_freeze_count() > 0:  # the process has its own way with garbage
+        yield
+        return
+    gc.collect(1)  # what is young and garbage is not to grow old
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+        gc.unfreeze()  # into the oldest generation
+    finally:
+        gc.enable()
 
 
 @contextmanager
