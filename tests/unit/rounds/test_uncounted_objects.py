@@ -42,7 +42,7 @@ def test_garbage_from_before_is_collected_and_a_failure_leaves_all_to_python():
         pass
 
     def fail() -> None:
-        assert not any(isinstance(thing, Node) for thing in gc.get_objects())
+        assert not any(type(thing) is Node for thing in gc.get_objects())
         assert not gc.isenabled()
         raise RuntimeError("planted")
 
