@@ -74,3 +74,8 @@ class Report:
     """What was logged since the last call."""
     version: str = __version__
     """The package's, on the worker's node."""
+
+    @property
+    def whose(self) -> str:
+        """What goes before its lines and its failure where the driver tells them."""
+        return "" if self.is_logging_rank else f"rank {self.rank}: "

@@ -130,18 +130,16 @@ class Workers:
 
     def _value_of(self, reports: list[Report], *, is_last: bool = False) -> Any:
         for report in reports:
-            whose = "" if report.is_logging_rank else f"rank {report.rank}: "
             for line in report.lines:
-                logging.getLogger(line.logger).log(line.level, "%s%s", whose, line.message)
+                logging.getLogger(line.logger).log(line.level, "%s%s", report.whose, line.message)
         leading = [report for report in reports if report.is_logging_rank]
         if len(leading) != 1:
             raise WorkerError(f"{len(leading)} of {len(reports)} workers say that they are the logging rank")
         # The logging rank's own error first: what others say may follow from it.
         for report in sorted(reports, key=lambda report: not report.is_logging_rank):
-            whose = "" if report.is_logging_rank else f"rank {report.rank}: "
             if report.failure is None:
                 continue
             if report.is_logging_rank or report.failure.has_broken_group or not is_last:
-                raise report.failure.as_error(whose)
-            self.warnings.warn(f"{whose}{report.failure.text}", cause=report.failure.text)
+                raise report.failure.as_error(report.whose)
+            self.warnings.warn(f"{report.whose}{report.failure.text}", cause=report.failure.text)
         return leading[0].value
