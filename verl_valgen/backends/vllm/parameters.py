@@ -1,73 +1,21 @@
-"""What vLLM has of Hugging Face's generation parameters, under which names, and what it has not.
+"""Hugging Face's generation parameters as vLLM's own. What it has none for is refused before (`refusals.py`).
 
 Imports vLLM only where its own object is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from verl_valgen.backends.sampling import philox_4x32
-from verl_valgen.settings.generation_config import SAMPLING_ONLY, as_ids
+from verl_valgen.settings.generation_config import as_ids
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
     from verl_valgen.records import Request
-
-SERVED = frozenset({
-    *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "min_new_tokens"),
-    *("stop_strings", "bad_words_ids", "eos_token_id"),
-})  # fmt: skip
-"""The parameters that vLLM has, or that are handled here."""
-
-NEUTRAL: Mapping[str, Any] = {
-    **{"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "num_beams": 1, "early_stopping": False},
-    **{"length_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "guidance_scale": 1.0},
-    **{"encoder_repetition_penalty": 1.0, "diversity_penalty": 0.0, "renormalize_logits": False, "use_cache": True},
-    **{"remove_invalid_values": False, "num_beam_groups": 1},
-}
-"""The values with which parameters that vLLM lacks change nothing, besides none and empty ones."""
-
-_BOUNDS: Mapping[str, tuple[float, float]] = {"temperature": (0.01, 2.0)}
-"""Least and largest values. vLLM raises a lower temperature to 0.01 without an error, and refuses a higher one only
-when it is asked."""
-_SMALLEST_MIN_P = 1e-5
-"""vLLM takes less for none."""
-
-
-def refusals(params: Mapping[str, Any]) -> list[str]:
-    """Says what vLLM cannot do of a strategy's parameters, one line each; empty where it can do all. Pure.
-
-    Args:
-        params: `transformers.GenerationConfig` fields, checked, as a `Request` has them.
-    """
-    lines = []
-    for name, value in params.items():
-        if name in SAMPLING_ONLY and not params.get("do_sample"):
-            continue
-        if name == "num_beams" and value is not None and value > 1:
-            lines.append("beams: generation.backend=vllm has none; use fast or hf")
-        elif name not in SERVED and not _is_neutral(name, value):
-            lines.append(f"{name}: generation.backend=vllm has no such parameter; use fast or hf")
-        elif name in _BOUNDS and value is not None:
-            least, most = _BOUNDS[name]
-            if not least <= value <= most:
-                lines.append(
-                    f"{name}: generation.backend=vllm takes {least:g} to {most:g}, got {value}; use fast or hf"
-                )
-        elif name == "min_p" and value and value < _SMALLEST_MIN_P:
-            lines.append(f"min_p: generation.backend=vllm takes {value} for 0; use fast or hf")
-    return lines
-
-
-def _is_neutral(name: str, value: Any) -> bool:
-    if value is None or value in ([], {}, ()):
-        return True
-    return name in NEUTRAL and value == NEUTRAL[name]
 
 
 def sampling_seed(seed: int, key: tuple[int, int]) -> int:

@@ -201,7 +201,7 @@ def _compiler_config(module: Any) -> Switch:
     def restore(values: Mapping[str, Any]) -> None:
         current = get()
         for name, value in values.items():
-            if not current[name] == value:
+            if current[name] != value:
                 with suppress(AttributeError):  # an alias
                     setattr(module, name, value)
 

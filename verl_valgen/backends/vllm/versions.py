@@ -37,6 +37,7 @@ def why_not_installed() -> str | None:
     if name is None:
         return f"generation.backend=vllm: vLLM is not installed ({INSTALL})"
     version = _version_of(name)
+    assert version is not None
     if version not in SUPPORTED:
         return f"generation.backend=vllm: {name} {version} is installed, and {SUPPORTED} is supported ({INSTALL})"
     for text in metadata.requires(name) or []:
