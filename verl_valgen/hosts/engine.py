@@ -21,7 +21,7 @@ from verl_valgen.hosts import fused_kernels
 from verl_valgen.hosts.model_host import ModelHost, current_device, has_experts
 
 if TYPE_CHECKING:
-    from verl_valgen.weights.gather import Parameters
+    from verl_valgen.weights.streams import Parameters
 
 _FSDP = ("fsdp", "fsdp2")
 """Values of `engine.strategy`."""
