@@ -19,8 +19,7 @@ _T = TypeVar("_T")
 
 Parameters = Generator[tuple[str, Tensor], None, None]
 """Pairs of a parameter's name and the whole tensor, one after the other. The tensor may be the trainer's own memory and
-is valid until the next one is asked for: copy it, do not write to it. What still refers to it then keeps its memory from
-the next ones."""
+is valid until the next one is asked for: copy it, do not write to it. Let go of it then: its memory may be needed."""
 
 Consumer = Callable[[Iterator[tuple[str, Tensor]]], _T]
 """Pulls pairs as `Parameters` describes them, as many as it likes."""
