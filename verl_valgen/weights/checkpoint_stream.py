@@ -39,6 +39,8 @@ def stream(
         consume: Called where `keep` is true, without gradients, with an iterator of names and whole tensors on the
             device, in no particular order. A tensor may be the trainer's own memory, is valid until the next one is
             asked for, and is not to be written to. The consumer may stop early: the rest is gathered and dropped.
+            Before collectives of its own it must exhaust the iterator, also where it fails: until then other ranks wait
+            for this one in a gather.
         dtype: Of floating-point tensors, as `from_pretrained(dtype=...)` understands it: what transformers keeps in
             float32 stays there.
         device: The rank's own device.
