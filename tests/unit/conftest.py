@@ -10,6 +10,7 @@ ANY_VERL = {
     "test_patching.py",
     "hosts/test_loaders.py",
     "hosts/test_schedule.py",
+    "rounds/test_engine_plan.py",
     "rounds/test_needs.py",
     "rounds/test_plan.py",
     "backends/test_refilling.py",

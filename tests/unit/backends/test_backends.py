@@ -43,7 +43,7 @@ def model(directory, tokenizer):
     return model
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(params=[name for name in BACKENDS if not ways(name, "cpu")[0].is_engine])  # those have tests/vllm
 def answer(request, model, tokenizer):
     def generate(requests, params, seed=0, **limits):
         backend = backend_class(request.param, "cpu")(model, tokenizer, seed, Limits(**limits))
@@ -272,6 +272,14 @@ def test_ways_go_from_the_one_asked_for_to_the_safest():
         limits = way.within(Limits(batch_size=3, compile=True))
         assert (limits.batch_size, limits.compile) == (3, True)
         assert (limits.fuse, limits.one_at_a_time) == (way.fuse, way.one_at_a_time)
+
+
+@pytest.mark.parametrize("device_type", ["cuda", "cpu", "npu"])
+def test_behind_an_engine_of_others_come_the_ways_that_auto_has(device_type):
+    first, *safer = ways("vllm", device_type)
+    assert (first.name, first.backend, first.is_engine) == ("vllm", "vllm", True)
+    assert safer == ways("auto", device_type)
+    assert not any(way.is_engine for way in safer)
 
 
 def test_one_prompt_at_a_time(answer, model):
