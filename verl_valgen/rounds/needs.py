@@ -65,9 +65,12 @@ def cache_bytes(config: Any, num_tokens: int, dtype: torch.dtype, ranks_per_copy
         config: transformers' configuration of the text model.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    num_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    own_heads = max(1, num_key_value_heads // ranks_per_copy)  # of fewer heads than ranks each has a whole one
+    own_heads = max(1, _num_key_value_heads(config) // ranks_per_copy)  # of fewer heads than ranks each has a whole one
     return 2 * config.num_hidden_layers * own_heads * head_dim * num_tokens * dtype.itemsize
+
+
+def _num_key_value_heads(config: Any) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def prompt_bytes(config: Any, num_tokens: int, dtype: torch.dtype) -> int:
@@ -149,9 +152,11 @@ def engine_sequence_bytes(
     requests: Sequence[Request], config: Any, dtype: torch.dtype, world_size: int
 ) -> dict[int, int]:
     """`EngineNeeds.sequence` of requests: by each number of ranks in which all ranks, and the model's attention heads,
-    can be divided evenly."""
+    can be divided evenly, and its heads of keys and values too, or else so many ranks have the same one."""
     text, num_tokens = config.get_text_config(), engine_tokens(requests, config)
-    possible = [n for n in range(1, world_size + 1) if world_size % n == 0 and text.num_attention_heads % n == 0]
+    num_heads, num_kv = text.num_attention_heads, _num_key_value_heads(text)
+    possible = [n for n in range(1, world_size + 1) if world_size % n == 0 and num_heads % n == 0]
+    possible = [n for n in possible if num_kv % n == 0 or n % num_kv == 0]
     return {n: cache_bytes(text, num_tokens, dtype, n) for n in possible}
 
 

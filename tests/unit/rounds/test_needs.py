@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import pytest
 import torch
 from transformers import LlamaConfig
 
 from verl_valgen.records import Request
 from verl_valgen.rounds.needs import (
+    engine_sequence_bytes,
+    engine_tokens,
     largest_reading_bytes,
     largest_sequence_bytes,
     logprobs_bytes,
@@ -67,3 +70,43 @@ def test_texts_that_are_read_together_take_room_for_the_longest_each():
     assert takes([long, short]) == reading_bytes(CONFIG, 50, 7, torch.bfloat16, 2)
     # Logits of every position, and activations, for both; what judges them looks at a few rows at a time.
     assert of_one + 50 * 100 * 2 < takes([long, short]) < 2 * of_one
+
+
+def asked(*lengths: tuple[int, int]) -> list[Request]:
+    return [Request([1] * prompt, (i, 0), {"max_new_tokens": new}) for i, (prompt, new) in enumerate(lengths)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_tokens"),
+    [
+        ([(10, 20)], 128),  # a block that is begun, and one more: a step looks ahead
+        ([(10, 54)], 128),
+        ([(10, 55)], 192),
+        ([(10, 20), (100, 3), (3, 100)], 192),
+        ([(10, 20)] * 1000, 128),  # of each; how many there are at once is the plan's
+    ],
+)
+def test_an_engine_keeps_whole_blocks_of_the_longest_sequence(lengths, num_tokens):
+    assert engine_tokens(asked(*lengths), CONFIG) == num_tokens
+
+
+def test_an_engine_keeps_no_more_tokens_than_the_model_has_places_for():
+    config = LlamaConfig(max_position_embeddings=2048)
+    assert engine_tokens(asked((48, 10**9)), config) == engine_tokens(asked((48, 2000)), config) == 2048 + 64
+
+
+def test_keys_and_values_are_divided_by_heads_among_the_ranks_of_an_engine():
+    def needs(world_size: int, num_heads: int = 8, num_key_value_heads: int = 2) -> dict[int, int]:
+        heads = {"num_attention_heads": num_heads, "num_key_value_heads": num_key_value_heads, "head_dim": 16}
+        config = LlamaConfig(hidden_size=16 * num_heads, num_hidden_layers=3, **heads)
+        return engine_sequence_bytes(asked((10, 20)), config, torch.bfloat16, world_size)
+
+    of_a_head = 2 * 3 * 16 * 128 * 2
+    assert needs(1) == {1: 2 * of_a_head}
+    assert needs(4) == {1: 2 * of_a_head, 2: of_a_head, 4: of_a_head}  # of fewer heads than ranks each has a whole one
+    assert needs(6) == {1: 2 * of_a_head, 2: of_a_head}  # 8 heads are not divided by 3 or 6
+    assert needs(3) == {1: 2 * of_a_head}
+    assert needs(16, num_heads=32, num_key_value_heads=8)[4] == 2 * of_a_head
+    # Nor are heads of keys that some ranks would have whole and others in part.
+    assert list(needs(6, num_heads=12, num_key_value_heads=4)) == [1, 2]
+    assert list(needs(12, num_heads=12, num_key_value_heads=3)) == [1, 3, 6, 12]
