@@ -138,16 +138,25 @@ def test_memory_is_back_at_its_level_after_a_round(finished):
             assert figures["peak"] > figures["before"] > 0, "nothing was measured"
 
 
+def seconds_of_rounds(case: Case, one: Run) -> list[float]:
+    """On rank 0; the first round makes ready what the others find."""
+    return [figures["seconds"] for figures in rounds(case, one)[0]]
+
+
+def in_words(seconds: list[float]) -> str:
+    """Every round's: few have a median that says little."""
+    return f"{median(seconds):.2f} s ({', '.join(f'{one:.2f}' for one in seconds)})"
+
+
 def test_a_round_takes_what_it_takes_without_ray(finished, record_property):
     case, *runs = finished
     peaks = [
         [max(figures["peak"] - figures["after"] for figures in of_rank) for of_rank in rounds(case, one)]
         for one in runs
     ]
-    seconds = [median(figures["seconds"] for figures in rounds(case, one)[0]) for one in runs]
     figures = [
-        f"{first / MIB:.0f} MiB on rank 0, {second / MIB:.0f} on rank 1, {median_s:.2f} s"
-        for (first, second), median_s in zip(peaks, seconds, strict=True)
+        f"{first / MIB:.0f} MiB on rank 0, {second / MIB:.0f} on rank 1, {in_words(seconds_of_rounds(case, one))}"
+        for (first, second), one in zip(peaks, runs, strict=True)
     ]
     record_property("round_with_ray", f"{figures[0]}; without Ray {figures[1]}")
     for with_ray, without in zip(*peaks, strict=True):
