@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from exports import by_expert
+from exports import as_checkpoints_have
 from torch import Tensor, nn
 from verl.utils.fsdp_utils import apply_fsdp2
 from verl.workers.config import FSDPEngineConfig
@@ -71,6 +71,7 @@ class ListEngine(FSDPEngineWithLMHead):
     def _export(self, parameters: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         tied = self.model_config.share_embeddings_and_output_weights
         with self._out_of_the_list():
-            for name, parameter in by_expert(parameters):  # a DTensor's `full_tensor`, one after the other
+            # A DTensor's `full_tensor`, one after the other.
+            for name, parameter in as_checkpoints_have(self.model_config.hf_config.model_type, parameters):
                 if not (tied and name == "lm_head.weight"):  # the embeddings are there under one name
                     yield name, parameter

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from exports import by_expert, randomize
+from exports import as_checkpoints_have, by_expert, randomize
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -50,8 +50,6 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=NUM_EXPERTS),
     "gpt_oss": lambda: GptOssConfig(**SIZES, num_local_experts=NUM_EXPERTS),
 }  # fmt: skip
-CHECKPOINT = {"mixtral": (("w1", "w3", "w2"), "block_sparse_moe")}
-"""Model -> the names of its experts, where they are not the usual ones."""
 EXPERT_BYTES = 4 * HIDDEN * INTERMEDIATE
 
 
@@ -64,7 +62,7 @@ def build(name: str) -> PreTrainedModel:
 def exported(model: PreTrainedModel, name: str) -> list[tuple[str, Tensor]]:
     """Its state dict as a checkpoint has it: tied weights once, GPT-OSS' experts packed."""
     tensors = [pair for pair in model.state_dict().items() if "tied" not in name or pair[0] != "lm_head.weight"]
-    return tensors if name == "gpt_oss" else list(by_expert(tensors, *CHECKPOINT.get(name, ())))
+    return list(as_checkpoints_have(model.config.model_type, tensors))
 
 
 def new_copy(name: str, dtype: torch.dtype = torch.float32) -> ExportedCopy:
