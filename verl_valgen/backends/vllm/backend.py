@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,9 +61,9 @@ class VLLMBackend(Backend):
         Every completion has `logprobs`.
 
         Raises:
-            Exception: The engine failed, whatever vLLM raises: it is of no use then.
+            Exception: The engine has failed, with whatever vLLM raises.
         """
-        with self.engine.in_force():
+        with self.engine.in_force(), self.engine.failing_for_good():
             return self._generate(requests)
 
     def _generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -86,7 +87,8 @@ class VLLMBackend(Backend):
                     completions[i] = answer.completion()
         finally:
             if growing:
-                vllm.abort_request(list(growing))
+                with suppress(Exception):  # after one of its own
+                    vllm.abort_request(list(growing))
         for i, answer in growing.values():  # out of time
             completions[i] = answer.completion()
         self.on_answers(len(growing))
