@@ -81,10 +81,9 @@ class Compartment:
                 switch = switches[name]
                 inside = _value(switch)
                 if switch.is_kept and inside is not _UNKNOWN:
-                    if _same(inside, value):
-                        self._values.pop(name, None)
-                    else:
-                        self._values[name] = inside
+                    self._values.pop(name, None)
+                    if not _same(inside, value):
+                        self._values[name] = _changed(value, inside) if isinstance(value, dict) else inside
                 _put(switch, value)
 
 
@@ -115,6 +114,11 @@ def _same(left: Any, right: Any) -> bool:
 def _differences(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
     changed: dict[str, str | None] = {name: value for name, value in after.items() if before.get(name) != value}
     return changed | {name: None for name in before if name not in after}
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Of functions or settings by their names those that differ: others may change outside meanwhile."""
+    return {name: value for name, value in after.items() if name not in before or before[name] != value}
 
 
 def _apply_environment(changes: Mapping[str, str | None]) -> None:
@@ -188,14 +192,7 @@ def _switches(device: torch.device) -> dict[str, Switch]:
     return switches
 
 
-_WITH_FUNCTIONS = (
-    "torch",
-    "torch.cuda",
-    "torch.accelerator",
-    "torch.distributed",
-    "torch.nn.functional",
-    "torch.random",
-)
+_WITH_FUNCTIONS = ("torch", "torch.cuda", "torch.accelerator", "torch.distributed", "torch.nn.functional")
 """Modules some of whose functions and classes vLLM replaces by its own: on CPU streams, events, memory and threads."""
 _ATTRIBUTES = (
     ("sys", "", "excepthook"),
