@@ -130,8 +130,7 @@ class Engine:
             weights: See `loading.load`, which says what is raised, too. After an error it has failed.
         """
         with self.in_force(), self.failing_for_good():
-            self._wake("weights")
-            loading.load(self._llm, weights)
+            loading.load(self._llm, weights, prepare=lambda: self._wake("weights"))
             self._wake("kv_cache")
             # Keys and values of equal prompts under earlier weights would be taken for theirs.
             if not self._llm.reset_prefix_cache():
