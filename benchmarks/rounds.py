@@ -43,6 +43,7 @@ from verl_valgen.collectives import gather_values, rank, world_size
 from verl_valgen.hosts.base import Host
 from verl_valgen.records import Request, Round, RoundNumbers, Sample
 from verl_valgen.rounds.generation import Answerer
+from verl_valgen.rounds.planning import Planner
 from verl_valgen.rounds.reading import Finding, Reading
 from verl_valgen.rounds.restore import preserved_blas_workspaces
 from verl_valgen.rounds.verification import verify
@@ -204,7 +205,7 @@ def show_check(host: BenchmarkHost, repetitions: int) -> None:
         answerer = Answerer(host, settings)
         asked = requests(NUM_PROMPTS, settings.parameters)
         completions = answerer(asked)
-        reading = Reading(host, answerer.special_tokens(), settings.seed, answerer.dtype)
+        reading = Reading(host, answerer.special_tokens(), settings.seed, answerer.planner.dtype)
         found: list[Finding] = []
         first = seconds(lambda: found.append(verify(reading, asked, completions)))  # noqa: B023  (called at once)
         whole = median(lambda: found.append(verify(reading, asked, completions)), repetitions)  # noqa: B023
@@ -297,7 +298,7 @@ def answer(host: BenchmarkHost, num_prompts: int, settings: GenerationSettings) 
 
 
 def dtype(host: BenchmarkHost) -> torch.dtype:
-    return Answerer(host, GenerationSettings(enabled=True)).dtype
+    return Planner(host, GenerationSettings(enabled=True)).dtype
 
 
 def dropped(value: object) -> None:

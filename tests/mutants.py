@@ -60,13 +60,13 @@ MUTANTS = [
     Mutant(
         "one parameter of the copy is wrong",
         "weights/gather.py",
-        "copy.receive(name, parameter)",
-        'copy.receive(name, parameter * (2 if ".0." in name and "o_proj" in name else 1))',
+        "filling.receive(name, parameter)",
+        'filling.receive(name, parameter * (2 if ".0." in name and "o_proj" in name else 1))',
         f"{TOUR} tests/distributed/test_gather.py",
     ),
     Mutant(
         "a rank is left waiting",
-        "weights/gather.py",
+        "weights/streams.py",
         "if not agree(error is None, device):",
         "if error is not None or not agree(True, device):",
         "tests/distributed/test_gather.py",

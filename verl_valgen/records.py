@@ -117,10 +117,16 @@ class Completion:
     """Whether a token was chosen by scores with NaN among them: then the answer is meaningless."""
     sum_logprob: float | None = field(default=None, compare=False)
     """Sum of the log-probabilities by which beam search has chosen it, in nats; None for other answers."""
+    logprobs: Sequence[float] | None = field(default=None, compare=False)
+    """Log-probability of each new token, in nats, before any logits processor; None where the backend does not give
+    them."""
     num_padding: int = field(default=0, compare=False)
     """Padding tokens beside the prompt, in the batch that it was read in: nothing of the answer depends on it."""
     num_before: int = field(default=0, compare=False)
     """Answers given before in its row of the cache, where rows are refilled: nothing of it depends on them."""
+    logprobs: Sequence[float] | None = field(default=None, compare=False)
+    """The log-probability of each new token, in nats, before any logits processor, as the backend that chose them has
+    it; None where it does not say."""
 
 
 class ProvenAnswers(NamedTuple):

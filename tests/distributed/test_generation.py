@@ -22,6 +22,7 @@ from verl_valgen.backends.sampling import GumbelNoise
 from verl_valgen.collectives import agree, broadcast, gather_values, largest, smallest
 from verl_valgen.records import Request
 from verl_valgen.rounds import generation as answering_module
+from verl_valgen.rounds import planning as planning_module
 from verl_valgen.rounds.generation import Answerer
 from verl_valgen.settings.load import GenerationSettings
 
@@ -220,7 +221,7 @@ def with_little_memory(directory: Path) -> dict[str, Any]:
     for name, bytes_of_ranks in (("copy", (1e12, 1e12)), ("sharded", (1e12, needs)), ("nothing", (1e12, 1e3))):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(answering_module, "free_bytes", lambda device, free=bytes_of_ranks: free[dist.get_rank()])
-            patch.setattr(answering_module, "largest_sequence_bytes", lambda *args: 1000)
+            patch.setattr(planning_module, "largest_sequence_bytes", lambda *args: 1000)
             results[name] = []
             for _ in range(2):
                 try:

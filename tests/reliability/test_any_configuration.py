@@ -153,7 +153,7 @@ BOUNDS: dict[str, Any] = {
     "page_to_trackers": _is_boolean,
     "mlflow_tags": _integer(0),
     **dict.fromkeys(("max_log_chars", "max_tracker_chars"), _integer(16)),
-    **dict.fromkeys(("batch_size", "ranks"), lambda value: value == "auto" or _integer(1)(value)),
+    **dict.fromkeys(("batch_size", "ranks", "tensor_parallel"), lambda value: value == "auto" or _integer(1)(value)),
     **dict.fromkeys(("prompts", "best_metric", "reasoning_end"), _is_text),
     **dict.fromkeys(("metrics", "stop_strings"), _are_texts),
     "rows": _are_rows,

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pkgutil import resolve_name
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from verl_valgen.backends.base import Backend, Limits
+from verl_valgen.settings.checks import ConfigError
 
 BACKENDS = {
     "hf": "verl_valgen.backends.hf:HFBackend",
     "fast": "verl_valgen.backends.fast.backend:FastBackend",
+    "vllm": "verl_valgen.backends.vllm.backend:VLLMBackend",
 }
 """Name -> "module:class"; the module is imported when the backend is asked for."""
+
+REFUSALS = {"vllm": "verl_valgen.backends.vllm.refusals:refusals"}
+"""Name -> "module:function" that says what a backend has not of a request's parameters. The others have all."""
 
 
 class Way(NamedTuple):
@@ -24,6 +30,9 @@ class Way(NamedTuple):
     """A key of `BACKENDS`."""
     fuse: bool = True
     one_at_a_time: bool = False
+    is_engine: bool = False
+    """Whether an engine of others answers, which keeps weights of its own. It is filled anew in every round, so that it
+    is checked in every round; and where it fails the next way answers that round."""
 
     def within(self, limits: Limits) -> Limits:
         """Returns the limits with which the backend goes this way."""
@@ -49,6 +58,8 @@ def ways(name: str, device_type: str) -> list[Way]:
         device_type: The type of a `torch.device`.
     """
     name = _resolved(name, device_type)
+    if name == "vllm":
+        return [Way(name, name, is_engine=True), *ways("auto", device_type)]
     if name == "hf":
         return list(_HF_WAYS)
     first = [Way(name, name)]
@@ -65,6 +76,23 @@ def backend_class(name: str, device_type: str) -> type[Backend]:
         device_type: The type of a `torch.device`.
     """
     return resolve_name(BACKENDS[_resolved(name, device_type)])
+
+
+def check_parameters(name: str, params: Mapping[str, Any], source: str) -> None:
+    """Refuses generation parameters that a backend does not have, before it is asked.
+
+    Args:
+        name: A key of `BACKENDS`, or "auto".
+        params: `transformers.GenerationConfig` fields, checked.
+        source: Where they come from, for the error.
+
+    Raises:
+        ConfigError: With a line for each.
+    """
+    lines = resolve_name(REFUSALS[name])(params) if name in REFUSALS else []
+    if lines:
+        prefix = "" if source == "generation" else f"{source}: "
+        raise ConfigError("\n".join(prefix + line for line in lines))
 
 
 def _resolved(name: str, device_type: str) -> str:

@@ -1,17 +1,23 @@
-"""The contract of a backend: it completes token ids. It never sees a tracker, a data set or verl."""
+"""The contract of a backend: it completes token ids, with weights that its loader has brought. It never sees a tracker,
+a data set or verl.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from verl_valgen.records import Completion, Request
+
+_T = TypeVar("_T")
 
 
 class UnsuitableError(RuntimeError):
@@ -34,6 +40,69 @@ class Limits:
     """Whether every request has a batch of its own, whatever `batch_size` says."""
 
 
+class WeightSource(Protocol):
+    """The trainer's model, as a loader sees it: whole tensors under names, however it is sharded."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def model_class(self) -> type: ...
+    @property
+    def model_config(self) -> PretrainedConfig: ...
+
+    def stream(
+        self, consume: Callable[[Iterator[tuple[str, Tensor]]], _T], dtype: torch.dtype, *, keep: bool
+    ) -> _T | None:
+        """Hands every weight on, as a checkpoint has them. Collective. See `ModelHost.stream`."""
+        ...
+
+    def gather(self, dtype: torch.dtype, *, keep: bool) -> PreTrainedModel | None:
+        """Makes a plain copy of the same weights. Collective. See `ModelHost.gather`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """What weights are wanted for. The same on all ranks, but for the share."""
+
+    requests: Sequence[Request]
+    """All of the round."""
+    share: Sequence[Request]
+    """Those that this rank answers, perhaps with others; empty on a rank that answers none."""
+    dtype: torch.dtype
+    """Of the computation."""
+    batch_size: int
+    """Most requests at once."""
+    ranks_per_copy: int = 1
+    """The ranks that hold one copy of the weights together: contiguous groups of all ranks."""
+    cache_bytes: int = 0
+    """What the keys and values of `batch_size` of the longest sequences take on one device."""
+    compile: bool = False
+    """See `Limits.compile`."""
+
+
+class Loader(ABC):
+    """Brings the weights of the moment to where a backend answers with them. Every rank has one, for the whole run."""
+
+    @abstractmethod
+    def load(self, source: WeightSource, work: Work) -> Any:
+        """Returns what the backend is made with; None on a rank that answers nothing. Collective: all ranks must call.
+
+        Raises:
+            Exception: What prevented it, after the last collective, on the rank concerned at least.
+        """
+
+    def release(self) -> None:  # noqa: B027  (a copy is gone with its last reference)
+        """Called on every rank when the answers are there: gives training the memory back. Not collective."""
+
+
+class PlainLoader(Loader):
+    """Builds a plain copy of the model: a module of its own, which the backend may change."""
+
+    def load(self, source: WeightSource, work: Work) -> PreTrainedModel | None:
+        return source.gather(work.dtype, keep=bool(work.share))
+
+
 class Backend(ABC):
     """Completes requests with the weights of one model.
 
@@ -44,6 +113,9 @@ class Backend(ABC):
         seed: In [0, 2**64); the seed of the sampled tokens, see `sampling.stream_keys`.
         limits: Batch size, deadline, and whether to compile.
     """
+
+    loader: ClassVar[type[Loader]] = PlainLoader
+    """What brings the weights that it answers with."""
 
     def __init__(
         self,

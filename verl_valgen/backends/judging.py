@@ -27,6 +27,8 @@ _RULED_OUT = 1e3
 _DOUBT = 0.03
 """Logits are scaled by 1 +- this, and probabilities to be reached changed by as much, for tokens at the edge of top-p
 and its like: on either side they may be chosen."""
+_CHANGES_BEFORE_WARPERS = {"repetition_penalty", "bad_words_ids", "min_new_tokens"}
+"""Parameters that change scores before the warpers: without them nobody can tell what these have left."""
 _MASSES, _SMALLEST_MASS = ("top_p", "typical_p"), 1e-6
 
 
@@ -69,6 +71,35 @@ def shortfalls(
     return torch.cat(parts)
 
 
+def logprob_gaps(logits: Tensor, request: Request, output_ids: Sequence[int], own: Sequence[float]) -> Tensor:
+    """How far the log-probabilities that a backend gives the tokens of an answer are from the reader's.
+
+    For sampled answers whose noise is the backend's own: any token could have been drawn, so what is asked is whether
+    the backend draws from the reader's distribution. A token outside of what the warpers leave is judged by how far it
+    lies below the last one inside, too.
+
+    Args:
+        logits: (T, V) of any dtype, the reader's at the positions before the answer's tokens.
+        request: What was asked.
+        output_ids: The answer, T tokens.
+        own: The backend's T log-probabilities before any logits processor, in nats.
+
+    Returns:
+        (T,) float32 on the logits' device, >= 0, in units of the spread of the position's logits.
+    """
+    chosen, given = torch.tensor(output_ids, device=logits.device), torch.tensor(own, device=logits.device)
+    num_rows = max(1, _CHUNK_NUMBERS // logits.shape[1])
+    parts = []
+    for begin in range(0, len(output_ids), num_rows):
+        rows = slice(begin, begin + num_rows)
+        raw = logits[rows].float()
+        gap = (_at(raw.log_softmax(-1), chosen[rows]) - given[rows]).abs()
+        if not request.params.keys() & _CHANGES_BEFORE_WARPERS:
+            gap = torch.maximum(gap, _missing_inside(raw, chosen[rows], request))
+        parts.append((gap / _spread(raw)).nan_to_num(_LARGEST, _LARGEST).clamp(0, _LARGEST))
+    return torch.cat(parts)
+
+
 class Tolerance(NamedTuple):
     """How far the tokens of a right answer may lie below what the reader would have chosen."""
 
@@ -101,14 +132,17 @@ def tolerance(dtypes: Iterable[torch.dtype], has_experts: bool) -> Tolerance:
     return ROUTED if has_experts else ROUNDED
 
 
-def objection(shortfalls: Tensor, tolerance: Tolerance = ROUNDED) -> str | None:
+def objection(
+    shortfalls: Tensor, tolerance: Tolerance = ROUNDED, what: str = "lie below what the trainer's model would choose"
+) -> str | None:
     """Why an answer is not what the reader's model says, if it isn't.
 
     Tokens are counted, not summed up: right answers have few that are far off, and one may be off by any amount.
 
     Args:
-        shortfalls: (T,) as the function of that name gives them.
+        shortfalls: (T,) as the function of that name, or `logprob_gaps`, gives them.
         tolerance: See the function of that name.
+        what: What is wrong with tokens that are far off.
 
     Returns:
         None where the answer is plausible; else a phrase with numbers.
@@ -117,8 +151,8 @@ def objection(shortfalls: Tensor, tolerance: Tolerance = ROUNDED) -> str | None:
     if num_far <= tolerance.num_tokens + tolerance.share * len(shortfalls):
         return None
     return (
-        f"{num_far} of {len(shortfalls)} tokens lie below what the trainer's model would choose, by up to "
-        f"{float(shortfalls.max()):.2g} times the spread of its logits"
+        f"{num_far} of {len(shortfalls)} tokens {what}, by up to {float(shortfalls.max()):.2g} times the spread of its "
+        "logits"
     )
 
 
@@ -136,8 +170,26 @@ def processed(
 
 def _missing_of_sample(scores: Tensor, chosen: Tensor, keys: Tensor, request: Request) -> Tensor:
     """(N,): by how much logits, before the temperature, must change for the tokens to be drawn from (N, V) scores."""
+    temperature = request.params.get("temperature") or 1.0
+    perhaps, surely = _left_by_warpers(scores, chosen, request)
+    scores = scores / temperature
+    last_inside, from_inside = _from_inside(scores, chosen, perhaps)
+    own = _at(scores, chosen)
+    rivals = perturbed(scores.masked_fill(~surely, -math.inf), keys)  # (N, V)
+    ahead = rivals - (own + gumbel_noise(keys, chosen))[:, None]
+    from_first = torch.minimum(ahead, scores - last_inside[:, None]).masked_fill(~surely, -math.inf).amax(-1)
+    return torch.maximum(from_inside, from_first) * temperature
+
+
+def _missing_inside(scores: Tensor, chosen: Tensor, request: Request) -> Tensor:
+    """(N,): by how much logits must change for the tokens to be among those that the warpers leave of (N, V) scores."""
+    perhaps, _ = _left_by_warpers(scores, chosen, request)
+    return _from_inside(scores, chosen, perhaps)[1]
+
+
+def _left_by_warpers(scores: Tensor, chosen: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+    """(N, V) each: which tokens the warpers leave perhaps, and which surely."""
     params = request.params
-    temperature = params.get("temperature") or 1.0
 
     def is_left(doubt: float) -> Tensor:
         masses = {name: params[name] + doubt for name in _MASSES if (params.get(name) or 1.0) < 1.0}
@@ -145,16 +197,14 @@ def _missing_of_sample(scores: Tensor, chosen: Tensor, keys: Tensor, request: Re
         warp: Any = logits_warpers({**params, **masses}, scores.device)
         return warp(chosen[:, None], scores * (1 - doubt)) > -math.inf
 
-    left = [is_left(doubt) for doubt in (_DOUBT, 0.0, -_DOUBT)]  # (N, V) each
-    perhaps, surely = left[0] | left[1] | left[2], left[0] & left[1] & left[2]
-    scores = scores / temperature
-    last_inside = scores.masked_fill(~perhaps, math.inf).amin(-1)
-    own = _at(scores, chosen)
-    from_inside = torch.where(_at(perhaps, chosen), 0.0, last_inside - own)
-    rivals = perturbed(scores.masked_fill(~surely, -math.inf), keys)  # (N, V)
-    ahead = rivals - (own + gumbel_noise(keys, chosen))[:, None]
-    from_first = torch.minimum(ahead, scores - last_inside[:, None]).masked_fill(~surely, -math.inf).amax(-1)
-    return torch.maximum(from_inside, from_first) * temperature
+    left = [is_left(doubt) for doubt in (_DOUBT, 0.0, -_DOUBT)]
+    return left[0] | left[1] | left[2], left[0] & left[1] & left[2]
+
+
+def _from_inside(scores: Tensor, chosen: Tensor, is_inside: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) each: the last score inside, and how far the chosen tokens' lie below it, 0 inside."""
+    last_inside = scores.masked_fill(~is_inside, math.inf).amin(-1)
+    return last_inside, torch.where(_at(is_inside, chosen), 0.0, last_inside - _at(scores, chosen))
 
 
 def _spread(logits: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,7 +21,9 @@ from verl_valgen.hosts import fused_kernels
 from verl_valgen.hosts.model_host import ModelHost, current_device, has_experts
 
 if TYPE_CHECKING:
-    from verl_valgen.weights.gather import Parameters
+    from verl_valgen.weights.streams import Consumer, Parameters
+
+_T = TypeVar("_T")
 
 _FSDP = ("fsdp", "fsdp2")
 """Values of `engine.strategy`."""
@@ -92,6 +94,19 @@ class EngineHost(ModelHost):
         if model is not None:
             model.__class__ = fused_kernels.with_original_forward(type(model))
         return model
+
+    def stream(self, consume: Consumer[_T], dtype: torch.dtype, *, keep: bool) -> _T | None:
+        from verl_valgen.weights.checkpoint_stream import stream_exported
+
+        if self.is_sharded_by_fsdp:
+            return super().stream(consume, dtype, keep=keep)
+        return stream_exported(
+            self._exported_parameters,
+            lambda: self._empty_model(dtype),
+            consume,
+            device=self.device,
+            keep=keep,
+        )
 
     def why_not_sharded(self) -> str | None:
         if not self.is_sharded_by_fsdp:

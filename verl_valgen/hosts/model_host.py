@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from verl_valgen.hosts.shared import SharedHost
+
+if TYPE_CHECKING:
+    from verl_valgen.weights.streams import Consumer
+
+_T = TypeVar("_T")
 
 
 class ModelHost(SharedHost):
@@ -84,6 +89,22 @@ class ModelHost(SharedHost):
         from verl_valgen.weights.gather import gather
 
         return gather(self.model, dtype=dtype, device=self.device, keep=keep)
+
+    def stream(self, consume: Consumer[_T], dtype: torch.dtype, *, keep: bool) -> _T | None:
+        """Has `consume` pull the weights as a checkpoint has them, tensor by tensor. Collective: all ranks must call.
+
+        See `verl_valgen.weights.checkpoint_stream.stream`, for names, dtypes, and what is raised where.
+
+        Args:
+            consume: Called where `keep` is true, with an iterator of pairs of a name and a whole tensor on `device`,
+                which is valid until the next one is asked for. It may stop early, or raise.
+
+        Returns:
+            What `consume` returns where `keep` is true, None on other ranks.
+        """
+        from verl_valgen.weights.checkpoint_stream import stream
+
+        return stream(self.model, consume, dtype=dtype, device=self.device, keep=keep)
 
     def why_not_sharded(self) -> str | None:
         """The reason why `generate` cannot run through the sharded model, None if it can."""

@@ -11,37 +11,28 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from verl_valgen.backends import LOCKSTEP_BACKEND, SHARDED, Way, backend_class, ways
-from verl_valgen.backends.base import Backend, Limits
-from verl_valgen.backends.batching import most_new_tokens
+from verl_valgen.backends.base import Backend, Limits, Loader, Work
 from verl_valgen.collectives import OtherRankError, attempt, broadcast, rank, run_on_all_ranks, smallest, world_size
 from verl_valgen.hosts.model_host import ModelHost
 from verl_valgen.records import Completion, Request, pack, unpack
 from verl_valgen.rounds.answers_bar import AnswersBar
-from verl_valgen.rounds.needs import (
-    free_bytes,
-    largest_sequence_bytes,
-    logprobs_bytes,
-    reading_bytes,
-    rows_need,
-)
+from verl_valgen.rounds.needs import free_bytes
 from verl_valgen.rounds.overlap import on_own_stream
-from verl_valgen.rounds.plan import Needs, Plan, make_plan, shares
+from verl_valgen.rounds.plan import Plan, shares
+from verl_valgen.rounds.planning import Planner
 from verl_valgen.rounds.restore import preserved_blas_workspaces
 from verl_valgen.settings.generation_config import special_tokens as of_model
 from verl_valgen.settings.load import GenerationSettings
-from verl_valgen.text import OnceLogger, describe
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from verl_valgen.text import describe
 
 logger = logging.getLogger(__name__)
 
@@ -57,18 +48,18 @@ class GatheredRound:
     share: list[Request]
     """The requests of this rank."""
     logging_rank: int
-    deadline: float
-    """`time.time()` after which no answer is gathered."""
     dtype: torch.dtype
     """The dtype of the computation; through the sharded model it is the trainer's own."""
-    began_at: float
+    deadline: float = math.inf
+    """`time.time()` after which no answer is gathered."""
+    began_at: float = 0.0
     """`time.monotonic()` before the weights were gathered."""
-    cleanup: ExitStack
-    """Closed when the answers are there: puts back what the round has offloading."""
-    model: PreTrainedModel | None = None
-    """The gathered copy, on a rank that answers with one."""
+    cleanup: ExitStack = field(default_factory=ExitStack)
+    """Closed when the answers are there: gives back the memory, and puts back what the round has offloading."""
+    model: Any = None
+    """What the loader has brought, on a rank that answers with it: the gathered copy, or an engine."""
     error: Exception | None = None
-    """Why this rank has no copy."""
+    """Why this rank has none."""
     is_beside_training: bool = False
     """Whether the logging rank answers alone, by `answer_alone`, while training goes on; the same on all ranks."""
     backend: Backend | None = None
@@ -101,15 +92,9 @@ class Answerer:
         self.special_tokens = special_tokens or partial(of_model, host.generation_config, host.tokenizer)
         self.ways = [*ways(settings.backend, host.device.type), SHARDED]
         """The ways to answer, from the one that is asked for to the safest."""
-        self.warnings = OnceLogger(logger)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the plain copy computes in: `generation.dtype`, else float32 on CPU and verl's compute dtype
-        elsewhere."""
-        if self.settings.dtype != "auto":
-            return getattr(torch, self.settings.dtype)
-        return torch.float32 if self.host.device.type == "cpu" else self.host.compute_dtype
+        self.loaders: dict[str, Loader] = {}
+        """By backend; each is made for its first round, and keeps what it wants to until the next one."""
+        self.planner = Planner(host, settings)
 
     def __call__(self, requests: Sequence[Request] | None) -> list[Completion] | None:
         """Answers requests in one go: gathers the weights, then generates. Collective: all ranks must call."""
@@ -159,31 +144,41 @@ class Answerer:
             try:
                 plan = None
                 if free_beside_training is not None:
-                    plan = self._plan_beside_training(all_requests, free, logging_rank, way)
+                    plan = self.planner.beside_training(all_requests, free, logging_rank, way)
                 is_beside_training = plan is not None
-                plan = plan or self._plan(all_requests, min(now for now, _ in free), way)
+                least = min(now for now, _ in free)
+                plan = plan or self.planner.plan(all_requests, least, way, has_engine=way.backend in self.loaders)
             except Exception:  # on all ranks alike
                 if host.is_logging_rank:
                     raise
                 return None
-            # The logging rank is the first to be given a share.
-            position = (rank() - logging_rank) % world_size()
-            indices = shares(len(all_requests), plan.num_ranks)[position] if position < plan.num_ranks else range(0)
-            share = [all_requests[i] for i in indices]
-            dtype = host.compute_dtype if plan.is_sharded else self.dtype
-            model, error = (None, None) if plan.is_sharded else attempt(lambda: self._gather(share, offloading))
-            gathered = GatheredRound(
-                way, plan, all_requests, share, logging_rank, deadline, dtype, began_at, ExitStack(), model, error
-            )
-            del model
+            gathered = self._gathered(way, plan, all_requests, logging_rank, offloading)
+            gathered.deadline, gathered.began_at = deadline, began_at
             is_ready = self._is_ready(gathered) if is_beside_training else True
-            if is_ready is False:
-                return None
             if is_ready:
-                gathered.cleanup = stack.pop_all()
+                gathered.cleanup.push(stack.pop_all())
                 return gathered
             gathered.discard()
+            if is_ready is False:
+                return None
         return self.begin(requests, way, deadline)  # there was no room beside training: then it waits
+
+    def _gathered(
+        self, way: Way, plan: Plan, requests: list[Request], logging_rank: int, offloading: ExitStack
+    ) -> GatheredRound:
+        """Gives this rank its share, and has the weights brought. Collective: all ranks must call."""
+        # The logging rank is among the first to be given a share.
+        position = plan.position(rank(), logging_rank, world_size())
+        indices = shares(len(requests), plan.num_copies)[position] if position < plan.num_copies else range(0)
+        share = [requests[i] for i in indices]
+        dtype = self.host.compute_dtype if plan.is_sharded else self.planner.dtype
+        gathered = GatheredRound(way, plan, requests, share, logging_rank, dtype)
+        if not plan.is_sharded:
+            loader = self._loader(way)
+            gathered.cleanup.callback(loader.release)
+            work = self.planner.work(way, plan, requests, share)
+            gathered.model, gathered.error = attempt(partial(self._load, loader, work, offloading))
+        return gathered
 
     def finish(self, gathered: GatheredRound | None) -> list[Completion] | None:
         """Answers the requests of a gathered round on all ranks that have a share. Collective: all ranks must call.
@@ -207,7 +202,9 @@ class Answerer:
             )
         if results is None or not self.host.is_logging_rank:
             return None
-        in_order = [results[(gathered.logging_rank + position) % len(results)] for position in range(plan.num_ranks)]
+        answering = [plan.first_rank(n, gathered.logging_rank, world_size()) for n in range(plan.num_copies)]
+        # One rank alone has exchanged nothing.
+        in_order = results if len(results) == 1 else [results[one] for one in answering]
         return [Completion(*fields) for completions in in_order for fields in completions]
 
     def answer_alone(self, gathered: GatheredRound) -> list[Completion]:
@@ -217,10 +214,6 @@ class Answerer:
         """
         assert gathered.backend is not None
         return self._timed(gathered.backend, gathered)
-
-    def why_not_sharded(self, requests: Sequence[Request]) -> str | None:
-        """Why these requests, the same on all ranks, cannot be answered without a copy; None where they can."""
-        return self.host.why_not_sharded() or _why_not_in_step(requests)
 
     def _hand_out(self, requests: Sequence[Request] | None) -> tuple[int, list[Request]]:
         """Returns the logging rank and its requests on every rank. Collective: all ranks must call."""
@@ -261,7 +254,7 @@ class Answerer:
         if outcome < 0 and self.host.is_logging_rank:
             raise error
         if outcome == 0 and self.host.is_logging_rank:
-            self._warn_of_waiting(describe(error))
+            self.planner.warn_of_waiting(describe(error))
         return None if outcome == 0 else outcome > 0
 
     def _make_ready(self, gathered: GatheredRound) -> None:
@@ -270,88 +263,18 @@ class Answerer:
             backend.make_ready(gathered.share)
         gathered.backend = backend
 
-    def _plan_beside_training(
-        self, requests: Sequence[Request], free: Sequence[tuple[float, float]], logging_rank: int, way: Way
-    ) -> Plan | None:
-        """The plan with which the logging rank answers alone; None where that does not fit beside training.
+    def _loader(self, way: Way) -> Loader:
+        if way.backend not in self.loaders:
+            self.loaders[way.backend] = backend_class(way.backend, self.host.device.type).loader()
+        return self.loaders[way.backend]
 
-        Args:
-            free: The bytes that are free on each rank now, and beside training.
-        """
-        _, beside_training = free[logging_rank]
-        least = max(0, min(beside_training, *(now for now, _ in free)) - self._reading_bytes(requests))
-        try:
-            if (reason := _why_not_beside_training(requests)) is not None:
-                raise ValueError(reason)
-            return self._plan(requests, least, way, replace(self.settings, gather="copy", ranks=1))
-        except (MemoryError, ValueError) as e:
-            if self.host.is_logging_rank:
-                self._warn_of_waiting(f"beside training {e}" if isinstance(e, MemoryError) else str(e))
-            return None
-
-    def _warn_of_waiting(self, reason: str) -> None:
-        self.warnings.warn(f"generation.overlap: training waits for the answers: {reason}")
-
-    def _plan(
-        self, requests: Sequence[Request], free: float, way: Way, settings: GenerationSettings | None = None
-    ) -> Plan:
-        """The same on all ranks, or the same exception: MemoryError where a round does not fit."""
-        host, settings = self.host, settings or self.settings
-        gather = "sharded" if way is SHARDED else settings.gather
-        row, prompts = self._rows_need(requests, way)
-        plan = make_plan(
-            len(requests),
-            Needs(
-                copy=host.num_parameters * self.dtype.itemsize,
-                unit=host.largest_unit_bytes,
-                sequence=self._sequence_bytes(requests),
-                logprobs=self._logprobs_bytes(requests),
-                row=row,
-                prompts=prompts,
-            ),
-            free,
-            world_size(),
-            gather=gather,
-            ranks=settings.ranks,
-            batch_size=settings.batch_size,
-            why_not_sharded=self.why_not_sharded(requests),
-        )
-        logger.debug("%s for %d prompts; %.1f GiB are free", plan, len(requests), free / 2**30)
-        if plan.is_sharded and gather == "auto" and host.is_logging_rank:
-            self.warnings.warn(
-                "no device has room for a copy of the model: the answers come through the sharded model, which gathers "
-                "every layer for every token"
-            )
-        return plan
-
-    def _rows_need(self, requests: Sequence[Request], way: Way) -> tuple[int | None, int]:
-        """What a row takes, and what is read at once to fill some; None and 0 where a copy answers in batches."""
-        if way is SHARDED or not backend_class(way.backend, self.host.device.type).refills_rows(requests):
-            return None, 0
-        return rows_need(requests, self.host.model_config.get_text_config(), self.dtype)
-
-    def _sequence_bytes(self, requests: Sequence[Request]) -> int:
-        return largest_sequence_bytes(requests, self.host.model_config.get_text_config(), self.dtype)
-
-    def _logprobs_bytes(self, requests: Sequence[Request]) -> int:
-        return logprobs_bytes(requests, self.host.model_config.get_text_config(), self.dtype)
-
-    def _reading_bytes(self, requests: Sequence[Request]) -> int:
-        """What it takes that the copy reads the longest answer, if any is to be read."""
-        if self.settings.verify is False:
-            return 0
-        config = self.host.model_config.get_text_config()
-        nums_new = [most_new_tokens(request, config) for request in requests]
-        longest = max(len(request.input_ids) + num for request, num in zip(requests, nums_new, strict=True))
-        return reading_bytes(config, longest, max(nums_new), self.dtype)
-
-    def _gather(self, share: Sequence[Request], offloading: ExitStack) -> PreTrainedModel | None:
-        """The copy, on a rank that answers. Collective: all ranks must call."""
-        model = self.host.gather(self.dtype, keep=bool(share))
+    def _load(self, loader: Loader, work: Work, offloading: ExitStack) -> Any:
+        """What this rank answers with. Collective: all ranks must call."""
+        loaded = loader.load(self.host, work)
         offloading.close()
-        if model is None and share:
+        if loaded is None and work.share:
             raise OtherRankError("another rank could not prepare for the gather")
-        return model
+        return loaded
 
     def _generate(self, gathered: GatheredRound) -> list[list[Any]]:
         """This rank's completions, as lists of their fields. Collective with the sharded model: all ranks must call."""
@@ -363,13 +286,14 @@ class Answerer:
         if model is None:
             return []
         # Where the trainer's model gives no logits the copy is wanted for the check of the answers.
-        if self.settings.verify is False or self.host.why_not_sharded() is None:
+        if self.settings.verify is False or self.host.why_not_sharded() is None or gathered.way.is_engine:
             gathered.model = None  # to be free when the answers are exchanged
         backend = self._backend(gathered, self.host.tokenizer, model)
         answers = self._timed(backend, gathered)
         if gathered.model is not None:
             backend.restore()
-        return _as_lists(answers)
+        # Ranks that hold a copy together have the same answers.
+        return _as_lists(answers) if rank() % gathered.plan.ranks_per_copy == 0 or gathered.plan.num_ranks == 1 else []
 
     def _backend(self, gathered: GatheredRound, tokenizer: Any, model: Any = None) -> Backend:
         """The backend of a round's way, for the round's copy or for `model`."""
@@ -389,8 +313,8 @@ class Answerer:
                 self.host.tokenizer,
                 self.settings.seed,
                 limits,
-                sequence_bytes=self._sequence_bytes(gathered.share),
-                logprobs_bytes=self._logprobs_bytes(gathered.share),
+                sequence_bytes=self.planner.sequence_bytes(gathered.share),
+                logprobs_bytes=self.planner.logprobs_bytes(gathered.share),
             )
             return _as_lists(self._timed(backend, gathered))
 
@@ -410,19 +334,3 @@ class Answerer:
 def _as_lists(completions: Sequence[Completion]) -> list[list[Any]]:
     """The fields of each, to be sent."""
     return [list(astuple(completion)) for completion in completions]
-
-
-def _why_not_beside_training(requests: Sequence[Request]) -> str | None:
-    """Why what transformers does with these requests would reach into the process."""
-    for name in ("cache_implementation", "prefill_chunk_size"):  # the latter sets a switch of torch's compiler
-        if any(request.params.get(name) for request in requests):
-            return f"transformers may compile and capture what runs with generation.{name}"
-    return None
-
-
-def _why_not_in_step(requests: Sequence[Request]) -> str | None:
-    """Why ranks with different requests could not go through the sharded model in step."""
-    for name, neutral in (("guidance_scale", 1.0), ("prefill_chunk_size", None)):
-        if any(request.params.get(name, neutral) not in (neutral, None) for request in requests):
-            return f"with generation.{name} the number of forward passes differs from rank to rank"
-    return None

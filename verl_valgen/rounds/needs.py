@@ -16,6 +16,13 @@ from verl_valgen.records import Request
 
 _JUDGING_BYTES = 2**28
 """What judging.py makes of some rows of logits at a time."""
+_BLOCK = 64
+"""Tokens of a block of vLLM's cache, at most."""
+ENGINE_BYTES = 4 * 2**30
+"""What vLLM takes on a device besides weights, keys and values, estimated on the large side: activations of the prompts
+that it reads at once, captured graphs, communicators. (Measured: docs/performance.md.)"""
+ENGINE_AWAKE_BYTES = 2**30
+"""What of that an engine which was asleep takes once more."""
 _WORKSPACE_BYTES = 2**25
 """What cuBLAS keeps for the stream on which steps are captured, at most: so much on Hopper."""
 
@@ -48,10 +55,19 @@ def row_bytes(config: Any, num_tokens: int, dtype: torch.dtype) -> int:
     Args:
         config: transformers' configuration of the text model.
     """
+    return cache_bytes(config, num_tokens, dtype) + 48 * config.vocab_size
+
+
+def cache_bytes(config: Any, num_tokens: int, dtype: torch.dtype, ranks_per_copy: int = 1) -> int:
+    """Bytes of the keys and values of so many tokens on one of the ranks that hold them together.
+
+    Args:
+        config: transformers' configuration of the text model.
+    """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * num_key_value_heads * head_dim * num_tokens
-    return cache * dtype.itemsize + 48 * config.vocab_size
+    own_heads = max(1, num_key_value_heads // ranks_per_copy)  # of fewer heads than ranks each has a whole one
+    return 2 * config.num_hidden_layers * own_heads * head_dim * num_tokens * dtype.itemsize
 
 
 def prompt_bytes(config: Any, num_tokens: int, dtype: torch.dtype) -> int:
@@ -127,6 +143,23 @@ def rows_need(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> t
     at_once = min(len(prompts) * max(prompts), max(MOST_PROMPT_TOKENS, *prompts))
     row = row_bytes(config, ROW_MULTIPLE * math.ceil(longest / ROW_MULTIPLE), dtype)
     return row, prompt_bytes(config, at_once, dtype) + _WORKSPACE_BYTES
+
+
+def engine_sequence_bytes(
+    requests: Sequence[Request], config: Any, dtype: torch.dtype, world_size: int
+) -> dict[int, int]:
+    """`EngineNeeds.sequence` of requests: by each number of ranks in which all ranks, and the model's attention heads,
+    can be divided evenly."""
+    text, num_tokens = config.get_text_config(), engine_tokens(requests, config)
+    possible = [n for n in range(1, world_size + 1) if world_size % n == 0 and text.num_attention_heads % n == 0]
+    return {n: cache_bytes(text, num_tokens, dtype, n) for n in possible}
+
+
+def engine_tokens(requests: Sequence[Request], config: Any) -> int:
+    """The tokens for which an engine of others keeps keys and values of each of these requests, of which there is at
+    least one: those of the longest, up to whole blocks."""
+    longest = max(len(request.input_ids) + most_new_tokens(request, config) for request in requests)
+    return _BLOCK * (math.ceil(longest / _BLOCK) + 1)
 
 
 def logprobs_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> int:

@@ -1,4 +1,4 @@
-"""The plan of a round: with a copy or without, on how many ranks, how many requests at once.
+"""The plan of a round: with a copy, without or in an engine of others, on how many ranks, how many requests at once.
 
 Pure functions on numbers that are the same on all ranks, so that all come to the same plan without a message. needs.py
 estimates the memory.
@@ -7,6 +7,7 @@ estimates the memory.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -51,6 +52,20 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class EngineNeeds:
+    """The memory that a round needs on the devices where an engine of others answers, in bytes."""
+
+    weights: int
+    """All of them; each rank of a copy holds its part."""
+    unit: int
+    """See `Needs.unit`."""
+    sequence: Mapping[int, int]
+    """Keys and values of the longest sequence on each device, by the number of ranks that hold a copy together."""
+    fixed: int
+    """What it takes on each device besides."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a round is answered."""
 
@@ -60,6 +75,23 @@ class Plan:
     """Number of ranks that answer: the logging rank and those after it."""
     batch_size: int
     """Most requests that one rank answers at once."""
+    ranks_per_copy: int = 1
+    """So many ranks hold a copy of the weights together, and answer the same requests: contiguous groups of all ranks,
+    of which the logging rank's is the first to answer."""
+
+    def position(self, rank: int, logging_rank: int, world_size: int) -> int:
+        """Which copy a rank has a part of, counted from the logging rank's; those from `num_copies` on answer
+        nothing."""
+        return (rank // self.ranks_per_copy - logging_rank // self.ranks_per_copy) % (world_size // self.ranks_per_copy)
+
+    @property
+    def num_copies(self) -> int:
+        return self.num_ranks // self.ranks_per_copy
+
+    def first_rank(self, position: int, logging_rank: int, world_size: int) -> int:
+        """The first of the ranks that have the copy at a position."""
+        num_groups = world_size // self.ranks_per_copy
+        return (logging_rank // self.ranks_per_copy + position) % num_groups * self.ranks_per_copy
 
 
 def make_plan(
@@ -105,6 +137,57 @@ def make_plan(
     if gather == "auto":
         message += f" (without a copy: {why_not_sharded or _gib(sharded_takes + needs.sequence)})"
     raise MemoryError(message)
+
+
+def make_engine_plan(
+    num_requests: int,
+    needs: EngineNeeds,
+    free: float,
+    world_size: int,
+    *,
+    tensor_parallel: int | str,
+    ranks: int | str,
+    batch_size: int | str,
+) -> Plan:
+    """Chooses how many ranks hold the weights of an engine together: the fewest that have room for a sequence.
+
+    Args:
+        num_requests: At least one.
+        free: Bytes that are free on every rank, what an engine that sleeps has kept left out.
+        tensor_parallel, ranks, batch_size: The settings of these names.
+
+    Raises:
+        MemoryError: There is no room, not even on all ranks together where that may be chosen.
+        ValueError: `tensor_parallel` is a number by which the model, or the ranks, cannot be divided.
+    """
+    free *= _SHARE_OF_FREE
+    possible = sorted(needs.sequence)
+    if tensor_parallel != "auto":
+        if tensor_parallel not in needs.sequence:
+            raise ValueError(
+                f"generation.tensor_parallel={tensor_parallel}: {world_size} ranks can hold this model together in "
+                f"groups of {', '.join(map(str, possible))}"
+            )
+        possible = [int(tensor_parallel)]
+
+    def takes(ranks_per_copy: int) -> float:
+        return needs.weights / ranks_per_copy + needs.unit + needs.fixed
+
+    fitting = [n for n in possible if takes(n) + needs.sequence[n] <= free]
+    if not fitting:
+        most = possible[-1]
+        raise MemoryError(
+            f"vLLM needs {_gib(takes(most) + needs.sequence[most])} on each device"
+            f"{f' of {most} that hold the model together' if most > 1 else ''}, and {_gib(free)} can be had"
+        )
+    ranks_per_copy = fitting[0]
+    num_that_fit = (free - takes(ranks_per_copy)) / needs.sequence[ranks_per_copy]
+    most = world_size if ranks == "auto" else min(int(ranks), world_size)
+    max_copies = min(max(1, most // ranks_per_copy), num_requests)
+    size = _batch_size(batch_size, ROWS, num_requests / max_copies, num_that_fit)
+    num_copies = min(max_copies, max(1, num_requests // size)) if ranks == "auto" else max_copies
+    size = _batch_size(batch_size, ROWS, num_requests / num_copies, num_that_fit)
+    return Plan(False, num_copies * ranks_per_copy, size, ranks_per_copy)
 
 
 def shares(num_requests: int, num_ranks: int) -> list[range]:

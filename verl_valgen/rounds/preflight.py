@@ -13,7 +13,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_valgen.backends import BACKENDS
+from verl_valgen.backends import BACKENDS, check_parameters
+from verl_valgen.backends.vllm.versions import why_not_installed
 from verl_valgen.prompts.files import OwnPrompt, read_own_prompts
 from verl_valgen.scores.metrics import METRICS, check_metrics
 from verl_valgen.scores.metrics.functions import metric_name
@@ -65,12 +66,16 @@ def check_names(config: Any, settings: GenerationSettings, mistakes: Mistakes) -
         _check_backend(settings.backend)
     if settings.enabled:
         with mistakes.noted():
+            _check_installed(settings.backend)
+        with mistakes.noted():
             check_metrics(settings.metrics, "generation.metrics")
         with mistakes.noted():
             _check_strategies(settings)
-        if not mistakes.lines:  # a wrong metric or strategy would be told twice
+        if not mistakes.lines:  # what is wrong with a metric or a strategy would be told twice
             with mistakes.noted():
                 _check_best_metric(settings)
+            with mistakes.noted():
+                _check_parameters(settings)
         with mistakes.noted():
             if settings.prompts:
                 file_prompts = read_own_prompts(settings.prompts, settings.params_key)
@@ -95,6 +100,22 @@ def _check_backend(name: str) -> None:
     names = ("auto", *BACKENDS)
     if name not in names:
         raise ConfigError(f"generation.backend must be one of {', '.join(names)}, got {quoted(name)}")
+
+
+def _check_installed(backend: str) -> None:
+    """Refuses a backend whose package is not there, or does not go with what is."""
+    if backend == "vllm" and (reason := why_not_installed()) is not None:
+        raise ConfigError(reason)
+
+
+def _check_parameters(settings: GenerationSettings) -> None:
+    """Refuses parameters that the backend does not have, of the run and of each strategy."""
+    mistakes = Mistakes()
+    for name, params in (settings.strategies or {"": {}}).items():
+        source = f"generation.strategies.{name}" if name else "generation"
+        with mistakes.noted():
+            check_parameters(settings.backend, settings.overridden(params, source).parameters, source)
+    mistakes.raise_if_any()
 
 
 def _check_strategies(settings: GenerationSettings) -> None:

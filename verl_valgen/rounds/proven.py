@@ -63,8 +63,9 @@ class ProvenAnswerer:
 
     @property
     def is_checking(self) -> bool:
-        """Whether answers of the way in use are checked."""
-        return self.settings.verify is True or (self.settings.verify == "first" and not self.is_proven)
+        """Whether answers of the way in use are checked. Those of an engine, which is filled anew, are in any round."""
+        is_due = self.settings.verify is True or not self.is_proven or self.ways[0].is_engine
+        return self.settings.verify is not False and is_due
 
     def __call__(self, requests: Sequence[Request] | None) -> ProvenAnswers | None:
         """Answers requests in one go: gathers the weights, then generates. Collective: all ranks must call."""
@@ -80,10 +81,35 @@ class ProvenAnswerer:
             if reason is not None:
                 free_beside_training = None
                 self._tell_once(f"generation.overlap: training waits for the answers: {reason}")
-        return self.answerer.begin(requests, self.ways[0], None, free_beside_training)
+        begin = partial(self.answerer.begin, requests, self.ways[0], None, free_beside_training)
+        if not self.ways[0].is_engine:
+            return begin()
+        gathered, error = attempt(begin)
+        if (instead := self._instead(self.ways[0], error)) is None:
+            return gathered
+        return self.answerer.begin(requests, instead)
+
+    def _instead(self, way: Way, error: Exception | None) -> Way | None:
+        """The way that answers a round in place of an engine that failed, and a warning; None where it has not.
+        Collective: all ranks must call.
+
+        Args:
+            error: On the logging rank: what the engine failed with.
+        """
+        reason = broadcast(None if error is None else describe(error), self.host.is_logging_rank, self.host.device)
+        if reason is None:
+            return None
+        instead = self.ways[self.ways.index(way) + 1]
+        if self.host.is_logging_rank:
+            self.warnings.warn(
+                f"generation.backend={way.backend}: {reason}; the answers are made by {instead.name}", cause=reason
+            )
+        return instead
 
     def _why_not_beside_training(self) -> str | None:
         """Why answers of the way in use cannot be made while training goes on; None where they can, memory apart."""
+        if self.ways[0].is_engine:
+            return f"generation.backend={self.ways[0].backend} takes the memory and the time of training"
         if self.host.device.type not in ("cpu", "cuda"):
             return f"beside training nobody has tried devices of type {self.host.device.type}"
         if self.ways[0] is SHARDED or self.settings.gather == "sharded":
@@ -178,7 +204,12 @@ class ProvenAnswerer:
         verified, reason = self.first_finding
         has_answers = verified is not False
         self.is_doubted = False  # on all ranks, whatever is raised on one
-        if has_answers:
+        if has_answers and gathered.way.is_engine:
+            result, error = attempt(partial(self._checked, gathered))
+            if (instead := self._instead(gathered.way, error)) is not None:
+                return self.finish(self._begun_again(gathered, instead))
+            answers, verified, reason = result
+        elif has_answers:
             answers, verified, reason = self._checked(gathered)
         else:
             gathered.discard()
@@ -234,8 +265,12 @@ class ProvenAnswerer:
 
     def _made_again(self, gathered: GatheredRound, way: Way) -> tuple[ProvenAnswers | None, bool | None, str]:
         """`_checked` for the same requests, answered another way. Collective: all ranks must call."""
+        return self._checked(self._begun_again(gathered, way))
+
+    def _begun_again(self, gathered: GatheredRound, way: Way) -> GatheredRound | None:
+        """The same requests, gathered for another way. Collective: all ranks must call."""
         requests = gathered.requests if self.host.is_logging_rank else None
-        return self._checked(self.answerer.begin(requests, way, gathered.deadline))
+        return self.answerer.begin(requests, way, gathered.deadline)
 
     def _unproven(self, gathered: GatheredRound) -> ProvenAnswers | None:
         """Answers the same requests the same way, without a check. Collective: all ranks must call.
@@ -255,7 +290,7 @@ class ProvenAnswerer:
             ways = [way for way in (SHARDED,) if gathered.way is not way]
         else:
             ways = self.ways[self.ways.index(gathered.way) + 1 :]
-        closed = {SHARDED} if self.answerer.why_not_sharded(gathered.requests) is not None else set()
+        closed = {SHARDED} if self.answerer.planner.why_not_sharded(gathered.requests) is not None else set()
         return [way for way in ways if way not in self.failed | closed]
 
     def _tell_once(self, message: str) -> None:

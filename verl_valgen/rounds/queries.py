@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from verl_valgen.backends import check_parameters
 from verl_valgen.prompts.answers import AnswerReader
 from verl_valgen.prompts.columns import parameters
 from verl_valgen.records import DEFAULT_STRATEGY, Answer, Completion, Prompt, Query, Request, Sample, origin
@@ -118,6 +119,7 @@ def _by_strategy(
         full_source = f"{source}, under generation.strategies.{name}" if settings.strategies else source
         by_strategy[name] = settings.overridden(params, full_source)
         generation_config.check_token_ids(by_strategy[name].parameters, vocab_size, full_source)
+        check_parameters(settings.backend, by_strategy[name].parameters, full_source)
     return by_strategy
 
 

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PretrainedConfig
 
 from verl_valgen.backends.batching import table_boundaries
 from verl_valgen.backends.beams import beam_objection
-from verl_valgen.backends.judging import objection, shortfalls, tolerance
+from verl_valgen.backends.judging import logprob_gaps, objection, shortfalls, tolerance
 from verl_valgen.backends.memory import fits
 from verl_valgen.collectives import agree, attempt, gather_values
 from verl_valgen.records import Completion, Request
@@ -46,6 +46,8 @@ class Excerpt(NamedTuple):
     output_ids: list[int]
     sum_logprob: float | None
     """See `Completion.sum_logprob`."""
+    logprobs: Sequence[float] | None = None
+    """See `Completion.logprobs`."""
 
     @property
     def input_ids(self) -> list[int]:
@@ -87,9 +89,12 @@ def chosen_excerpts(
     others = [i for i in readable if i != beside_others]
     longest = max(others, key=lambda i: len(requests[i].input_ids) + len(completions[i].output_ids), default=None)
     chosen = [beside_others] if longest is None else [beside_others, longest]
-    return [
-        (i, completions[i].output_ids[: _num_readable(requests[i], config)], completions[i].sum_logprob) for i in chosen
-    ]
+    return [(i, *_read_of(completions[i], _num_readable(requests[i], config))) for i in chosen]
+
+
+def _read_of(completion: Completion, num: int | None) -> tuple[Any, ...]:
+    logprobs = None if completion.logprobs is None else list(completion.logprobs)[:num]
+    return completion.output_ids[:num], completion.sum_logprob, logprobs
 
 
 def _beside_others(completion: Completion) -> tuple[int, ...]:
@@ -175,6 +180,9 @@ def objection_to(
     request, output_ids = excerpt.request, excerpt.output_ids
     if excerpt.sum_logprob is None:
         tolerated = tolerance(dtypes, has_experts)
+        if excerpt.logprobs is not None and request.params["do_sample"]:
+            gaps = logprob_gaps(logits, request, output_ids, excerpt.logprobs)
+            return objection(gaps, tolerated, "were drawn by other probabilities than the trainer's model gives them")
         return objection(shortfalls(logits, request, output_ids, seed, processors), tolerated)
     return beam_objection(logits, request, output_ids, excerpt.sum_logprob, processors)
 

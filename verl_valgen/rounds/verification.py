@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList
 
 from verl_valgen.backends.hf import HFBackend, has_processors
 from verl_valgen.backends.judging import logprobs
-from verl_valgen.collectives import attempt, broadcast, rank, world_size
+from verl_valgen.collectives import attempt, broadcast, gather_values, rank, world_size
 from verl_valgen.hosts.model_host import ModelHost
 from verl_valgen.records import Completion, Request
 from verl_valgen.rounds.needs import largest_reading_bytes
@@ -59,8 +59,10 @@ def verify(reading: Reading, requests: Sequence[Request], completions: Sequence[
     excerpts = [Excerpt(requests[i], *fields) for i, *fields in received]
     if (reason := host.why_not_sharded()) is not None:
         if host.is_logging_rank:
-            logger.debug("the copy reads the answers, as the trainer's model gives no logits: %s", reason)
-        result, error = attempt(lambda: _objections_of_copy(reading, excerpts))
+            logger.debug("the trainer's model gives no logits to read the answers by: %s", reason)
+        has_logprobs = all(excerpt.logprobs is not None for excerpt in excerpts)
+        objections = _objections_to_logprobs if has_logprobs else _objections_of_copy
+        result, error = attempt(lambda: objections(reading, excerpts))
     else:
         own = excerpts if world_size() == 1 else [excerpts[rank() % len(excerpts)]]
         result, error = attempt(lambda: _objections_of_trainer(reading, own))
@@ -114,6 +116,35 @@ def _logits_processors(reading: Reading, own: Sequence[Excerpt]) -> list[LogitsP
         return [backend.logits_processors(excerpt.request) for excerpt in own]
 
 
+def _objections_to_logprobs(reading: Reading, own: Sequence[Excerpt]) -> list[str | None]:
+    """What verl's own forward has against the log-probabilities that came with each answer. Collective: all ranks must
+    call, with the same answers.
+
+    Returns:
+        [] on ranks that verl gives no output.
+
+    Raises:
+        RuntimeError: Everywhere, if there is nothing to compare with.
+    """
+    host = reading.host
+    agree_on_memory(host, _reading_bytes(host, own))
+    of_trainer = [host.mean_logprob(excerpt.input_ids, excerpt.output_ids) for excerpt in own]
+    has_any = any(found is not None for found in of_trainer)
+    if not any(gather_values(has_any, host.device)):
+        raise RuntimeError("verl's own forward pass of this trainer gives nothing to compare with")
+    return [
+        _other_mean("the answer came with", sum(excerpt.logprobs or ()) / len(excerpt.output_ids), found)
+        for excerpt, found in zip(own, of_trainer, strict=True)
+        if found is not None
+    ]
+
+
+def _other_mean(whose: str, logprob: float, of_trainer: float) -> str | None:
+    if abs(logprob - of_trainer) <= MAX_LOGPROB_GAP:
+        return None
+    return f"{whose} a mean log-probability of {logprob:.2f}, the trainer's model gives it {of_trainer:.2f}"
+
+
 @torch.no_grad()
 def _objections_of_copy(reading: Reading, own: Sequence[Excerpt]) -> list[str | None]:
     """What the copy has against each answer, without a cache and without padding, and verl's own forward against the
@@ -143,6 +174,4 @@ def _objection_of_copy(reading: Reading, backend: HFBackend, excerpt: Excerpt, o
     if found is not None or of_trainer is None:
         return found
     logprob = logprobs(logits, excerpt.output_ids).mean().item()
-    if abs(logprob - of_trainer) <= MAX_LOGPROB_GAP:
-        return None
-    return f"the copy gives an answer a mean log-probability of {logprob:.2f}, the trainer's model {of_trainer:.2f}"
+    return _other_mean("the copy gives an answer", logprob, of_trainer)

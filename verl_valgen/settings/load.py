@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from verl_valgen.settings import generation_config
-from verl_valgen.settings.checks import ConfigError, Mistakes, plain
+from verl_valgen.settings.checks import ConfigError, Mistakes, plain, quoted
 from verl_valgen.settings.hydra import as_omegaconf, keys_named_by, keys_under, select, task_overrides
 from verl_valgen.settings.settings import (
     SETTINGS,
@@ -122,6 +122,8 @@ def _check_together(settings: GenerationSettings, mistakes: Mistakes, *, values_
             generation_config.check(settings.parameters)
         with mistakes.noted():
             _check_overlap(settings)
+        with mistakes.noted():
+            _check_engine(settings)
     is_right_so_far = values_are_right and len(mistakes.lines) == num_before
     for name, params in settings.strategies.items():
         source = f"generation.strategies.{name}"
@@ -145,6 +147,19 @@ def _check_overlap(settings: GenerationSettings) -> None:
         raise ConfigError(
             "generation.overlap=true answers on one rank: generation.ranks must be auto (rounds for which training "
             f"waits may take more) or 1, got {settings.ranks}"
+        )
+
+
+def _check_engine(settings: GenerationSettings) -> None:
+    """Refuses what belongs to one kind of backend beside one of the other kind."""
+    if settings.backend == "vllm" and settings.gather == "sharded":
+        raise ConfigError(
+            "generation.backend=vllm has weights of its own: generation.gather must be auto or copy, got 'sharded'"
+        )
+    if settings.backend != "vllm" and settings.tensor_parallel != "auto":
+        raise ConfigError(
+            f"generation.tensor_parallel={settings.tensor_parallel} is for generation.backend=vllm, "
+            f"got {quoted(settings.backend)}"
         )
 
 

@@ -178,13 +178,14 @@ class GenerationSettings:
     backend: str = setting(
         "auto",
         checks.name(),
-        "`fast`: our own decoding loop, one CUDA graph per token; `hf`: Hugging Face's loop; auto: `fast` on CUDA and "
-        "CPU, `hf` elsewhere",
+        "`fast`: our own decoding loop, one CUDA graph per token; `hf`: Hugging Face's loop; `vllm`: [vLLM](vllm.md), "
+        "where it is installed, for models larger than a device; auto: `fast` on CUDA and CPU, `hf` elsewhere",
     )
     compile: bool = setting(
         False,
         checks.boolean(),
-        "run the `fast` backend's step through torch.compile: faster steps, half a minute longer in the first round",
+        "run the step of `fast`, or vLLM's model, through torch.compile: faster steps, half a minute or more longer in "
+        "the first round",
     )
     batch_size: int | str = setting(
         "auto",
@@ -195,6 +196,11 @@ class GenerationSettings:
         "auto",
         checks.auto_or(checks.at_least(1)),
         "most ranks that answer, each with a copy of the model; auto: as many as there are full batches",
+    )
+    tensor_parallel: int | str = setting(
+        "auto",
+        checks.auto_or(checks.at_least(1)),
+        "with `backend: vllm`: how many ranks hold the model together; auto: the fewest that have room for it",
     )
     gather: str = setting(
         "auto",

@@ -9,33 +9,26 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
-from collections.abc import Callable, Generator
-from contextlib import closing
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-from verl_valgen.collectives import agree, attempt, gather_values, world_size
+from verl_valgen.collectives import gather_values, world_size
 from verl_valgen.weights.adapters import outermost_layers
 from verl_valgen.weights.dtensors import Wanted, whole_tensors
 from verl_valgen.weights.empty import empty_like
 from verl_valgen.weights.plain_copy import PlainCopy
+from verl_valgen.weights.streams import Parameters, pull, together
 from verl_valgen.weights.structure import clean_name, tensor_attributes, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
-
-Parameters = Generator[tuple[str, Tensor], None, None]
-"""Pairs of a parameter's name and the whole tensor, one after the other. The tensor may be the trainer's own memory and
-is valid until the next one is asked for: copy it, do not write to it."""
 
 
 def gather(
@@ -67,7 +60,7 @@ def gather(
     """
     source = unwrap(wrapped)
     return collect(
-        lambda uncast: full_parameters(wrapped, dtype=dtype, device=device, uncast=uncast | _merging_names(source)),
+        lambda uncast: full_parameters(wrapped, dtype=dtype, device=device, uncast=uncast | merging_names(source)),
         lambda: PlainCopy(empty_like(source, dtype), device, source=wrapped),
         dtype=dtype,
         device=device,
@@ -95,62 +88,34 @@ def collect(
     The other arguments, the result and the exceptions are those of `gather`.
     """
     start = time.perf_counter()
-    copy, are_ready = _together(lambda: new_copy() if keep else None, device)
+    copy, are_ready = together(lambda: new_copy() if keep else None, device)
     if not are_ready:
         return None
     uncast = gather_values([] if copy is None else copy.names_not_in(dtype), device)
-    stream, are_ready = _together(lambda: parameters(set().union(*uncast)), device)
+    stream, are_ready = together(lambda: parameters(set().union(*uncast)), device)
     if stream is None or not are_ready:
         return None
-    num_bytes = 0
-    error: Exception | None = None
-    with closing(stream):
-        for name, parameter in stream:
+
+    def fill(pairs: Iterator[tuple[str, Tensor]]) -> PreTrainedModel:
+        nonlocal copy
+        filling, copy = copy, None  # alone in this frame, which an error lets go of
+        assert filling is not None
+        num_bytes = 0
+        for name, parameter in pairs:
             num_bytes += parameter.numel() * parameter.element_size()
-            if copy is not None and error is None:
-                try:
-                    copy.receive(name, parameter)
-                except Exception as e:  # the other ranks are on their way to the next gather: so is this one
-                    _clear_frames(e)  # they hold the copy, and memory may be what is missing
-                    error, copy = e, None
-            del parameter  # perhaps the memory in which the next ones come
-    if error is not None:
-        raise error
-    if copy is None:
-        return None
-    model = copy.finish()
-    logger.debug(
-        "gathered %.1f MB on %d rank(s) into a %s copy of %s on %s in %.3f s",
-        num_bytes / 1e6, world_size(), dtype, type(model).__name__, device, time.perf_counter() - start,
-    )  # fmt: skip
-    return model
+            filling.receive(name, parameter)
+            del parameter
+        model = filling.finish()
+        logger.debug(
+            "gathered %.1f MB on %d rank(s) into a %s copy of %s on %s in %.3f s",
+            num_bytes / 1e6, world_size(), dtype, type(model).__name__, device, time.perf_counter() - start,
+        )  # fmt: skip
+        return model
+
+    return pull(stream, fill if keep else None)
 
 
-def _clear_frames(error: BaseException) -> None:
-    """Lets go of what the frames of an error hold, and those of the errors that it came from."""
-    traceback.clear_frames(error.__traceback__)
-    for earlier in (error.__cause__, error.__context__):
-        if earlier is not None:
-            _clear_frames(earlier)
-
-
-def _together(prepare: Callable[[], _T], device: torch.device) -> tuple[_T | None, bool]:
-    """What `prepare` returns, and whether all ranks' did: else None, a generator closed. Collective: all must call.
-
-    Raises:
-        Exception: What it raised on this rank, after the last collective.
-    """
-    value, error = attempt(prepare)
-    if not agree(error is None, device):
-        if isinstance(value, Generator):
-            value.close()
-        if error is not None:
-            raise error
-        return None, False
-    return value, True
-
-
-def _merging_names(source: nn.Module) -> set[str]:
+def merging_names(source: nn.Module) -> set[str]:
     """The names of parameters that take part in a merge of adapters, those tied to them included. Under FSDP1, which
     yields parameters in their own dtype in any case, there are none."""
     merging = {id(parameter) for layer in outermost_layers(source) for parameter in layer.parameters()}

@@ -135,15 +135,19 @@ class PlainCopy:
         for module in with_new_bias:
             module.bias.data = module.bias.data.to(module.weight.dtype)
 
+    def require_all(self) -> None:
+        """Raises RuntimeError where a parameter was never received; the message names it."""
+        missing = sorted(name for name, weight in self.weights.items() if not weight.is_received)
+        if missing:
+            raise RuntimeError(f"{len(missing)} parameters were not gathered, {missing[0]} first")
+
     def finish(self) -> PreTrainedModel:
         """Returns the filled model, without PEFT's layers, in eval mode.
 
         Raises:
             RuntimeError: A parameter was never received; the message names it.
         """
-        missing = sorted(name for name, weight in self.weights.items() if not weight.is_received)
-        if missing:
-            raise RuntimeError(f"{len(missing)} parameters were not gathered, {missing[0]} first")
+        self.require_all()
         model: Any = without_adapters(self.model)
         for weight in self.distinct_weights:
             cast(weight.slots)

@@ -12,8 +12,8 @@ from transformers import GenerationConfig, LlamaConfig
 
 from verl_valgen.backends import SHARDED, ways
 from verl_valgen.records import Request
-from verl_valgen.rounds.generation import Answerer
 from verl_valgen.rounds.plan import BATCHES, ROWS
+from verl_valgen.rounds.planning import Planner
 from verl_valgen.settings.load import GenerationSettings
 
 HOST: Any = SimpleNamespace(
@@ -47,5 +47,5 @@ WAYS = {way.name: way for way in (*ways("fast", "cuda"), SHARDED)}
 def test_many_requests_at_once_where_rows_are_refilled(way, params, expected):
     requests = [Request([1] * 10, (i, 0), {"max_new_tokens": 4, "do_sample": False}) for i in range(1000)]
     requests += [Request([1], (1000, 0), {"max_new_tokens": 4, "do_sample": False} | params)]
-    answerer = Answerer(HOST, GenerationSettings(enabled=True))
-    assert answerer._plan(requests, math.inf, WAYS[way]).batch_size == expected.most
+    planner = Planner(HOST, GenerationSettings(enabled=True))
+    assert planner.plan(requests, math.inf, WAYS[way]).batch_size == expected.most

@@ -1,0 +1,146 @@
+"""Answers with vLLM's engine: requests in as token ids, answers out as token ids, one step after the other."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from verl_valgen.backends.base import Backend, Limits
+from verl_valgen.backends.batching import most_new_tokens
+from verl_valgen.backends.vllm import versions
+from verl_valgen.backends.vllm.answering import Growing, StopStrings
+from verl_valgen.backends.vllm.parameters import eos_ids_of, sampling_params
+from verl_valgen.records import Completion, Request
+from verl_valgen.text import describe, describe_at_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from verl_valgen.backends.vllm.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+_STEPS_BETWEEN_CLOCKS = 8
+"""Ranks that hold a model together must stop at the same step, and their clocks differ."""
+
+
+class VLLMBackend(Backend):
+    """Answers requests with the weights that an engine was given.
+
+    Answers are vLLM's own: sampled ones are not those of other backends for the same seed, and may depend, by rounding,
+    on what else is in the batch.
+
+    Args:
+        engine: Awake, with weights loaded, made for requests of this length.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, seed: int, limits: Limits | None = None
+    ) -> None:
+        instead_of_model: Any = engine
+        super().__init__(instead_of_model, tokenizer, seed, limits or Limits())
+        self.engine = engine
+
+    @classmethod
+    def refills_rows(cls, requests: Sequence[Request]) -> bool:
+        return True
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """See `Backend.generate`. Collective over the ranks that hold the model together: all pass equal requests.
+
+        Every completion has `logprobs`.
+
+        Raises:
+            Exception: The engine failed, whatever vLLM raises: it is of no use then.
+        """
+        with self.engine.in_force():
+            return self._generate(requests)
+
+    def _generate(self, requests: Sequence[Request]) -> list[Completion]:
+        vllm: Any = self.engine.llm_engine
+        completions: list[Completion | None] = [None] * len(requests)
+        growing: dict[str, tuple[int, Growing]] = {}
+        stops, clock = StopStrings(self.tokenizer), Clock(self.limits.deadline)
+        if not clock.is_over():
+            for i, request in enumerate(requests):
+                answer = self._ask(vllm, str(i), request)
+                if isinstance(answer, Completion):
+                    completions[i] = answer
+                else:
+                    growing[str(i)] = (i, answer)
+        self.on_answers(sum(completion is not None for completion in completions))
+        try:
+            num_steps = 0
+            while growing and not (num_steps % _STEPS_BETWEEN_CLOCKS == 0 and clock.is_over()):
+                num_steps += 1
+                for i, answer in self._step(vllm, growing, stops):
+                    completions[i] = answer.completion()
+        finally:
+            if growing:
+                vllm.abort_request(list(growing))
+        for i, answer in growing.values():  # out of time
+            completions[i] = answer.completion()
+        self.on_answers(len(growing))
+        return [completion or Completion([], "time") for completion in completions]
+
+    def _ask(self, vllm: Any, name: str, request: Request) -> Completion | Growing:
+        """Hands a request to vLLM; returns the answer that grows, or a completion where there is none to come."""
+        limit = most_new_tokens(request, self.engine.config)
+        if limit <= 0:
+            return Completion([], "length")
+        if len(request.input_ids) + limit > self.engine.size.max_model_len:
+            raise ValueError(
+                f"the engine was made for {self.engine.size.max_model_len} tokens, "
+                f"and a request needs {len(request.input_ids)} + {limit}"
+            )
+        eos_ids = eos_ids_of(request, self.engine.generation_config.eos_token_id)
+        try:
+            params = sampling_params(request, limit, eos_ids, self.seed)
+            vllm.add_request(name, {"prompt_token_ids": list(request.input_ids)}, params)
+        except (ValueError, TypeError) as e:
+            logger.debug("these parameters failed: %s", describe_at_length(e))
+            return Completion([], "error", error=describe(e))
+        return Growing(request, eos_ids)
+
+    def _step(
+        self, vllm: Any, growing: dict[str, tuple[int, Growing]], stops: StopStrings
+    ) -> list[tuple[int, Growing]]:
+        """Lets all answers grow by a step; takes those that end out of `growing` and returns them."""
+        grown: dict[str, tuple[int, Growing, int]] = {}
+        for output in vllm.step():
+            if output.request_id in growing:
+                i, answer = growing[output.request_id]
+                grown[output.request_id] = (i, answer, answer.extend(output.outputs[0]))
+        unfinished = {id(answer) for _, answer, _ in grown.values() if answer.reason is None}
+        stopped = {id(answer) for answer in stops.stop([(answer, num_new) for _, answer, num_new in grown.values()])}
+        if abandoned := [name for name, (_, answer, _) in grown.items() if id(answer) in stopped & unfinished]:
+            vllm.abort_request(abandoned)
+        ended = [(name, i, answer) for name, (i, answer, _) in grown.items() if answer.reason is not None]
+        for name, _, _ in ended:
+            del growing[name]
+        if ended:
+            self.on_answers(len(ended))
+        return [(i, answer) for _, i, answer in ended]
+
+
+class Clock:
+    """Says the same on all ranks that hold a model together. Collective over them, unless there is no deadline."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self._group = versions.tensor_parallel_group()[0]
+
+    def is_over(self) -> bool:
+        """Whether the deadline has passed on any of them."""
+        if self.deadline == math.inf:
+            return False
+        over = torch.tensor(time.time() > self.deadline, dtype=torch.int32)
+        if self._group is not None:
+            dist.all_reduce(over, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(over)

@@ -1,0 +1,102 @@
+"""Keeps vLLM's engine from round to round: made for the first one, filled for each, asleep in between."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from verl_valgen.backends.base import Loader, WeightSource, Work
+from verl_valgen.backends.batching import most_new_tokens
+from verl_valgen.collectives import OtherRankError, agree, attempt, gather_values
+from verl_valgen.text import describe
+
+if TYPE_CHECKING:
+    import torch
+
+    from verl_valgen.backends.vllm.engine import Engine, EngineSize
+
+logger = logging.getLogger(__name__)
+
+_MOST_FAILURES = 2
+
+
+class EngineLoader(Loader):
+    """Every rank has an engine, as all ranks together make its groups; on those that answer nothing it sleeps."""
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self.failures: list[str] = []
+        """Why none could be made, the same number on all ranks. It is tried once more, as memory may be free then, but
+        not in every round: it takes a minute."""
+
+    def load(self, source: WeightSource, work: Work) -> Engine | None:
+        """Returns the engine with the weights of the moment; None on a rank that answers nothing. Collective.
+
+        Raises:
+            Exception: On all ranks, where one failed: what failed there, elsewhere `OtherRankError`.
+        """
+        device, size = source.device, _size(work, source)
+        if len(self.failures) >= _MOST_FAILURES:
+            raise RuntimeError(self.failures[-1])
+        if not agree(self.engine is not None and self.engine.serves(size), device):
+            if self.engine is not None:
+                logger.debug("the engine was made for %s: it is made anew for %s", self.engine.size, size)
+            self.close()
+            self._make(source, work, size)
+        engine, has_share = self.engine, bool(work.share)
+        assert engine is not None
+        _together(lambda: source.stream(engine.load, work.dtype, keep=has_share), device)
+        return engine if has_share else None
+
+    def release(self) -> None:
+        if self.engine is not None:
+            _, error = attempt(self.engine.sleep)
+            if error is not None:
+                logger.debug("the engine does not sleep: %s", describe(error))
+                self.close()
+
+    def close(self) -> None:
+        """Gives up the engine; the next round makes another one."""
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            _, error = attempt(engine.close)
+            if error is not None:
+                logger.debug("the engine does not end as it should: %s", describe(error))
+
+    def _make(self, source: WeightSource, work: Work, size: EngineSize) -> None:
+        """Collective: all ranks must call."""
+        from verl_valgen.backends.vllm.engine import Engine
+
+        def make() -> None:
+            config, model_class = source.model_config, source.model_class
+            self.engine = Engine(config, model_class, size, work.dtype, source.device, compile=work.compile)
+
+        try:
+            _together(make, source.device)
+        except Exception as e:
+            self.failures.append(f"no engine could be made: {describe(e)}")
+            self.close()
+            raise RuntimeError(self.failures[-1]) from e
+
+
+def _size(work: Work, source: WeightSource) -> EngineSize:
+    from verl_valgen.backends.vllm.engine import EngineSize
+
+    config = source.model_config
+    longest = max(len(request.input_ids) + most_new_tokens(request, config) for request in work.requests)
+    return EngineSize(work.ranks_per_copy, longest, work.batch_size, work.cache_bytes)
+
+
+def _together(function: Callable[[], object], device: torch.device) -> None:
+    """Calls a function on all ranks. Collective: all ranks must call.
+
+    Raises:
+        Exception: On all ranks, where one failed: what it raised there, elsewhere `OtherRankError`.
+    """
+    _, error = attempt(function)
+    reasons = gather_values(None if error is None else describe(error), device)
+    if error is not None:
+        raise error
+    if failed := {number: reason for number, reason in enumerate(reasons) if reason is not None}:
+        raise OtherRankError("; ".join(f"rank {number}: {reason}" for number, reason in failed.items()))

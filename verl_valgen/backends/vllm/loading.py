@@ -1,0 +1,119 @@
+"""Loads streamed weights into vLLM's model and makes sure that they have arrived.
+
+vLLM's model joins some tensors and splits all among ranks. Those that it keeps under their names are compared: the sum
+of their bits as sent, and the sum, over the ranks, of the bits of what lies in the model afterwards. That does not
+depend on how a tensor was split, and shows a load that is lost: into a copy, before a sleep that discards it, or not at
+all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from verl_valgen.backends.vllm import versions
+from verl_valgen.text import describe
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def load(llm: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Loads all weights of a model. Collective over the ranks that hold it together.
+
+    Args:
+        weights: Names as a checkpoint has them, with whole tensors, each valid until the next one is asked for.
+
+    Raises:
+        RuntimeError: On all of these ranks: loading failed on one; a parameter was not among the weights; or a tensor
+            is not in the model.
+    """
+    group, size, _ = versions.tensor_parallel_group()
+    sent = Sent(versions.model_of(llm), size)
+    failure, sums = "", {}
+    try:
+        loaded = versions.load_weights(llm, sent.watch(weights))
+        failure = _missing(versions.model_of(llm), loaded)
+        sums = sent.found()
+    except Exception as e:
+        if group is None:
+            raise
+        failure = describe(e)  # the others wait for this rank below
+    outcomes: list[Any] = [(failure, sums)]
+    if group is not None:
+        outcomes = [None] * size
+        dist.all_gather_object(outcomes, (failure, sums), group=group)
+    if failures := [failure for failure, _ in outcomes if failure]:
+        raise RuntimeError(f"vLLM did not take the weights: {failures[0]}")
+    for name, expected in sent.sums.items():
+        found = sum(sums[name] for _, sums in outcomes) // (size if name in sent.replicated else 1)
+        if (found - int(expected)) % 2**64:
+            raise RuntimeError(f"vLLM does not have the weights that it was given: {name} differs")
+
+
+def _missing(model: nn.Module, loaded: set[str] | None) -> str:
+    if loaded is None:
+        return ""
+    names = sorted(name for name, _ in model.named_parameters() if name not in loaded)
+    return f"no weights for {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}" if names else ""
+
+
+class Sent:
+    """The sums of bits of tensors that pass by, where the model has a parameter of that name.
+
+    Args:
+        size: Number of ranks that hold the model together.
+    """
+
+    def __init__(self, model: nn.Module, size: int) -> None:
+        self.model, self.size = model, size
+        self.parameters = dict(model.named_parameters())
+        self.sums: dict[str, Tensor] = {}
+        """Of whole tensors, by the parameter's name: () int64 each, wrapping around."""
+        self.replicated: set[str] = set()
+        """The names of parameters that every rank has whole."""
+        self._lengths: dict[str, tuple[int, int]] = {}
+        """For embeddings whose vocabulary is padded: which rows of the parameter count."""
+
+    def watch(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Hands the weights on."""
+        for name, tensor in weights:
+            own = versions.own_name(self.model, name)
+            parameter = self.parameters.get(own) if own else None
+            if own and parameter is not None and self._is_comparable(own, tensor, parameter):
+                self.sums[own] = bit_sum(tensor.to(parameter.dtype)).to(parameter.device)
+            yield name, tensor
+
+    def _is_comparable(self, name: str, tensor: Tensor, parameter: Tensor) -> bool:
+        shards = getattr(self.model.get_submodule(name.rpartition(".")[0]), "shard_indices", None)
+        if shards is not None and parameter.ndim == tensor.ndim and parameter.shape[1:] == tensor.shape[1:]:
+            begin, end = shards.org_vocab_start_index, shards.org_vocab_end_index
+            self._lengths[name] = (0, end - begin)
+            return self.size > 1 or end - begin == len(tensor)
+        if parameter.numel() == tensor.numel():
+            if self.size > 1:
+                self.replicated.add(name)
+            return True
+        return parameter.numel() * self.size == tensor.numel()
+
+    def found(self) -> dict[str, int]:
+        """The sums of what lies in the model on this rank, for the same names. Waits for the device."""
+        sums = {}
+        for name in self.sums:
+            parameter = self.model.get_parameter(name)
+            begin, end = self._lengths.get(name, (0, len(parameter) if parameter.ndim else 0))
+            sums[name] = bit_sum(parameter[begin:end] if parameter.ndim else parameter)
+        self.sums = dict(zip(self.sums, _to_host(list(self.sums.values())), strict=True))
+        return dict(zip(sums, _to_host(list(sums.values())), strict=True))
+
+
+def bit_sum(tensor: Tensor) -> Tensor:
+    """() int64: the sum of a tensor's elements, their bits read as integers, wrapping around. On its device."""
+    return tensor.detach().contiguous().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)
+
+
+def _to_host(sums: list[Tensor]) -> list[Any]:
+    return torch.stack(sums).tolist() if sums else []

@@ -1,0 +1,73 @@
+"""Hugging Face's generation parameters as vLLM's own. What it has none for is refused before (`refusals.py`).
+
+Imports vLLM only where its own object is made.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from verl_valgen.backends.sampling import philox_4x32
+from verl_valgen.settings.generation_config import as_ids
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+    from verl_valgen.records import Request
+
+
+def sampling_seed(seed: int, key: tuple[int, int]) -> int:
+    """The seed of one answer, in [0, 2**63), from the seed of all and the answer's (row, completion).
+
+    The counter's first word keeps it apart from the noise of the other backends, where that is 0.
+    """
+    row, completion = key
+    words = philox_4x32((1, 0, torch.tensor(row), torch.tensor(completion)), (seed & 0xFFFFFFFF, seed >> 32))
+    return (int(words[0]) << 31) | (int(words[1]) >> 1)
+
+
+def eos_ids_of(request: Request, model_eos_ids: int | list[int] | None) -> list[int]:
+    """The tokens that end an answer: those that the request names, else the model's."""
+    own = request.params.get("eos_token_id")
+    return as_ids(model_eos_ids if own is None else own)
+
+
+def sampling_params(request: Request, max_new_tokens: int, eos_ids: list[int], seed: int) -> SamplingParams:
+    """What vLLM is asked for one request.
+
+    Tokens that end an answer go as `stop_token_ids`, so that it is we who name them; stop strings are looked for here,
+    as vLLM has no tokenizer. Words may not begin in the prompt to count as bad ones: vLLM looks at new tokens only.
+
+    Args:
+        max_new_tokens: In place of the parameter of that name, as far as the context reaches; at least 1.
+        seed: Of the run, in [0, 2**64).
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    from verl_valgen.backends.vllm.versions import set_bad_words
+
+    params = request.params
+    sampling: dict[str, Any] = {"temperature": 0.0}
+    if params.get("do_sample"):
+        values = {name: params.get(name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        sampling = {name: value for name, value in values.items() if value is not None}
+        sampling["seed"] = sampling_seed(seed, request.key)
+    made = SamplingParams(
+        **sampling,
+        repetition_penalty=params.get("repetition_penalty") or 1.0,
+        max_tokens=max_new_tokens,
+        min_tokens=min(params.get("min_new_tokens") or 0, max_new_tokens),
+        ignore_eos=True,
+        stop_token_ids=eos_ids,
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    # A word that is an end of answers is no bad one, as in transformers.
+    words = [list(ids) for ids in params.get("bad_words_ids") or [] if not (len(ids) == 1 and ids[0] in eos_ids)]
+    if words:
+        set_bad_words(made, words)
+    return made

@@ -1,0 +1,227 @@
+"""Keeps what vLLM changes in the process apart from the process: in force only while vLLM runs.
+
+It sets environment variables, seeds random states, replaces functions of torch, configures logging, freezes garbage;
+and reads variables again while it runs. What is listed here was found by comparing before and after; tests do so again.
+What remains for good: its modules are imported, with the configurations that it registers with transformers, and with
+its own operators and corrections of single functions of inductor.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+import os
+import random
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+QUIET = logging.ERROR
+"""From which level on vLLM's own messages are shown, unless someone wants vLLM's at another level."""
+
+
+class Switch(NamedTuple):
+    """Something of the process that is one way outside and another inside."""
+
+    get: Callable[[], Any]
+    set: Callable[[Any], Any]
+    is_kept: bool = True
+    """Whether it is as vLLM left it when vLLM runs again."""
+
+
+class Compartment:
+    """The process as vLLM wants it.
+
+    Args:
+        environment: Variables to begin with.
+        device: Whose random state is put back, too.
+    """
+
+    def __init__(self, environment: Mapping[str, str], device: torch.device) -> None:
+        self.environment: dict[str, str | None] = dict(environment)
+        """What differs inside; None: not set."""
+        self.device = device
+        self._values: dict[str, Any] = {}
+        self._is_entered = False
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """In force while open. May be opened within itself. Not for two threads at once."""
+        if self._is_entered:
+            yield
+            return
+        switches = _switches(self.device)
+        outside = {name: value for name, switch in switches.items() if (value := _value(switch)) is not _UNKNOWN}
+        outer_environment = dict(os.environ)
+        self._is_entered = True
+        try:
+            _apply_environment(self.environment)
+            for name, value in self._values.items():
+                _put(switches[name], value)
+            with _quiet_vllm():
+                yield
+        finally:
+            self._is_entered = False
+            self.environment = _differences(outer_environment, dict(os.environ))
+            _apply_environment(_differences(dict(os.environ), outer_environment))
+            for name, value in outside.items():
+                switch = switches[name]
+                inside = _value(switch)
+                if switch.is_kept and inside is not _UNKNOWN:
+                    if _same(inside, value):
+                        self._values.pop(name, None)
+                    else:
+                        self._values[name] = inside
+                _put(switch, value)
+
+
+_UNKNOWN = object()
+
+
+def _value(switch: Switch) -> Any:
+    try:
+        return switch.get()
+    except (RuntimeError, AttributeError):  # torch refuses to read one setting that was made in two ways
+        return _UNKNOWN
+
+
+def _put(switch: Switch, value: Any) -> None:
+    """Sets only what differs: some setters do more than set."""
+    if not _same(_value(switch), value):
+        switch.set(value)
+
+
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, tuple) and any(isinstance(part, np.ndarray) for part in left):
+        return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+    return bool(left == right)
+
+
+def _differences(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
+    changed: dict[str, str | None] = {name: value for name, value in after.items() if before.get(name) != value}
+    return changed | {name: None for name in before if name not in after}
+
+
+def _apply_environment(changes: Mapping[str, str | None]) -> None:
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextmanager
+def _quiet_vllm() -> Iterator[None]:
+    """vLLM says dozens of lines at INFO; and it says with warnings what concerns those who configure it."""
+    logger = logging.getLogger("vllm")
+    level = logger.level
+    if level == logging.NOTSET:
+        logger.setLevel(QUIET)
+    with warnings.catch_warnings():
+        if level == logging.NOTSET:
+            warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _switches(device: torch.device) -> dict[str, Switch]:
+    switches = {
+        "dtype": Switch(torch.get_default_dtype, torch.set_default_dtype),
+        "threads": Switch(torch.get_num_threads, _set_num_threads),
+        "matmul": Switch(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+        "deterministic": Switch(torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+        "default device": Switch(torch.get_default_device, torch.set_default_device),
+        "grad": Switch(torch.is_grad_enabled, torch.set_grad_enabled),
+        "affinity": Switch(lambda: os.sched_getaffinity(0), lambda cpus: os.sched_setaffinity(0, cpus)),
+        "gc enabled": Switch(gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
+        "gc threshold": Switch(gc.get_threshold, lambda values: gc.set_threshold(*values)),
+        "gc frozen": Switch(lambda: gc.get_freeze_count() > 0, lambda on: None if on else gc.unfreeze(), False),
+        "python random": Switch(random.getstate, random.setstate, False),
+        "numpy random": Switch(np.random.get_state, np.random.set_state, False),
+        "torch random": Switch(torch.get_rng_state, torch.set_rng_state, False),
+        "logging": Switch(_logging_state, _set_logging_state, False),
+    }
+    for owner, name in _ATTRIBUTES:
+        switches[f"{owner}.{name}"] = _attribute(importlib.import_module(owner), name)
+    for name in ("benchmark", "deterministic", "allow_tf32", "enabled"):
+        switches[f"cudnn {name}"] = _attribute(torch.backends.cudnn, name)
+    for name in ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
+        switches[f"matmul {name}"] = _attribute(torch.backends.cuda.matmul, name)
+    for name in ("torch._dynamo.config", "torch._inductor.config", "torch._functorch.config"):
+        switches[name] = _compiler_config(importlib.import_module(name))
+    if threading.current_thread() is threading.main_thread():  # handlers are set from there alone
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD):
+            switches[number.name] = _handler(number)
+    if device.type == "cuda":
+        switches |= {
+            "cuda device": Switch(torch.cuda.current_device, torch.cuda.set_device),
+            "cuda stream": Switch(torch.cuda.current_stream, torch.cuda.set_stream),
+            "cuda random": Switch(
+                lambda: torch.cuda.get_rng_state(device), lambda state: torch.cuda.set_rng_state(state, device), False
+            ),
+        }
+    return switches
+
+
+_ATTRIBUTES = (
+    *(("torch", "set_num_threads"), ("torch.cuda", "set_stream"), ("sys", "excepthook"), ("threading", "excepthook")),
+    ("torch.nn.functional", "scaled_dot_product_attention"),
+)
+"""Functions of others that vLLM replaces by its own."""
+
+_set_num_threads = torch.set_num_threads
+
+
+def _attribute(owner: Any, name: str) -> Switch:
+    return Switch(lambda: getattr(owner, name), lambda value: setattr(owner, name, value))
+
+
+def _handler(number: signal.Signals) -> Switch:
+    def restore(handler: Any) -> None:
+        if handler is not None:  # one that was not set from Python
+            signal.signal(number, handler)
+
+    return Switch(lambda: signal.getsignal(number), restore)
+
+
+def _compiler_config(module: Any) -> Switch:
+    get = getattr(module, "get_config_copy", None) or module.shallow_copy_dict  # the first one from torch 2.7 on
+
+    def restore(values: Mapping[str, Any]) -> None:
+        current = get()
+        for name, value in values.items():
+            if current[name] != value:
+                with suppress(AttributeError):  # an alias
+                    setattr(module, name, value)
+
+    return Switch(get, restore)
+
+
+def _logging_state() -> dict[str, tuple[Any, ...]]:
+    """Of every logger by its name: level, handlers, filters, and whether it hands on and is on."""
+    loggers = {"": logging.root, **logging.root.manager.loggerDict}
+    return {
+        name: (logger.level, list(logger.handlers), list(logger.filters), logger.propagate, logger.disabled)
+        for name, logger in loggers.items()
+        if isinstance(logger, logging.Logger) and name != "vllm"
+    } | {"\0": (logging.root.manager.disable,)}
+
+
+def _set_logging_state(state: dict[str, tuple[Any, ...]]) -> None:
+    logging.disable(state["\0"][0])
+    for name, values in state.items():
+        if name != "\0":
+            logger = logging.getLogger(name)
+            logger.level, logger.handlers[:], logger.filters[:], logger.propagate, logger.disabled = values
+    logging.root.manager._clear_cache()  # type: ignore[attr-defined]  # of what levels loggers found in force

