@@ -124,9 +124,6 @@ class Completion:
     """Padding tokens beside the prompt, in the batch that it was read in: nothing of the answer depends on it."""
     num_before: int = field(default=0, compare=False)
     """Answers given before in its row of the cache, where rows are refilled: nothing of it depends on them."""
-    logprobs: Sequence[float] | None = field(default=None, compare=False)
-    """The log-probability of each new token, in nats, before any logits processor, as the backend that chose them has
-    it; None where it does not say."""
 
 
 class ProvenAnswers(NamedTuple):

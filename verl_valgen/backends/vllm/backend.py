@@ -15,6 +15,7 @@ from verl_valgen.backends.base import Backend, Limits
 from verl_valgen.backends.batching import most_new_tokens
 from verl_valgen.backends.vllm import versions
 from verl_valgen.backends.vllm.answering import Growing, StopStrings
+from verl_valgen.backends.vllm.loader import EngineLoader
 from verl_valgen.backends.vllm.parameters import eos_ids_of, sampling_params
 from verl_valgen.records import Completion, Request
 from verl_valgen.text import describe, describe_at_length
@@ -39,6 +40,8 @@ class VLLMBackend(Backend):
     Args:
         engine: Awake, with weights loaded, made for requests of this length.
     """
+
+    loader = EngineLoader
 
     def __init__(
         self, engine: Engine, tokenizer: PreTrainedTokenizerBase, seed: int, limits: Limits | None = None
