@@ -88,12 +88,12 @@ def varied(pair) -> Pair:
 
 
 def test_every_prompt_is_answered_under_each_strategy(varied):
-    prompts = [*range(NUM_ROWS), *[None] * len(OWN_PROMPTS)]
     for step in ROUNDS:
-        found = [(s["row"], s["strategy"], s["completion"]) for s in varied.on.samples(step)]
-        assert found == [
-            (row, name, completion)
-            for row in prompts
+        samples = varied.on.samples(step)
+        assert [sample["prompt_text"] for sample in greedy(varied.on, step)][NUM_ROWS:] == list(OWN_PROMPTS)
+        assert [(sample["index"], sample["strategy"], sample["completion"]) for sample in samples] == [
+            (index, name, completion)
+            for index in range(NUM_ROWS + len(OWN_PROMPTS))
             for name in STRATEGIES
             for completion in range(2 if name in SAMPLED else 1)
         ]
@@ -103,7 +103,7 @@ def test_every_prompt_is_answered_under_each_strategy(varied):
 def test_parameters_do_what_they_do_in_transformers(varied, assets, step):
     model, tokenizer = model_at(varied, assets, step), AutoTokenizer.from_pretrained(assets.model)
     stopped = of(varied.on, step, "stop")
-    assert_greedy_samples(stopped, model, tokenizer, MAX_NEW_TOKENS, stop_strings=[STOP_STRING], tokenizer=tokenizer)
+    assert_greedy_samples(stopped, model, tokenizer, MAX_NEW_TOKENS, stop_strings=[STOP_STRING])
     for name in ("penalty", "words"):
         parameters = {key: value for key, value in STRATEGIES[name].items() if key != "do_sample"}
         assert_greedy_samples(of(varied.on, step, name), model, tokenizer, MAX_NEW_TOKENS, **parameters)
@@ -113,8 +113,8 @@ def test_sampled_answers_differ_and_are_scored_by_the_model(varied, assets):
     tokenizer = AutoTokenizer.from_pretrained(assets.model)
     for step in ROUNDS:
         sampled = of(varied.on, step, "nucleus")
-        texts = [[sample["generation"] for sample in sampled if sample["completion"] == i] for i in range(2)]
-        assert all(one != other for one, other in zip(*texts, strict=True))
+        first, second = ([s["generation"] for s in sampled if s["completion"] == i] for i in range(2))
+        assert all(one != other for one, other in zip(first, second, strict=True))
         model, num_scored = model_at(varied, assets, step), 0
         for sample in of(varied.on, step, "likeliest"):
             ids = [
