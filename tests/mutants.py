@@ -66,7 +66,7 @@ MUTANTS = [
     ),
     Mutant(
         "a rank is left waiting",
-        "weights/streams.py",
+        "collectives.py",
         "if not agree(error is None, device):",
         "if error is not None or not agree(True, device):",
         "tests/distributed/test_gather.py",

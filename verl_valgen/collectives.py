@@ -1,7 +1,8 @@
 """Collective functions by which ranks exchange values and failures: all ranks must call each of them.
 
 A rank's failure is a value that is exchanged, never an exception that leaves others waiting. Values travel as JSON in
-tensors: no pickle is read. On one rank, and without a process group, nothing is sent.
+tensors: no pickle is read. On one rank, and without a process group, nothing is sent. All that meets is in this one
+file, for that rule to be seen to hold.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,9 @@ from torch import Tensor
 from verl_valgen.text import as_exception, describe, describe_at_length
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_P = TypeVar("_P")
 
 
 def world_size() -> int:
@@ -127,6 +132,50 @@ def run_on_all_ranks(
     raise error or OtherRankError("; ".join(f"rank {rank}: {text}" for rank, text in failed.items()))
 
 
+def together(prepare: Callable[[], _T], device: torch.device) -> tuple[_T | None, bool]:
+    """What `prepare` returns, and whether all ranks' did: else None, a generator closed. Collective: all must call.
+
+    Raises:
+        Exception: What it raised on this rank, after the last collective.
+    """
+    value, error = attempt(prepare)
+    if not agree(error is None, device):
+        if isinstance(value, Generator):
+            value.close()
+        if error is not None:
+            raise error
+        return None, False
+    return value, True
+
+
+def pull(stream: Generator[_P, None, None], consume: Callable[[Iterator[_P]], _T] | None) -> _T | None:
+    """Has a consumer pull from a collective generator, and takes what it leaves. Collective: all ranks must call.
+
+    Args:
+        stream: Exhausted on all ranks, also where a consumer raises or stops early; a `KeyboardInterrupt` closes it.
+        consume: None on a rank that wants nothing. It may take as many as it likes.
+
+    Returns:
+        What the consumer returns, None where there is none.
+
+    Raises:
+        Exception: What the consumer raised, once the stream is exhausted. Nothing that its frames held is alive by
+            then, nor while the rest is taken: memory may be what was missing.
+    """
+    with closing(stream):
+        result, error = None, None
+        if consume is not None:
+            # Not the generator itself, which one could close; and nothing that holds one while the next one comes.
+            result, error = attempt(lambda: consume(map(_itself, stream)))
+            if error is not None:
+                _clear_frames(error)
+        for item in stream:
+            del item  # perhaps the memory in which the next ones come
+    if error is not None:
+        raise error
+    return result
+
+
 def attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
     """Returns (result of `function`, None), or (None, the exception that it raised). Not collective.
 
@@ -140,6 +189,18 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
         error = as_exception(e)
         traceback.clear_frames(e.__traceback__)
         return None, error
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Lets go of what the frames of an error hold, and those of the errors that it came from."""
+    traceback.clear_frames(error.__traceback__)
+    for earlier in (error.__cause__, error.__context__):
+        if earlier is not None:
+            _clear_frames(earlier)
+
+
+def _itself(item: _P) -> _P:
+    return item
 
 
 _NOTHING = torch.zeros(0, dtype=torch.uint8)

@@ -20,6 +20,11 @@ _MLA = {"num_key_value_heads": 4, "num_experts_per_tok": 2}  # latent attention 
 _MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}
 _QWEN_3_5 = {"rope_parameters": _MROPE}
+_QWEN_4 = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64,
+    "indexer_compress_ratio": 4, "ple_layer_ids": [1], "eos_token_id": 1, "heads_per_ngram": 2,
+    "ngram_vocab_size_base": 64, "split_ngram_parts": 2,
+}  # fmt: skip
 _MIXED = ["sliding_attention", "full_attention"]
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
@@ -68,6 +73,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {f"text_config.{name}": value for name, value in _QWEN_3_5.items()},
     "qwen3_5_text": _QWEN_3_5,
     "qwen3_5_moe_text": _QWEN_3_5,
+    "qwen4_exp": {f"text_config.{name}": value for name, value in _QWEN_4.items()},
+    "qwen4_exp_text": _QWEN_4,
     "reformer": {
         "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 16], "attn_layers": ["local", "lsh"] * 2,
         "is_decoder": True,

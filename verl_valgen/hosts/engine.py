@@ -21,7 +21,7 @@ from verl_valgen.hosts import fused_kernels
 from verl_valgen.hosts.model_host import ModelHost, current_device, has_experts
 
 if TYPE_CHECKING:
-    from verl_valgen.weights.streams import Consumer, Parameters
+    from verl_valgen.weights.full_parameters import Consumer, Parameters
 
 _T = TypeVar("_T")
 

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from verl_valgen.hosts.shared import SharedHost
 
 if TYPE_CHECKING:
-    from verl_valgen.weights.streams import Consumer
+    from verl_valgen.weights.full_parameters import Consumer
 
 _T = TypeVar("_T")
 

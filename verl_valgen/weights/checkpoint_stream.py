@@ -12,18 +12,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from verl_valgen.collectives import gather_values
+from verl_valgen.collectives import gather_values, pull, together
 from verl_valgen.weights.checkpoint import Checkpoint
 from verl_valgen.weights.conversions import Conversions
 from verl_valgen.weights.empty import empty_like
-from verl_valgen.weights.gather import full_parameters, merging_names
+from verl_valgen.weights.full_parameters import Consumer, Parameters, full_parameters, merging_names
 from verl_valgen.weights.merged import MergedWeights
-from verl_valgen.weights.streams import Consumer, Parameters, pull, together
+from verl_valgen.weights.plain_copy import PlainCopy
 from verl_valgen.weights.structure import unwrap
 
 _T = TypeVar("_T")
 
 
+@torch.no_grad()
 def stream(
     wrapped: nn.Module, consume: Consumer[_T], *, dtype: torch.dtype, device: torch.device, keep: bool
 ) -> _T | None:
@@ -38,6 +39,8 @@ def stream(
         consume: Called where `keep` is true, without gradients, with an iterator of names and whole tensors on the
             device, in no particular order. A tensor may be the trainer's own memory, is valid until the next one is
             asked for, and is not to be written to. The consumer may stop early: the rest is gathered and dropped.
+            Before collectives of its own it must exhaust the iterator, also where it fails: until then other ranks wait
+            for this one in a gather.
         dtype: Of floating-point tensors, as `from_pretrained(dtype=...)` understands it: what transformers keeps in
             float32 stays there.
         device: The rank's own device.
@@ -54,11 +57,12 @@ def stream(
     """
     source = unwrap(wrapped)
     merging, are_ready = together(
-        lambda: MergedWeights(empty_like(source, dtype), device, source=wrapped) if keep else None, device
+        lambda: MergedWeights(PlainCopy(empty_like(source, dtype), device, source=wrapped), source) if keep else None,
+        device,
     )
     if not are_ready:
         return None
-    uncast = gather_values([] if merging is None else merging.names_not_in(dtype), device)
+    uncast = gather_values([] if merging is None else merging.copy.names_not_in(dtype), device)
     names = set().union(*uncast) | merging_names(source)
     parameters = full_parameters(wrapped, dtype=dtype, device=device, uncast=names)
     if merging is None:
@@ -66,6 +70,7 @@ def stream(
     return pull(parameters, _through(merging.as_checkpoint, consume))
 
 
+@torch.no_grad()
 def stream_exported(
     parameters: Callable[[], Parameters],
     new_model: Callable[[], nn.Module],
@@ -124,6 +129,6 @@ def _through(
     def consume_changed(pairs: Iterator[tuple[str, Tensor]]) -> _T:
         changed: Any = change(pairs)
         with closing(changed):  # a consumer that stops early has a part of a layer in there
-            return consume(map(tuple, changed))  # type: ignore[arg-type]
+            return consume(changed)
 
     return consume_changed

@@ -6,47 +6,43 @@ dropped. Nothing here is collective.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
-from typing import Any
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from verl_valgen.weights.adapters import outermost_layers, without_adapters
 from verl_valgen.weights.checkpoint import Checkpoint
-from verl_valgen.weights.plain_copy import PlainCopy
 from verl_valgen.weights.slots import Slot, assign, persistent_buffers
-from verl_valgen.weights.structure import base_model, unwrap
+from verl_valgen.weights.structure import base_model
+
+if TYPE_CHECKING:
+    from verl_valgen.weights.plain_copy import PlainCopy
 
 
-class MergedWeights(PlainCopy):
-    """As `PlainCopy`, but hands on what it is filled with.
+class MergedWeights:
+    """Hands on what a plain copy is filled with.
 
     Args:
-        model: The result of `empty_like`. Its tensors' dtypes are those of what is handed on.
-        device: Where that lies.
-        source: The model that was given to `empty_like`, in FSDP1's wrapper if it has one.
+        copy: One that nothing has been received in, made like the source; it never has more than a layer. Its tensors'
+            dtypes, and its device, are those of what is handed on.
+        source: The model that it is made like, without FSDP1's wrapper.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, *, source: nn.Module) -> None:
-        super().__init__(model, device, source=source)
-        self.merged: list[Any] = []
-        plain, self.prefixes = _plain_model(self.model)
-        conversions = getattr(base_model(unwrap(source)), "_weight_conversions", None)
+    def __init__(self, copy: PlainCopy, source: nn.Module) -> None:
+        self.copy = copy
+        plain, self.prefixes = _plain_model(copy.model)
+        conversions = getattr(base_model(source), "_weight_conversions", None)
         if conversions is not None:  # with what was found in the files that the source came from
             plain._weight_conversions = conversions
         self.checkpoint = Checkpoint(plain)
-
-    def _merge(self, layer: Any) -> None:
-        super()._merge(layer)
-        self.merged.append(layer)
 
     def as_checkpoint(self, parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yields the tensors of the checkpoint that `save_pretrained` would write of a plain copy.
 
         Args:
-            parameters: All of the source's, by names without the wrappers' parts; as `streams.Parameters`.
+            parameters: All of the source's, by names without the wrappers' parts; as `full_parameters.Parameters`.
 
         Yields:
             Names of the checkpoint, and tensors that are valid until the next one is asked for.
@@ -58,30 +54,29 @@ class MergedWeights(PlainCopy):
         for name, parameter in parameters:
             yield from self._taken(name, parameter)
             del parameter  # perhaps the memory in which the next ones come
-        self.require_all()
-        for slot in persistent_buffers(self.model).values():
+        self.copy.require_all()
+        for slot in persistent_buffers(self.copy.model).values():
             yield from self._handed_on([slot], slot.module._buffers[slot.attribute])
         self.checkpoint.require_all()
 
     def _taken(self, name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-        weight = self.weights[name]
+        weight = self.copy.weights[name]
         if weight.is_received:
             return
-        outside = [slot for slot in weight.slots if slot.module not in self.in_layers]
-        yield from self._handed_on(outside, parameter)
-        if len(outside) == len(weight.slots):
+        inside = [slot for slot in weight.slots if slot.module in self.copy.in_layers]
+        yield from self._handed_on([slot for slot in weight.slots if slot not in inside], parameter)
+        if not inside:
             weight.is_received = True
             return
-        # What it is tied to in a layer without adapters has been handed on, and is not to be held.
-        weight.slots = [slot for slot in weight.slots if slot.module in self.in_layers]
-        self.receive(name, parameter)
-        while self.merged:
-            layer = self.merged.pop()
-            for module in layer.modules():
-                for attribute, value in module._parameters.items():
-                    if value is not None:
-                        yield from self._handed_on([Slot(module, attribute, value.dtype)], value)
-            _drop(layer)
+        weight.slots = inside  # what it is tied to in a layer without adapters is not to be held
+        self.copy.receive(name, parameter)
+        for layer in self.copy.waiting[weight]:
+            if all(other.is_received for other in self.copy.layers[layer]):  # and so merged
+                for module in layer.modules():
+                    for attribute, value in module._parameters.items():
+                        if value is not None:
+                            yield from self._handed_on([Slot(module, attribute, value.dtype)], value)
+                _drop(layer)
 
     def _handed_on(self, slots: list[Slot], value: Any) -> Iterator[tuple[str, Tensor]]:
         """Under the one of its names that a checkpoint has, in the dtype of its place; adapters have no name."""
@@ -90,7 +85,7 @@ class MergedWeights(PlainCopy):
                 name = f"{prefix}.{attribute}".lstrip(".")
                 if name not in self.checkpoint.left_out:
                     to_dtype = dtype if value.is_floating_point() else value.dtype
-                    yield from self.checkpoint.convert(name, value.detach().to(self.device, to_dtype))
+                    yield from self.checkpoint.convert(name, value.detach().to(self.copy.device, to_dtype))
 
 
 def _drop(layer: nn.Module) -> None:
@@ -104,7 +99,7 @@ def _plain_model(model: nn.Module) -> tuple[Any, dict[nn.Module, list[str]]]:
     """A model without parameters' values as it is once adapters are merged and taken off; and by the modules of the one
     that has them their names in it, of which a module that is in several places has several."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    plain = copy.deepcopy(model, memo)  # meta tensors, but for the buffers, which stay those that they are
+    plain = deepcopy(model, memo)  # meta tensors, but for the buffers, which stay those that they are
     for layer in outermost_layers(plain):
         _untie(layer)
     originals = {memo[id(module)]: module for module in model.modules()}
