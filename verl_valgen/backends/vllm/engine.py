@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,8 +85,10 @@ class Engine:
         self.size = size.rounded(config)
         self.generation_config = GenerationConfig()
         """Set by who answers: its `eos_token_id` ends answers."""
+        self.has_failed = False
+        """Whether it raised where that ended more than one request: it is of no use then, but to be closed."""
         self._is_distributed = dist.is_available() and dist.is_initialized()
-        self._process = Compartment(_environment(self.size, device), device)
+        self._process = Compartment(_environment(self.size, device), device, compile=compile)
         self._llm: Any = None
         self._freed_bytes: dict[str, int] = {}
         with self.in_force(), allocator.without_expandable_segments(device):
@@ -115,6 +117,7 @@ class Engine:
         wanted = size.rounded(self.config)
         return (
             self._llm is not None
+            and not self.has_failed
             and wanted.tensor_parallel == self.size.tensor_parallel
             and wanted.max_model_len <= self.size.max_model_len
             and wanted.max_num_seqs <= self.size.max_num_seqs
@@ -124,21 +127,29 @@ class Engine:
         """Wakes the engine and gives it all weights of the model. Collective over the ranks that hold it together.
 
         Args:
-            weights: See `loading.load`, which says what is raised, too. After an error the weights are of no use.
+            weights: See `loading.load`, which says what is raised, too. After an error it has failed.
         """
-        with self.in_force():
-            self._wake("weights")
-            loading.load(self._llm, weights)
+        with self.in_force(), self.failing_for_good():
+            loading.load(self._llm, weights, prepare=lambda: self._wake("weights"))
             self._wake("kv_cache")
             # Keys and values of equal prompts under earlier weights would be taken for theirs.
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM did not forget the keys and values of earlier weights")
 
+    @contextmanager
+    def failing_for_good(self) -> Iterator[None]:
+        """Notes that the engine has failed, if anything is raised while open."""
+        try:
+            yield
+        except BaseException:
+            self.has_failed = True
+            raise
+
     def sleep(self) -> None:
         """Gives up the memory of weights and cache, on CUDA. What they hold is lost."""
         if self.device.type != "cuda" or self._llm is None or self._freed_bytes:
             return
-        with self.in_force():
+        with self.in_force(), self.failing_for_good():
             free = torch.cuda.mem_get_info(self.device)[0]
             self._llm.sleep(level=2)
             freed = max(0, torch.cuda.mem_get_info(self.device)[0] - free)
@@ -166,7 +177,7 @@ class Engine:
             arguments |= {"distributed_executor_backend": "external_launcher"}
         if on_cuda:
             arguments |= {"enable_sleep_mode": True, "compilation_config": _compilation(size.max_num_seqs, compile)}
-        with tempfile.TemporaryDirectory(prefix="verl-valgen-") as folder, versions.weights_left_in_place():
+        with tempfile.TemporaryDirectory(prefix="verl-valgen-") as folder, versions.plain_cpu():
             self._write_config(Path(folder), model_class)
             return LLM(
                 model=folder,

@@ -8,7 +8,8 @@ all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from verl_valgen.text import describe
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def load(llm: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
+def load(llm: Any, weights: Iterator[tuple[str, Tensor]], prepare: Callable[[], None] = lambda: None) -> None:
     """Loads all weights of a model. Collective over the ranks that hold it together.
 
     Args:
+        prepare: Called before; what it raises is raised as a failure of loading is.
         weights: Names as a checkpoint has them, with whole tensors, each valid until the next one is asked for.
 
     Raises:
@@ -35,13 +37,15 @@ def load(llm: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
     sent = Sent(versions.model_of(llm), size)
     failure, sums = "", {}
     try:
+        prepare()
         loaded = versions.load_weights(llm, sent.watch(weights))
         failure = _missing(versions.model_of(llm), loaded)
         sums = sent.found()
     except Exception as e:
         if group is None:
             raise
-        failure = describe(e)  # the others wait for this rank below
+        failure = describe(e)
+        exhaust(weights)  # others may wait for this rank's part in it; then all wait for each other below
     outcomes: list[Any] = [(failure, sums)]
     if group is not None:
         outcomes = [None] * size
@@ -52,6 +56,13 @@ def load(llm: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
         found = sum(sums[name] for _, sums in outcomes) // (size if name in sent.replicated else 1)
         if (found - int(expected)) % 2**64:
             raise RuntimeError(f"vLLM does not have the weights that it was given: {name} differs")
+
+
+def exhaust(weights: Iterator[object]) -> None:
+    """Asks for all that is left, whatever comes of it."""
+    with suppress(Exception):
+        for _ in weights:
+            pass
 
 
 def _missing(model: nn.Module, loaded: set[str] | None) -> str:

@@ -96,7 +96,7 @@ def load_weights(llm: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> set[s
 
     model: Any = model_of(llm)
     model_config = llm.llm_engine.model_config
-    with weights_left_in_place():
+    with plain_cpu():
         loaded = model.load_weights(weights)
         process_weights_after_loading(model, model_config, next(model.parameters()).device)
     return loaded
@@ -109,8 +109,9 @@ def own_name(model: Any, name: str) -> str | None:
 
 
 @contextmanager
-def weights_left_in_place() -> Iterator[None]:
-    """Keeps vLLM on CPU from packing the weights of linear layers and dropping them.
+def plain_cpu() -> Iterator[None]:
+    """Keeps vLLM on CPU from packing the weights of linear layers and dropping them, and from binding the process's
+    memory to one node.
 
     Weights that are loaded afterwards would not be used. Until packing is part of reloading there, too.
     """
@@ -122,7 +123,11 @@ def weights_left_in_place() -> Iterator[None]:
     import vllm._custom_ops as ops
     from vllm.model_executor.layers import utils
 
-    with patched(ops, "_supports_onednn", False), patched(utils, "check_cpu_sgl_kernel", lambda *shape: False):
+    with (
+        patched(ops, "_supports_onednn", False),
+        patched(utils, "check_cpu_sgl_kernel", lambda *shape: False),
+        patched(torch.ops._C, "init_cpu_memory_env", lambda nodes: None),
+    ):
         yield
 
 
