@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,6 +81,15 @@ def test_an_engine_is_loaded_on_every_rank_and_not_without(pair):
     assert [ENGINE in names for names in loaded(pair.off)] == [False] * num_ranks
 
 
+def test_vllm_prints_nothing_of_its_own(pair):
+    """But for what it says when verl imports it."""
+
+    def lines(run: Run) -> set[str]:
+        return set(re.findall(r"(?:INFO|WARNING|ERROR) \d\d-\d\d [\d:]+ (\[\w+\.py:\d+\] .*)", run.output))
+
+    assert lines(pair.on) <= lines(pair.off)
+
+
 @pytest.fixture(scope="module")
 def varied(pair) -> Pair:
     if not any("strategies" in override for override in pair.case.generation):
@@ -117,9 +127,8 @@ def test_sampled_answers_differ_and_are_scored_by_the_model(varied, assets):
         assert all(one != other for one, other in zip(first, second, strict=True))
         model, num_scored = model_at(varied, assets, step), 0
         for sample in of(varied.on, step, "likeliest"):
-            ids = [
-                tokenizer(sample[key], add_special_tokens=False)["input_ids"] for key in ("prompt", "generation_raw")
-            ]
+            texts = sample["prompt"], sample["generation_raw"] or sample["generation"]
+            ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
             if len(ids[1]) == sample["num_new_tokens"]:
                 num_scored += 1
                 assert sample["scores"]["mean_logprob"] == pytest.approx(mean_logprob(model, *ids), abs=1e-3)
