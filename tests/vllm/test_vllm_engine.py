@@ -139,11 +139,11 @@ def test_an_engine_that_cannot_be_made_leaves_the_process_as_it_was(config, mode
 
 
 def test_nothing_of_the_process_is_changed(config, model, monkeypatch):
-    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")  # someone's own
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")  # someone's own
     monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", None)
     torch.set_default_dtype(torch.float64)
     torch.set_float32_matmul_precision("high")
-    logging.getLogger("vllm").setLevel(logging.NOTSET)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     try:
         before = observed()
         engine = engines.engine(config)
@@ -157,7 +157,7 @@ def test_nothing_of_the_process_is_changed(config, model, monkeypatch):
             with engine.in_force():
                 inside = dict(os.environ)
         assert inside["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
-        assert inside["VLLM_LOGGING_LEVEL"] == "DEBUG"
+        assert inside["VLLM_NO_USAGE_STATS"] == "1"
         engine.sleep()
         engine.close()
         differences(before, observed(), "closed")
@@ -199,6 +199,10 @@ def observed() -> dict[str, object]:
         "matmul": torch.get_float32_matmul_precision(),
         "deterministic": torch.get_deterministic_debug_mode(),
         "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "attention": [
+            getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
+            for name in ("flash", "mem_efficient", "math", "cudnn")
+        ],
         "gc": (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count() > 0),
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)],
         "hook": sys.excepthook,

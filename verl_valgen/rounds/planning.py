@@ -28,7 +28,7 @@ from verl_valgen.rounds.needs import (
     rows_need,
 )
 from verl_valgen.rounds.plan import EngineNeeds, Needs, Plan, make_engine_plan, make_plan
-from verl_valgen.settings.load import GenerationSettings
+from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import OnceLogger
 
 logger = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -91,12 +92,13 @@ class Engine:
         self._process = Compartment(_environment(self.size, device), device, compile=compile)
         self._llm: Any = None
         self._freed_bytes: dict[str, int] = {}
-        with self.in_force(), allocator.without_expandable_segments(device):
+        with self.in_force(), allocator.fit_for_pools(device):
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
                 self._llm = self._make(model_class, compile)
-            except BaseException:
+            except BaseException as e:
+                _clear_frames(e)  # they hold what there is of the engine
                 self._free()
                 raise
 
@@ -223,8 +225,15 @@ class Engine:
         gc.collect()
         versions.destroy_groups(owns_world=not self._is_distributed)
         gc.collect()
+        versions.forget_memory()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _compilation(max_num_seqs: int, compile: bool) -> dict[str, Any]:

@@ -29,7 +29,7 @@ import torch._dynamo
 from verl_valgen.patching import patched
 
 QUIET = logging.ERROR
-"""From which level on vLLM's own messages are shown, unless someone wants vLLM's at another level."""
+"""From which level on vLLM's own messages are shown, unless VLLM_LOGGING_LEVEL says otherwise."""
 
 
 class Switch(NamedTuple):
@@ -131,13 +131,16 @@ def _apply_environment(changes: Mapping[str, str | None]) -> None:
 
 @contextmanager
 def _quiet_vllm() -> Iterator[None]:
-    """vLLM says dozens of lines at INFO; and it says with warnings what concerns those who configure it."""
+    """vLLM says dozens of lines at INFO; and it says with warnings what concerns those who configure it.
+
+    Where others have imported vLLM before, it has configured its logging then.
+    """
     logger = logging.getLogger("vllm")
-    level = logger.level
-    if level == logging.NOTSET:
+    level, is_wanted = logger.level, "VLLM_LOGGING_LEVEL" in os.environ
+    if not is_wanted:
         logger.setLevel(QUIET)
     with warnings.catch_warnings():
-        if level == logging.NOTSET:
+        if not is_wanted:
             warnings.simplefilter("ignore")
         try:
             yield
@@ -176,6 +179,11 @@ def _switches(device: torch.device) -> dict[str, Switch]:
         switches[f"cudnn {name}"] = _attribute(torch.backends.cudnn, name)
     for name in ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
         switches[f"matmul {name}"] = _attribute(torch.backends.cuda.matmul, name)
+    for name in ("flash", "mem_efficient", "math", "cudnn"):
+        is_on, turn = (
+            getattr(torch.backends.cuda, f"{part}") for part in (f"{name}_sdp_enabled", f"enable_{name}_sdp")
+        )
+        switches[f"sdp {name}"] = Switch(is_on, turn)
     for name in ("torch._dynamo.config", "torch._inductor.config", "torch._functorch.config"):
         switches[name] = _compiler_config(importlib.import_module(name))
     if threading.current_thread() is threading.main_thread():  # handlers are set from there alone
@@ -244,7 +252,7 @@ def _logging_state() -> dict[str, tuple[Any, ...]]:
     return {
         name: (logger.level, list(logger.handlers), list(logger.filters), logger.propagate, logger.disabled)
         for name, logger in loggers.items()
-        if isinstance(logger, logging.Logger) and name != "vllm"
+        if isinstance(logger, logging.Logger)
     } | {"\0": (logging.root.manager.disable,)}
 
 

@@ -103,17 +103,22 @@ def load_weights(llm: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> set[s
 
 
 def own_name(model: Any, name: str) -> str | None:
-    """The name that vLLM's model has for a name of the checkpoint, before it joins what it keeps joined."""
+    """The name that vLLM's model has for a name of the checkpoint; None for what it joins with others.
+
+    (From 0.30 on the mapper of names tells what is joined, too: `q_proj` becomes `qkv_proj`.)
+    """
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    return name if mapper is None else mapper._map_name(name)
+    own = name if mapper is None else mapper._map_name(name)
+    return own if own and own.split(".")[-2:] == name.split(".")[-2:] else None
 
 
 @contextmanager
 def plain_cpu() -> Iterator[None]:
-    """Keeps vLLM on CPU from packing the weights of linear layers and dropping them, and from binding the process's
-    memory to one node.
+    """Keeps vLLM on CPU from three things that are not for an engine in another program's processes.
 
-    Weights that are loaded afterwards would not be used. Until packing is part of reloading there, too.
+    It packs the weights of linear layers and drops them: what is loaded afterwards would not be used (until packing is
+    part of reloading there, too). It binds the process's memory to one node. And ranks that hold a model together speak
+    through shared memory of a name that is the same for all programs on a host: they speak through gloo.
     """
     from vllm.platforms import current_platform
 
@@ -121,12 +126,14 @@ def plain_cpu() -> Iterator[None]:
         yield
         return
     import vllm._custom_ops as ops
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.model_executor.layers import utils
 
     with (
         patched(ops, "_supports_onednn", False),
         patched(utils, "check_cpu_sgl_kernel", lambda *shape: False),
         patched(torch.ops._C, "init_cpu_memory_env", lambda nodes: None),
+        patched(CpuCommunicator, "_all_group_ranks_share_shm_group_name", lambda communicator: False),
     ):
         yield
 
@@ -166,3 +173,21 @@ def shut_down(llm: Any) -> None:
 
     with patched(core, "cleanup_dist_env_and_memory", lambda *args, **kwargs: None):
         llm.llm_engine.engine_core.shutdown()
+
+
+def forget_memory() -> None:
+    """Lets go of pools of CUDA memory that outlive an engine, once it is garbage.
+
+    Another one would find the pools of weights occupied after a failure, and capture its graphs into a pool that is
+    gone (0.25).
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda_alike():
+        return
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    if CuMemAllocator.instance is not None:
+        CuMemAllocator.instance.release_pools()
+    if getattr(current_platform, "_global_graph_pool", None) is not None:
+        type(current_platform)._global_graph_pool = None
