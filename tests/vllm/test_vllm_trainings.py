@@ -26,6 +26,7 @@ from vllm_runs import (
     STOPPED_AT,
     STRATEGIES,
     WITH_LORA,
+    WITH_STRATEGIES,
     Pair,
     loaded,
     make_pair,
@@ -90,17 +91,14 @@ def test_vllm_prints_nothing_of_its_own(pair):
     assert lines(pair.on) <= lines(pair.off)
 
 
-@pytest.fixture(scope="module")
-def varied(pair) -> Pair:
-    if not any("strategies" in override for override in pair.case.generation):
-        pytest.skip("one strategy alone")
-    return pair
+with_strategies = pytest.mark.parametrize("pair", [WITH_STRATEGIES], indirect=True)
 
 
-def test_every_prompt_is_answered_under_each_strategy(varied):
+@with_strategies
+def test_every_prompt_is_answered_under_each_strategy(pair):
     for step in ROUNDS:
-        samples = varied.on.samples(step)
-        assert [sample["prompt_text"] for sample in greedy(varied.on, step)][NUM_ROWS:] == list(OWN_PROMPTS)
+        samples = pair.on.samples(step)
+        assert [sample["prompt_text"] for sample in greedy(pair.on, step)][NUM_ROWS:] == list(OWN_PROMPTS)
         assert [(sample["index"], sample["strategy"], sample["completion"]) for sample in samples] == [
             (index, name, completion)
             for index in range(NUM_ROWS + len(OWN_PROMPTS))
@@ -109,24 +107,26 @@ def test_every_prompt_is_answered_under_each_strategy(varied):
         ]
 
 
+@with_strategies
 @pytest.mark.parametrize("step", ROUNDS)
-def test_parameters_do_what_they_do_in_transformers(varied, assets, step):
-    model, tokenizer = model_at(varied, assets, step), AutoTokenizer.from_pretrained(assets.model)
-    stopped = of(varied.on, step, "stop")
+def test_parameters_do_what_they_do_in_transformers(pair, assets, step):
+    model, tokenizer = model_at(pair, assets, step), AutoTokenizer.from_pretrained(assets.model)
+    stopped = of(pair.on, step, "stop")
     assert_greedy_samples(stopped, model, tokenizer, MAX_NEW_TOKENS, stop_strings=[STOP_STRING])
     for name in ("penalty", "words"):
         parameters = {key: value for key, value in STRATEGIES[name].items() if key != "do_sample"}
-        assert_greedy_samples(of(varied.on, step, name), model, tokenizer, MAX_NEW_TOKENS, **parameters)
+        assert_greedy_samples(of(pair.on, step, name), model, tokenizer, MAX_NEW_TOKENS, **parameters)
 
 
-def test_sampled_answers_differ_and_are_scored_by_the_model(varied, assets):
+@with_strategies
+def test_sampled_answers_differ_and_are_scored_by_the_model(pair, assets):
     tokenizer = AutoTokenizer.from_pretrained(assets.model)
     for step in ROUNDS:
-        sampled = of(varied.on, step, "nucleus")
+        sampled = of(pair.on, step, "nucleus")
         first, second = ([s["generation"] for s in sampled if s["completion"] == i] for i in range(2))
         assert all(one != other for one, other in zip(first, second, strict=True))
-        model, num_scored = model_at(varied, assets, step), 0
-        for sample in of(varied.on, step, "likeliest"):
+        model, num_scored = model_at(pair, assets, step), 0
+        for sample in of(pair.on, step, "likeliest"):
             texts = sample["prompt"], sample["generation_raw"] or sample["generation"]
             ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
             if len(ids[1]) == sample["num_new_tokens"]:

@@ -65,8 +65,9 @@ class Case:
     generation: Sequence[str]
 
 
+WITH_STRATEGIES = "two ranks hold a model"
 CASES = {
-    "two ranks hold a model": Case(
+    WITH_STRATEGIES: Case(
         2,
         "fsdp2",
         (),
