@@ -38,7 +38,7 @@ def why_not_installed() -> str | None:
         return f"generation.backend=vllm: vLLM is not installed ({INSTALL})"
     version = _version_of(name)
     assert version is not None
-    if version not in SUPPORTED:
+    if not SUPPORTED.contains(str(version), prereleases=True):  # builds from source call themselves so
         return f"generation.backend=vllm: {name} {version} is installed, and {SUPPORTED} is supported ({INSTALL})"
     for text in metadata.requires(name) or []:
         try:
