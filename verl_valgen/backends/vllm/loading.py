@@ -104,11 +104,13 @@ class Sent:
             begin, end = shards.org_vocab_start_index, shards.org_vocab_end_index
             self._lengths[name] = (0, end - begin)
             return self.size > 1 or end - begin == len(tensor)
-        if parameter.numel() == tensor.numel():
+        if parameter.shape == tensor.shape:
             if self.size > 1:
                 self.replicated.add(name)
             return True
-        return parameter.numel() * self.size == tensor.numel()
+        pairs = zip(parameter.shape, tensor.shape, strict=False)
+        divided = [whole for part, whole in pairs if part != whole]
+        return parameter.ndim == tensor.ndim and len(divided) == 1 and parameter.numel() * self.size == tensor.numel()
 
     def found(self) -> dict[str, int]:
         """The sums of what lies in the model on this rank, for the same names. Waits for the device."""
