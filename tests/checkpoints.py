@@ -70,7 +70,8 @@ def assert_greedy_samples(
     """The recorded samples are the model's greedy answers to their prompts; see `plain_greedy`."""
     for sample in samples:
         prompt_ids = tokenizer(sample["prompt"], add_special_tokens=False)["input_ids"]
-        output_ids = plain_greedy(model, prompt_ids, max_new_tokens, **parameters)
+        stopping = {"tokenizer": tokenizer} if "stop_strings" in parameters else {}
+        output_ids = plain_greedy(model, prompt_ids, max_new_tokens, **parameters, **stopping)
         assert sample["generation"] == Decoder(tokenizer).answer(output_ids)
         assert sample["num_new_tokens"] == len(output_ids)
 

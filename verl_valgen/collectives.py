@@ -168,7 +168,7 @@ def pull(stream: Generator[_P, None, None], consume: Callable[[Iterator[_P]], _T
             # Not the generator itself, which one could close; and nothing that holds one while the next one comes.
             result, error = attempt(lambda: consume(map(_itself, stream)))
             if error is not None:
-                _clear_frames(error)
+                clear_frames(error)
         for item in stream:
             del item  # perhaps the memory in which the next ones come
     if error is not None:
@@ -191,12 +191,12 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
         return None, error
 
 
-def _clear_frames(error: BaseException) -> None:
+def clear_frames(error: BaseException) -> None:
     """Lets go of what the frames of an error hold, and those of the errors that it came from."""
     traceback.clear_frames(error.__traceback__)
     for earlier in (error.__cause__, error.__context__):
         if earlier is not None:
-            _clear_frames(earlier)
+            clear_frames(earlier)
 
 
 def _itself(item: _P) -> _P:

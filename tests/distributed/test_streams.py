@@ -14,6 +14,7 @@ from distributed.testing import run_distributed
 from torch import Tensor
 
 from verl_valgen.collectives import agree
+from verl_valgen.weights.checkpoint import Checkpoint
 from verl_valgen.weights.checkpoint_stream import stream
 from verl_valgen.weights.merged import MergedWeights
 
@@ -36,6 +37,20 @@ def fail_in_the_middle(pairs: Iterator[tuple[str, Tensor]]) -> str:
         if "layers.1" in name:
             raise torch.OutOfMemoryError("planted")
     return "never"
+
+
+def meet_afterwards(pairs: Iterator[tuple[str, Tensor]]) -> str:
+    """As ranks do that hold a model together: none waits for one that is still gathering."""
+    try:
+        return f"{len(taken(pairs)) > 9}"
+    finally:
+        agree(True, CPU)
+
+
+def fail_to_convert(_: Checkpoint, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if "layers.1" in name:
+        raise torch.OutOfMemoryError("planted")
+    yield name, tensor
 
 
 def fail_to_prepare(*args: Any, **kwargs: Any) -> None:
@@ -62,6 +77,10 @@ def streams(name: str, strategy: str) -> dict[str, Any]:
         if is_first:
             patch.setattr(MergedWeights, "__init__", fail_to_prepare)
         found["one cannot prepare"] = outcome(wrapped, taken)
+    with pytest.MonkeyPatch.context() as patch:
+        if is_first:
+            patch.setattr(Checkpoint, "convert", fail_to_convert)
+        found["one cannot convert"] = outcome(wrapped, meet_afterwards)
     found["forward"] = torch.equal(forward(wrapped, train=True), forward(control, train=True))
     found["after a training step"] = outcome(wrapped, taken, keep=not is_first)
     found["expected"] = stream(build(name), taken, dtype=torch.bfloat16, device=CPU, keep=True)
@@ -91,5 +110,6 @@ def test_a_stream_is_taken_whole_whatever_becomes_of_a_consumer(tmp_path: Path, 
     assert same(first["one takes, one stops"][0], expected)
     assert second["one takes, one stops"] == stopped
     assert (first["one cannot prepare"], second["one cannot prepare"]) == (("MemoryError: planted", True), nothing)
+    assert (first["one cannot convert"], second["one cannot convert"]) == (planted, ("True", True))
     assert first["after a training step"] == nothing
     assert same(second["after a training step"][0], expected)

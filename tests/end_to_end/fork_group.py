@@ -6,7 +6,7 @@ pickled as Ray pickles them; calls of one worker are done in order; `ray.get` of
 however long others take; an error in a worker comes as `RayTaskError`, a dead worker as `ActorDiedError`; workers know
 their rank by RANK, have no LOCAL_RANK at first and none of the driver's variables of verl; their output is not the
 driver's (Ray puts it there later, behind a prefix); and they do not outlive the driver. What is not: a worker is a
-fork, so it has all that the driver had imported and patched by then.
+fork, so it has all that the driver had imported and patched by then, and Ray is not initialised in it.
 """
 
 from __future__ import annotations
@@ -226,6 +226,7 @@ def _run_worker(connection: Connection, pickled: bytes, environment: dict[str, s
     os.dup2(output, 2)
     status = 1
     try:
+        ray.is_initialized = lambda: False  # whom it is told otherwise asks Ray about the actor that it is in
         for name in [name for name in os.environ if name.startswith("VERL_") or name == "LOCAL_RANK"]:
             del os.environ[name]
         # A fork in which the driver's tokenizers have had threads would wait for them.

@@ -59,6 +59,11 @@ def start(config: Any) -> None:
             ["generation.strategies={x: {penalty_alpha: 0.6}}"],
             "generation.strategies.x.penalty_alpha is not supported",
         ),
+        (
+            {},
+            ["generation.backend=vllm"],
+            'generation.backend=vllm: vLLM is not installed (pip install "verl-valgen[vllm]")',
+        ),
         ({}, ["generation.best_metric=exact"], "generation.best_metric must be one of num_new_tokens, "),
         (
             {},

@@ -118,3 +118,22 @@ def test_there_are_few_floors():
 
     longest = max((chain(module) for module in imports()), key=len)
     assert len(longest) <= MAX_FLOORS, " -> ".join(longest)
+
+
+def test_vllm_is_imported_within_functions_of_its_backend_alone():
+    """What is loaded with the package, or by another backend, must not load it."""
+
+    def imports_vllm(node: ast.AST) -> bool:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        return any(name.partition(".")[0] == "vllm" for name in names)
+
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_bytes())
+        within = [f for f in statements(tree) if isinstance(f, ast.FunctionDef)]
+        allowed = {id(node) for function in within for node in statements(function)}
+        importing = [node for node in statements(tree) if imports_vllm(node)]
+        assert all(id(node) in allowed for node in importing), path
+        found |= {path.parent for _ in importing}
+    assert found == {PACKAGE / "backends" / "vllm"}

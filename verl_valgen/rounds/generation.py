@@ -31,7 +31,7 @@ from verl_valgen.rounds.plan import Plan, shares
 from verl_valgen.rounds.planning import Planner
 from verl_valgen.rounds.restore import preserved_blas_workspaces
 from verl_valgen.settings.generation_config import special_tokens as of_model
-from verl_valgen.settings.load import GenerationSettings
+from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import describe
 
 logger = logging.getLogger(__name__)

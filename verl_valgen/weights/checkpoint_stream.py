@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from verl_valgen.collectives import gather_values, pull, together
+from verl_valgen.collectives import clear_frames, gather_values, pull, together
 from verl_valgen.weights.checkpoint import Checkpoint
 from verl_valgen.weights.conversions import Conversions
 from verl_valgen.weights.empty import empty_like
@@ -22,6 +22,7 @@ from verl_valgen.weights.plain_copy import PlainCopy
 from verl_valgen.weights.structure import unwrap
 
 _T = TypeVar("_T")
+_Change = Callable[[Iterable[tuple[str, Tensor]]], Iterator[tuple[str, Tensor]]]
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def stream(
             device, in no particular order. A tensor may be the trainer's own memory, is valid until the next one is
             asked for, and is not to be written to. The consumer may stop early: the rest is gathered and dropped.
             Before collectives of its own it must exhaust the iterator, also where it fails: until then other ranks wait
-            for this one in a gather.
+            for this one in a gather. (What the iterator itself raises, it raises exhausted.)
         dtype: Of floating-point tensors, as `from_pretrained(dtype=...)` understands it: what transformers keeps in
             float32 stays there.
         device: The rank's own device.
@@ -121,14 +122,22 @@ class _Exported:
         self.checkpoint.require_all()
 
 
-def _through(
-    change: Callable[[Iterable[tuple[str, Tensor]]], Iterator[tuple[str, Tensor]]], consume: Consumer[_T]
-) -> Consumer[_T]:
+def _through(change: _Change, consume: Consumer[_T]) -> Consumer[_T]:
     """A consumer that hands on to another what comes, changed on the way."""
 
     def consume_changed(pairs: Iterator[tuple[str, Tensor]]) -> _T:
-        changed: Any = change(pairs)
-        with closing(changed):  # a consumer that stops early has a part of a layer in there
+        with closing(_changed(change, pairs)) as changed:  # one that stops early has a part of a layer in there
             return consume(changed)
 
     return consume_changed
+
+
+def _changed(change: _Change, pairs: Iterator[tuple[str, Tensor]]) -> Parameters:
+    """What fails is raised once all is gathered: a consumer may then meet other ranks, as after the last tensor."""
+    try:
+        yield from change(pairs)
+    except Exception as e:
+        clear_frames(e)
+        for pair in pairs:
+            del pair
+        raise

@@ -142,6 +142,14 @@ def test_a_bad_row_is_named_and_runs_on_the_global_parameters(own, reason, caplo
     assert record.getMessage().isprintable()
 
 
+def test_a_row_with_what_the_backend_lacks_is_named_and_runs_on_the_global_parameters(caplog):
+    first, second = make_queries(prompts({"typical_p": 0.5}, {"top_k": 3}), settings(backend="vllm"))
+    assert (first.params, second.params) == (GLOBAL, GLOBAL | {"top_k": 3})
+    (message,) = caplog.messages
+    assert "typical_p: generation.backend=vllm has no such parameter; use fast or hf" in message
+    assert [query.params["typical_p"] for query in make_queries(prompts({"typical_p": 0.5}), settings())] == [0.5]
+
+
 def test_integers_of_a_table_whose_rows_set_different_parameters(tmp_path):
     """pandas, with which verl reads its data, makes floating-point numbers of them."""
     params = [{"max_new_tokens": 3, "suppress_tokens": [4], "repetition_penalty": 2.0}, {"temperature": 2.0}]

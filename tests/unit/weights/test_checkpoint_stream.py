@@ -80,9 +80,12 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def auto_class(name: str) -> Any:
+    return AutoModelForImageTextToText if "_vl" in name else AutoModelForCausalLM
+
+
 def build(name: str) -> nn.Module:
-    auto_class = AutoModelForImageTextToText if "_vl" in name else AutoModelForCausalLM
-    model = auto_class.from_config(CONFIGS[name]())
+    model = auto_class(name).from_config(CONFIGS[name]())
     randomize(model)
     return model
 
@@ -165,11 +168,11 @@ def test_adapters_are_in_the_weights_as_in_those_of_the_copy(tmp_path, name, dty
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 
-def test_a_model_from_files_is_saved_as_it_was_loaded(tmp_path):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_from_files_is_streamed_as_they_have_it(tmp_path, name):
     """transformers 5 remembers what it converted."""
-    source = build("qwen3_moe")
-    source.save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    build(name).save_pretrained(tmp_path)
+    model = auto_class(name).from_pretrained(tmp_path, torch_dtype=torch.float32)
     assert_same(streamed(model), load_file(tmp_path / "model.safetensors"))
 
 
@@ -275,10 +278,9 @@ def test_a_parameter_that_never_came_is_named(monkeypatch):
 
 
 def exported(name: str, pairs: list[tuple[str, Tensor]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    auto_class = AutoModelForImageTextToText if "_vl" in name else AutoModelForCausalLM
     found = stream_exported(
         lambda: (pair for pair in pairs),
-        lambda: empty_from_config(auto_class, CONFIGS[name](), dtype),
+        lambda: empty_from_config(auto_class(name), CONFIGS[name](), dtype),
         taken, device=CPU, keep=True,
     )  # fmt: skip
     assert found is not None

@@ -15,20 +15,28 @@ def settings() -> dict[str, Any]:
 
 
 @contextmanager
-def without_expandable_segments(device: torch.device) -> Iterator[None]:
-    """Switches expandable segments off while open, where they are on.
+def fit_for_pools(device: torch.device) -> Iterator[None]:
+    """Switches expandable segments off while open, where they are on, and puts back what vLLM changes.
 
     vLLM's pools cannot lie in them (pytorch#147851). It looks for them in PYTORCH_CUDA_ALLOC_CONF alone; but torch
-    reads PYTORCH_ALLOC_CONF, too, and verl switches them on by a call.
+    reads PYTORCH_ALLOC_CONF, too, and verl switches them on by a call. `max_split_size` it sets to what it reads in
+    that variable, else to a MiB less than what stands for no limit: that is none, too, and stays.
     """
-    if device.type != "cuda" or not settings().get("expandable_segments"):
+    if device.type != "cuda":
         yield
         return
-    torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+    before = settings()
+    change = torch.cuda.memory._set_allocator_settings
+    if before.get("expandable_segments"):
+        change("expandable_segments:False")
     try:
         yield
     finally:
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        limit = before.get("max_split_size", -1)
+        if limit > 0 and settings().get("max_split_size") != limit:
+            change(f"max_split_size_mb:{limit // 2**20}")
+        if before.get("expandable_segments"):
+            change("expandable_segments:True")
 
 
 def make_room(num_bytes: int, device: torch.device) -> None:

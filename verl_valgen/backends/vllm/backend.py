@@ -6,13 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from verl_valgen.backends.base import Backend, Limits
-from verl_valgen.backends.batching import most_new_tokens
+from verl_valgen.backends.lengths import most_new_tokens
 from verl_valgen.backends.vllm import versions
 from verl_valgen.backends.vllm.answering import Growing, StopStrings
 from verl_valgen.backends.vllm.loader import EngineLoader
@@ -60,9 +61,9 @@ class VLLMBackend(Backend):
         Every completion has `logprobs`.
 
         Raises:
-            Exception: The engine failed, whatever vLLM raises: it is of no use then.
+            Exception: The engine has failed, with whatever vLLM raises.
         """
-        with self.engine.in_force():
+        with self.engine.in_force(), self.engine.failing_for_good():
             return self._generate(requests)
 
     def _generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -70,22 +71,22 @@ class VLLMBackend(Backend):
         completions: list[Completion | None] = [None] * len(requests)
         growing: dict[str, tuple[int, Growing]] = {}
         stops, clock = StopStrings(self.tokenizer), Clock(self.limits.deadline)
-        if not clock.is_over():
-            for i, request in enumerate(requests):
-                answer = self._ask(vllm, str(i), request)
-                if isinstance(answer, Completion):
-                    completions[i] = answer
-                else:
-                    growing[str(i)] = (i, answer)
-        self.on_answers(sum(completion is not None for completion in completions))
         try:
+            if not clock.is_over():
+                for i, request in enumerate(requests):
+                    asked = self._ask(vllm, str(i), request)
+                    if isinstance(asked, Completion):
+                        completions[i] = asked
+                    else:
+                        growing[str(i)] = (i, asked)
+            self.on_answers(len(requests) - len(growing))
             num_steps = 0
             while growing and not (num_steps % _STEPS_BETWEEN_CLOCKS == 0 and clock.is_over()):
                 num_steps += 1
                 for i, answer in self._step(vllm, growing, stops):
                     completions[i] = answer.completion()
         finally:
-            if growing:
+            with suppress(Exception):  # after one of its own
                 vllm.abort_request(list(growing))
         for i, answer in growing.values():  # out of time
             completions[i] = answer.completion()
@@ -106,7 +107,8 @@ class VLLMBackend(Backend):
         try:
             params = sampling_params(request, limit, eos_ids, self.seed)
             vllm.add_request(name, {"prompt_token_ids": list(request.input_ids)}, params)
-        except (ValueError, TypeError) as e:
+        except Exception as e:  # vLLM checks parameters now, and its errors are of many kinds
+            vllm.abort_request([name])
             logger.debug("these parameters failed: %s", describe_at_length(e))
             return Completion([], "error", error=describe(e))
         return Growing(request, eos_ids)

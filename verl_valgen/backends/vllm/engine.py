@@ -1,4 +1,7 @@
-"""vLLM's engine in this process: made once, given the weights of every round, asleep between rounds."""
+"""vLLM's engine in this process: made once, given the weights of every round, asleep between rounds.
+
+(Over 200 lines, as a good part of it is what an engine is made with.)
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ import json
 import math
 import os
 import tempfile
+import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +23,7 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
-from verl_valgen.backends.batching import most_positions
+from verl_valgen.backends.lengths import most_positions
 from verl_valgen.backends.vllm import allocator, loading, versions
 from verl_valgen.backends.vllm.process import Compartment
 
@@ -85,16 +89,19 @@ class Engine:
         self.size = size.rounded(config)
         self.generation_config = GenerationConfig()
         """Set by who answers: its `eos_token_id` ends answers."""
+        self.has_failed = False
+        """Whether it raised where that ended more than one request: it is of no use then, but to be closed."""
         self._is_distributed = dist.is_available() and dist.is_initialized()
-        self._process = Compartment(_environment(self.size, device), device)
+        self._process = Compartment(_environment(self.size, device), device, compile=compile)
         self._llm: Any = None
         self._freed_bytes: dict[str, int] = {}
-        with self.in_force(), allocator.without_expandable_segments(device):
+        with self.in_force(), allocator.fit_for_pools(device):
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
                 self._llm = self._make(model_class, compile)
-            except BaseException:
+            except BaseException as e:
+                _clear_frames(e)  # they hold what there is of the engine
                 self._free()
                 raise
 
@@ -115,6 +122,7 @@ class Engine:
         wanted = size.rounded(self.config)
         return (
             self._llm is not None
+            and not self.has_failed
             and wanted.tensor_parallel == self.size.tensor_parallel
             and wanted.max_model_len <= self.size.max_model_len
             and wanted.max_num_seqs <= self.size.max_num_seqs
@@ -124,21 +132,29 @@ class Engine:
         """Wakes the engine and gives it all weights of the model. Collective over the ranks that hold it together.
 
         Args:
-            weights: See `loading.load`, which says what is raised, too. After an error the weights are of no use.
+            weights: See `loading.load`, which says what is raised, too. After an error it has failed.
         """
-        with self.in_force():
-            self._wake("weights")
-            loading.load(self._llm, weights)
+        with self.in_force(), self.failing_for_good():
+            loading.load(self._llm, weights, prepare=lambda: self._wake("weights"))
             self._wake("kv_cache")
             # Keys and values of equal prompts under earlier weights would be taken for theirs.
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM did not forget the keys and values of earlier weights")
 
+    @contextmanager
+    def failing_for_good(self) -> Iterator[None]:
+        """Notes that the engine has failed, if anything is raised while open."""
+        try:
+            yield
+        except BaseException:
+            self.has_failed = True
+            raise
+
     def sleep(self) -> None:
         """Gives up the memory of weights and cache, on CUDA. What they hold is lost."""
         if self.device.type != "cuda" or self._llm is None or self._freed_bytes:
             return
-        with self.in_force():
+        with self.in_force(), self.failing_for_good():
             free = torch.cuda.mem_get_info(self.device)[0]
             self._llm.sleep(level=2)
             freed = max(0, torch.cuda.mem_get_info(self.device)[0] - free)
@@ -166,7 +182,7 @@ class Engine:
             arguments |= {"distributed_executor_backend": "external_launcher"}
         if on_cuda:
             arguments |= {"enable_sleep_mode": True, "compilation_config": _compilation(size.max_num_seqs, compile)}
-        with tempfile.TemporaryDirectory(prefix="verl-valgen-") as folder, versions.weights_left_in_place():
+        with tempfile.TemporaryDirectory(prefix="verl-valgen-") as folder, versions.plain_cpu():
             self._write_config(Path(folder), model_class)
             return LLM(
                 model=folder,
@@ -212,8 +228,15 @@ class Engine:
         gc.collect()
         versions.destroy_groups(owns_world=not self._is_distributed)
         gc.collect()
+        versions.forget_memory()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _compilation(max_num_seqs: int, compile: bool) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 It sets environment variables, seeds random states, replaces functions of torch, configures logging, freezes garbage;
 and reads variables again while it runs. What is listed here was found by comparing before and after; tests do so again.
 What remains for good: its modules are imported, with the configurations that it registers with transformers, and with
-its own operators and corrections of single functions of inductor.
+its own operators and corrections of single functions of inductor. (Over 200 lines: one list of what there is.)
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
+import multiprocessing
 import os
 import random
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch._dynamo
+
+from verl_valgen.patching import patched
 
 QUIET = logging.ERROR
-"""From which level on vLLM's own messages are shown, unless someone wants vLLM's at another level."""
+"""From which level on vLLM's own messages are shown, unless VLLM_LOGGING_LEVEL says otherwise."""
 
 
 class Switch(NamedTuple):
@@ -42,12 +47,13 @@ class Compartment:
     Args:
         environment: Variables to begin with.
         device: Whose random state is put back, too.
+        compile: Whether torch.compile does anything inside. vLLM compiles small functions whatever it is told.
     """
 
-    def __init__(self, environment: Mapping[str, str], device: torch.device) -> None:
+    def __init__(self, environment: Mapping[str, str], device: torch.device, *, compile: bool) -> None:
         self.environment: dict[str, str | None] = dict(environment)
         """What differs inside; None: not set."""
-        self.device = device
+        self.device, self.compile = device, compile
         self._values: dict[str, Any] = {}
         self._is_entered = False
 
@@ -65,7 +71,7 @@ class Compartment:
             _apply_environment(self.environment)
             for name, value in self._values.items():
                 _put(switches[name], value)
-            with _quiet_vllm():
+            with _quiet_vllm(), nullcontext() if self.compile else patched(torch._dynamo.config, "disable", True):
                 yield
         finally:
             self._is_entered = False
@@ -75,10 +81,9 @@ class Compartment:
                 switch = switches[name]
                 inside = _value(switch)
                 if switch.is_kept and inside is not _UNKNOWN:
-                    if _same(inside, value):
-                        self._values.pop(name, None)
-                    else:
-                        self._values[name] = inside
+                    self._values.pop(name, None)
+                    if not _same(inside, value):
+                        self._values[name] = _changed(value, inside) if isinstance(value, dict) else inside
                 _put(switch, value)
 
 
@@ -111,6 +116,11 @@ def _differences(before: Mapping[str, str], after: Mapping[str, str]) -> dict[st
     return changed | {name: None for name in before if name not in after}
 
 
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Of functions or settings by their names those that differ: others may change outside meanwhile."""
+    return {name: value for name, value in after.items() if name not in before or before[name] != value}
+
+
 def _apply_environment(changes: Mapping[str, str | None]) -> None:
     for name, value in changes.items():
         if value is None:
@@ -121,13 +131,16 @@ def _apply_environment(changes: Mapping[str, str | None]) -> None:
 
 @contextmanager
 def _quiet_vllm() -> Iterator[None]:
-    """vLLM says dozens of lines at INFO; and it says with warnings what concerns those who configure it."""
+    """vLLM says dozens of lines at INFO; and it says with warnings what concerns those who configure it.
+
+    Where others have imported vLLM before, it has configured its logging then.
+    """
     logger = logging.getLogger("vllm")
-    level = logger.level
-    if level == logging.NOTSET:
+    level, is_wanted = logger.level, "VLLM_LOGGING_LEVEL" in os.environ
+    if not is_wanted:
         logger.setLevel(QUIET)
     with warnings.catch_warnings():
-        if level == logging.NOTSET:
+        if not is_wanted:
             warnings.simplefilter("ignore")
         try:
             yield
@@ -150,14 +163,27 @@ def _switches(device: torch.device) -> dict[str, Switch]:
         "python random": Switch(random.getstate, random.setstate, False),
         "numpy random": Switch(np.random.get_state, np.random.set_state, False),
         "torch random": Switch(torch.get_rng_state, torch.set_rng_state, False),
+        "start method": Switch(
+            lambda: multiprocessing.get_start_method(allow_none=True),
+            lambda method: multiprocessing.set_start_method(method, force=True),
+        ),
         "logging": Switch(_logging_state, _set_logging_state, False),
     }
-    for owner, name in _ATTRIBUTES:
-        switches[f"{owner}.{name}"] = _attribute(importlib.import_module(owner), name)
+    for owner in _WITH_FUNCTIONS:
+        switches[owner] = _functions(importlib.import_module(owner))
+    for owner, class_name, name in _ATTRIBUTES:
+        if owner in sys.modules:
+            found = sys.modules[owner]
+            switches[f"{owner}.{name}"] = _attribute(getattr(found, class_name) if class_name else found, name)
     for name in ("benchmark", "deterministic", "allow_tf32", "enabled"):
         switches[f"cudnn {name}"] = _attribute(torch.backends.cudnn, name)
     for name in ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
         switches[f"matmul {name}"] = _attribute(torch.backends.cuda.matmul, name)
+    for name in ("flash", "mem_efficient", "math", "cudnn"):
+        is_on, turn = (
+            getattr(torch.backends.cuda, f"{part}") for part in (f"{name}_sdp_enabled", f"enable_{name}_sdp")
+        )
+        switches[f"sdp {name}"] = Switch(is_on, turn)
     for name in ("torch._dynamo.config", "torch._inductor.config", "torch._functorch.config"):
         switches[name] = _compiler_config(importlib.import_module(name))
     if threading.current_thread() is threading.main_thread():  # handlers are set from there alone
@@ -174,17 +200,29 @@ def _switches(device: torch.device) -> dict[str, Switch]:
     return switches
 
 
+_WITH_FUNCTIONS = ("torch", "torch.cuda", "torch.accelerator", "torch.distributed", "torch.nn.functional")
+"""Modules some of whose functions and classes vLLM replaces by its own: on CPU streams, events, memory and threads."""
 _ATTRIBUTES = (
-    *(("torch", "set_num_threads"), ("torch.cuda", "set_stream"), ("sys", "excepthook"), ("threading", "excepthook")),
-    ("torch.nn.functional", "scaled_dot_product_attention"),
+    ("sys", "", "excepthook"),
+    ("threading", "", "excepthook"),
+    ("huggingface_hub.constants", "", "HF_XET_HIGH_PERFORMANCE"),
+    ("torch.distributions.distribution", "Distribution", "_validate_args"),
+    ("transformers.processing_utils", "ProcessorMixin", "__init__"),
 )
-"""Functions of others that vLLM replaces by its own."""
+"""Others that it replaces or changes: module, class within it, name."""
 
 _set_num_threads = torch.set_num_threads
 
 
 def _attribute(owner: Any, name: str) -> Switch:
     return Switch(lambda: getattr(owner, name), lambda value: setattr(owner, name, value))
+
+
+def _functions(module: Any) -> Switch:
+    def get() -> dict[str, Any]:
+        return {name: value for name, value in vars(module).items() if callable(value)}
+
+    return Switch(get, lambda values: vars(module).update(values))
 
 
 def _handler(number: signal.Signals) -> Switch:
@@ -214,7 +252,7 @@ def _logging_state() -> dict[str, tuple[Any, ...]]:
     return {
         name: (logger.level, list(logger.handlers), list(logger.filters), logger.propagate, logger.disabled)
         for name, logger in loggers.items()
-        if isinstance(logger, logging.Logger) and name != "vllm"
+        if isinstance(logger, logging.Logger)
     } | {"\0": (logging.root.manager.disable,)}
 
 

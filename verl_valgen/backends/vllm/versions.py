@@ -38,7 +38,7 @@ def why_not_installed() -> str | None:
         return f"generation.backend=vllm: vLLM is not installed ({INSTALL})"
     version = _version_of(name)
     assert version is not None
-    if version not in SUPPORTED:
+    if not SUPPORTED.contains(str(version), prereleases=True):  # builds from source call themselves so
         return f"generation.backend=vllm: {name} {version} is installed, and {SUPPORTED} is supported ({INSTALL})"
     for text in metadata.requires(name) or []:
         try:
@@ -76,6 +76,11 @@ def model_of(llm: Any) -> torch.nn.Module:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
 
 
+def ties_embeddings(llm: Any) -> bool:
+    """Whether vLLM's model takes the embeddings of the input for the output, and no weights for the latter."""
+    return bool(getattr(llm.llm_engine.model_config.hf_config.get_text_config(), "tie_word_embeddings", False))
+
+
 def tensor_parallel_group() -> tuple[ProcessGroup | None, int, int]:
     """The ranks that hold a model together: their group for host tensors (None for one alone), size, own place."""
     from vllm.distributed import parallel_state
@@ -96,23 +101,29 @@ def load_weights(llm: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> set[s
 
     model: Any = model_of(llm)
     model_config = llm.llm_engine.model_config
-    with weights_left_in_place():
+    with plain_cpu():
         loaded = model.load_weights(weights)
         process_weights_after_loading(model, model_config, next(model.parameters()).device)
     return loaded
 
 
 def own_name(model: Any, name: str) -> str | None:
-    """The name that vLLM's model has for a name of the checkpoint, before it joins what it keeps joined."""
+    """The name that vLLM's model has for a name of the checkpoint; None for what it joins with others.
+
+    (From 0.30 on the mapper of names tells what is joined, too: `q_proj` becomes `qkv_proj`.)
+    """
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    return name if mapper is None else mapper._map_name(name)
+    own = name if mapper is None else mapper._map_name(name)
+    return own if own and own.split(".")[-2:] == name.split(".")[-2:] else None
 
 
 @contextmanager
-def weights_left_in_place() -> Iterator[None]:
-    """Keeps vLLM on CPU from packing the weights of linear layers and dropping them.
+def plain_cpu() -> Iterator[None]:
+    """Keeps vLLM on CPU from three things that are not for an engine in another program's processes.
 
-    Weights that are loaded afterwards would not be used. Until packing is part of reloading there, too.
+    It packs the weights of linear layers and drops them: what is loaded afterwards would not be used (until packing is
+    part of reloading there, too). It binds the process's memory to one node. And ranks that hold a model together speak
+    through shared memory of a name that is the same for all programs on a host: they speak through gloo.
     """
     from vllm.platforms import current_platform
 
@@ -120,9 +131,15 @@ def weights_left_in_place() -> Iterator[None]:
         yield
         return
     import vllm._custom_ops as ops
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.model_executor.layers import utils
 
-    with patched(ops, "_supports_onednn", False), patched(utils, "check_cpu_sgl_kernel", lambda *shape: False):
+    with (
+        patched(ops, "_supports_onednn", False),
+        patched(utils, "check_cpu_sgl_kernel", lambda *shape: False),
+        patched(torch.ops._C, "init_cpu_memory_env", lambda nodes: None),
+        patched(CpuCommunicator, "_all_group_ranks_share_shm_group_name", lambda communicator: False),
+    ):
         yield
 
 
@@ -161,3 +178,21 @@ def shut_down(llm: Any) -> None:
 
     with patched(core, "cleanup_dist_env_and_memory", lambda *args, **kwargs: None):
         llm.llm_engine.engine_core.shutdown()
+
+
+def forget_memory() -> None:
+    """Lets go of pools of CUDA memory that outlive an engine, once it is garbage.
+
+    Another one would find the pools of weights occupied after a failure, and capture its graphs into a pool that is
+    gone (0.25).
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda_alike():
+        return
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    if CuMemAllocator.instance is not None:
+        CuMemAllocator.instance.release_pools()
+    if getattr(current_platform, "_global_graph_pool", None) is not None:
+        type(current_platform)._global_graph_pool = None

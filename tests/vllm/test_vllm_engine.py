@@ -1,0 +1,257 @@
+"""The engine itself: weights that arrive or are missed, another engine in its place, and the process around it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import types
+import warnings
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+import vllm_engines as engines
+
+from verl_valgen.backends.vllm import loading, process, versions
+from verl_valgen.backends.vllm.backend import VLLMBackend
+from verl_valgen.backends.vllm.engine import EngineSize
+
+
+@pytest.fixture(scope="module")
+def config():
+    return engines.config(vocab_size=100)
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    return engines.model(config, 1)
+
+
+@pytest.fixture
+def engine(config):
+    engine = engines.engine(config)
+    yield engine
+    engine.close()
+
+
+def answers(engine, config) -> list[list[int]]:
+    completions = VLLMBackend(engine, None, 0).generate(engines.requests(engines.prompts(config.vocab_size)))
+    return [completion.output_ids for completion in completions]
+
+
+def test_weights_that_do_not_arrive_are_noticed(engine, config, model, monkeypatch):
+    engine.load(engines.weights(model))
+
+    def load_nothing(llm, weights):
+        return {name for name, _ in versions.model_of(llm).named_parameters()} if all(weights) else None
+
+    other = engines.model(config, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(versions, "load_weights", load_nothing)
+        with pytest.raises(RuntimeError, match=r"does not have the weights .*(embed_tokens|layers)"):
+            engine.load(engines.weights(other))
+    assert engine.has_failed
+    assert not engine.serves(engines.SIZE)
+
+    engine.has_failed = False
+    load_weights = versions.load_weights
+    lost = versions.model_of(engine._llm).model.layers[1].mlp.down_proj.weight
+
+    def lose_one(llm, weights):
+        kept = lost.detach().clone()
+        loaded = load_weights(llm, weights)
+        lost.data.copy_(kept)
+        return loaded
+
+    monkeypatch.setattr(versions, "load_weights", lose_one)
+    with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
+        engine.load(engines.weights(other))
+
+
+def test_at_least_three_tensors_are_compared(engine, model):
+    sent = loading.Sent(versions.model_of(engine._llm), 1)
+    for _ in sent.watch(engines.weights(model)):
+        pass
+    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.1.self_attn.o_proj.weight"} <= set(
+        sent.sums
+    )
+
+
+def test_parameters_without_weights_are_named(engine, model):
+    engine.load(engines.weights(model))
+    others = (pair for pair in engines.weights(model) if not pair[0].startswith("model.layers.1.mlp"))
+    with pytest.raises(RuntimeError, match=r"no weights for model\.layers\.1\.mlp\.down_proj\.weight"):
+        engine.load(others)
+
+
+def test_a_head_of_its_own_is_refused_where_embeddings_are_tied(engine, model):
+    def untied():
+        yield from engines.weights(model)
+        yield "lm_head.weight", model.lm_head.weight + 1
+
+    with pytest.raises(RuntimeError, match=r"ties its embeddings, .* \(lm_head\.weight\)"):
+        engine.load(untied())
+
+
+def test_what_fails_in_the_stream_is_raised(engine, model):
+    def broken():
+        stream = engines.weights(model)
+        yield next(stream)
+        raise OSError("lost")
+
+    with pytest.raises(OSError, match="lost"):
+        engine.load(broken())
+
+
+def test_another_engine_can_take_its_place(config, model):
+    first = engines.engine(config)
+    first.load(engines.weights(model))
+    expected = answers(first, config)
+    assert first.serves(EngineSize(1, 128, 4, 2**20))
+    assert not first.serves(EngineSize(1, 129, 4, 2**20))
+    assert not first.serves(EngineSize(1, 100, 9, 2**20))
+    assert not first.serves(EngineSize(2, 100, 4, 2**20))
+    first.close()
+    assert not first.serves(engines.SIZE)
+    assert not torch.distributed.is_initialized()
+
+    second = engines.engine(config, EngineSize(1, 300, 3, 2**24))
+    assert second.size.max_model_len == 320
+    second.load(engines.weights(model))
+    assert answers(second, config) == expected
+    second.close()
+
+
+def test_a_context_bounds_the_length(config):
+    short = engines.config(vocab_size=100, max_position_embeddings=90)
+    engine = engines.engine(short)
+    assert engine.size.max_model_len == 90
+    engine.close()
+
+
+def test_an_engine_that_cannot_be_made_leaves_the_process_as_it_was(config, model):
+    before = dict(os.environ)
+    with pytest.raises(Exception, match=r"cache|memory"):
+        engines.engine(config, EngineSize(1, 512, 4, 1))
+    assert dict(os.environ) == before
+    engine = engines.engine(config)
+    engine.load(engines.weights(model))
+    assert all(answers(engine, config))
+    engine.close()
+
+
+def test_nothing_of_the_process_is_changed(config, model, monkeypatch):
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")  # someone's own
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", None)
+    torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        before = observed()
+        engine = engines.engine(config)
+        differences(before, observed(), "made")
+        inside = {}
+        for seed in (1, 2):
+            engine.load(engines.weights(engines.model(config, seed)))
+            differences(before, observed(), "loaded")
+            answers(engine, config)
+            differences(before, observed(), "answered")
+            with engine.in_force():
+                inside = dict(os.environ)
+        assert inside["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        assert inside["VLLM_NO_USAGE_STATS"] == "1"
+        engine.sleep()
+        engine.close()
+        differences(before, observed(), "closed")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+
+
+def observed() -> dict[str, object]:
+    """What training could notice, read here and not as the code under test does."""
+    modules = ("torch", "torch.cuda", "torch.accelerator", "torch.random", "torch.nn.functional", "torch.distributed")
+    functions = {
+        f"{name}.{attribute}": value
+        for name in modules
+        for attribute, value in vars(import_module(name)).items()
+        if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type)
+    }
+    compilers = {
+        f"{name}.{key}": repr(value)
+        for name in ("torch._dynamo.config", "torch._inductor.config")
+        for key, value in import_module(name).get_config_copy().items()
+    }
+    loggers = {
+        f"logger {name}": (logger.level, list(logger.handlers), logger.propagate, logger.disabled)
+        for name, logger in {"": logging.root, **logging.root.manager.loggerDict}.items()
+        if isinstance(logger, logging.Logger)
+    }
+    return {
+        **functions,
+        **compilers,
+        **loggers,
+        **{f"${name}": value for name, value in os.environ.items()},
+        "python": random.getstate(),
+        "numpy": str(np.random.get_state()),
+        "torch": torch.get_rng_state().tolist(),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "threads": torch.get_num_threads(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "deterministic": torch.get_deterministic_debug_mode(),
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "attention": [
+            getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
+            for name in ("flash", "mem_efficient", "math", "cudnn")
+        ],
+        "gc": (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count() > 0),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)],
+        "hook": sys.excepthook,
+        "start method": multiprocessing.get_start_method(allow_none=True),
+        "affinity": os.sched_getaffinity(0),
+        "warnings": list(warnings.filters),
+        "memory policy": open("/proc/self/numa_maps").readline().split()[1],
+        "grad": torch.is_grad_enabled(),
+        "validation": torch.distributions.Distribution._validate_args,
+    }
+
+
+def differences(before: dict[str, object], after: dict[str, object], when: str) -> None:
+    changed = {name: (value, after.get(name)) for name, value in before.items() if after.get(name) != value}
+    new = {name for name in after if name not in before and name.startswith("$")}
+    assert not changed, when
+    assert not new, when
+
+
+def test_what_vllm_has_set_is_in_force_again(monkeypatch):
+    monkeypatch.delenv("SET_INSIDE", raising=False)
+    monkeypatch.setenv("UNSET_INSIDE", "1")
+    compartment = process.Compartment({"FROM_THE_START": "1"}, engines.CPU, compile=False)
+    with compartment.entered():
+        assert os.environ["FROM_THE_START"] == "1"
+        os.environ["SET_INSIDE"] = "1"
+        del os.environ["UNSET_INSIDE"]
+        torch.set_default_dtype(torch.float16)
+        torch.manual_seed(7)
+        with compartment.entered():
+            assert torch.get_default_dtype() == torch.float16
+    assert "SET_INSIDE" not in os.environ
+    assert "FROM_THE_START" not in os.environ
+    assert os.environ["UNSET_INSIDE"] == "1"
+    assert torch.get_default_dtype() == torch.float32
+    monkeypatch.setenv("OTHER", "1")
+    with contextlib.suppress(KeyError), compartment.entered():
+        assert os.environ["SET_INSIDE"] == os.environ["OTHER"] == "1"
+        assert "UNSET_INSIDE" not in os.environ
+        assert torch.get_default_dtype() == torch.float16
+        raise KeyError
+    assert torch.get_default_dtype() == torch.float32
+    assert "SET_INSIDE" not in os.environ
