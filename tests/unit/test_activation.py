@@ -201,7 +201,7 @@ def test_a_configuration_that_a_trainer_changes_is_read_anew(config, calls):
 
 
 def test_a_backend_is_looked_for_with_generation_off_too(calls):
-    with pytest.raises(ConfigError, match=r"generation\.backend must be one of auto, hf, fast, got 'nosuch'"):
+    with pytest.raises(ConfigError, match=r"generation\.backend must be one of auto, hf, fast, vllm, got 'nosuch'"):
         Own(OmegaConf.create({"generation": {"enabled": False, "backend": "nosuch"}}))
 
 
