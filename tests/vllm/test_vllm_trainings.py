@@ -22,7 +22,6 @@ from vllm_runs import (
     ROUNDS,
     SAMPLED,
     STEPS,
-    STOP_STRING,
     STOPPED_AT,
     STRATEGIES,
     WITH_LORA,
@@ -111,11 +110,12 @@ def test_every_prompt_is_answered_under_each_strategy(pair):
 @pytest.mark.parametrize("step", ROUNDS)
 def test_parameters_do_what_they_do_in_transformers(pair, assets, step):
     model, tokenizer = model_at(pair, assets, step), AutoTokenizer.from_pretrained(assets.model)
-    stopped = of(pair.on, step, "stop")
-    assert_greedy_samples(stopped, model, tokenizer, MAX_NEW_TOKENS, stop_strings=[STOP_STRING])
-    for name in ("penalty", "words"):
+    for name in ("stop", "penalty", "words"):
         parameters = {key: value for key, value in STRATEGIES[name].items() if key != "do_sample"}
-        assert_greedy_samples(of(pair.on, step, name), model, tokenizer, MAX_NEW_TOKENS, **parameters)
+        samples = of(pair.on, step, name)
+        assert_greedy_samples(samples, model, tokenizer, MAX_NEW_TOKENS, **parameters)
+        texts = [[sample["generation"] for sample in answers] for answers in (samples, greedy(pair.on, step))]
+        assert texts[0] != texts[1], "without the parameter it would be the same"
 
 
 @with_strategies
