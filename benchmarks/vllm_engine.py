@@ -61,9 +61,8 @@ def main() -> None:
     device = start()
     logging.getLogger("verl_valgen").setLevel(logging.WARNING)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    say(
-        f"{world_size()} x {name}; torch {torch.__version__}, transformers {transformers.__version__}; {arguments.size}"
-    )
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    say(f"{world_size()} x {name}; {versions}; {arguments.size}")
     if arguments.alone:
         measure_alone(arguments, device)
     else:
@@ -84,25 +83,26 @@ def measure_rounds(arguments: argparse.Namespace, device: torch.device) -> None:
     del model
     parts = measured_parts(device)
     lengths: dict[str, list[int]] = {}
+    ends: list[transformers.GenerationConfig] = []
     used_before = used_gib(device)
     for way in arguments.ways:
         tensor_parallel = {"tensor_parallel": world_size()} if way == "vllm" else {}
         settings = GenerationSettings(
             enabled=True, console="none", compile=arguments.compile, **WAYS[way], **tensor_parallel
         )
-        answerer = ProvenAnswerer(host, settings)
+        answerer = ProvenAnswerer(host, settings, lambda: ends[-1])
 
         def answer(requests: list[Any]) -> Any:
             with preserved_random_state(device):
                 return answerer(requests if host.is_logging_rank else None)  # noqa: B023
 
-        host.generation_config = transformers.GenerationConfig(pad_token_id=0)
+        ends.append(transformers.GenerationConfig(pad_token_id=0))
         even = make_requests(even_prompts(NUM_PROMPTS, NUM_TOKENS), max_new_tokens=NUM_TOKENS, **PARAMETERS["greedy"])
         rounds = [measured(lambda: answer(even), parts, device) for _ in range(1 + arguments.repetitions)]  # noqa: B023
         show(f"{way}, {NUM_PROMPTS} x {NUM_TOKENS}, first", rounds[:1])
         show(f"{way}, {NUM_PROMPTS} x {NUM_TOKENS}", rounds[1:])
         if arguments.prompts and way != "sharded":
-            host.generation_config = transformers.GenerationConfig(pad_token_id=0, eos_token_id=EOS_ID)
+            ends.append(transformers.GenerationConfig(pad_token_id=0, eos_token_id=EOS_ID))
             prompts = uneven_prompts(arguments.prompts, SIZES[arguments.size]["vocab_size"])
             uneven = make_requests(prompts, max_new_tokens=MOST_NEW_TOKENS, **PARAMETERS["temperature"])
             rounds = [measured(lambda: answer(uneven), parts, device) for _ in range(2)]  # noqa: B023
@@ -111,7 +111,6 @@ def measure_rounds(arguments: argparse.Namespace, device: torch.device) -> None:
             if way == "vllm" and host.is_logging_rank:
                 lengths["uneven"] = [len(completion.output_ids) for completion in rounds[1]["answers"].completions]
         say(f"{way}: {used_gib(device) - used_before:.2f} GiB more in use on the device than before the first round")
-        del answerer
     if lengths:
         arguments.lengths.write_text(json.dumps(lengths))
 
