@@ -91,6 +91,15 @@ def test_parameters_without_weights_are_named(engine, model):
         engine.load(others)
 
 
+def test_a_head_of_its_own_is_refused_where_embeddings_are_tied(engine, model):
+    def untied():
+        yield from engines.weights(model)
+        yield "lm_head.weight", model.lm_head.weight + 1
+
+    with pytest.raises(RuntimeError, match=r"ties its embeddings, .* \(lm_head\.weight\)"):
+        engine.load(untied())
+
+
 def test_what_fails_in_the_stream_is_raised(engine, model):
     def broken():
         stream = engines.weights(model)

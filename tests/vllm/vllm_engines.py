@@ -30,9 +30,9 @@ def model(config: Qwen2Config, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = Qwen2ForCausalLM(config).eval()
-    for parameter in made.parameters():
+    for name, parameter in made.named_parameters():
         if parameter.ndim > 1:
-            parameter.data.mul_(3)
+            parameter.data.mul_(12 if ".layers." in name else 3)
     made.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=0, bos_token_id=1)
     return made
 

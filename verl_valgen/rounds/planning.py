@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,7 +17,6 @@ from verl_valgen.backends import SHARDED, Way, backend_class
 from verl_valgen.backends.base import Work
 from verl_valgen.backends.batching import most_new_tokens
 from verl_valgen.collectives import world_size
-from verl_valgen.hosts.model_host import ModelHost
 from verl_valgen.records import Request
 from verl_valgen.rounds.needs import (
     ENGINE_AWAKE_BYTES,
@@ -30,6 +30,9 @@ from verl_valgen.rounds.needs import (
 from verl_valgen.rounds.plan import EngineNeeds, Needs, Plan, make_engine_plan, make_plan
 from verl_valgen.settings.settings import GenerationSettings
 from verl_valgen.text import OnceLogger
+
+if TYPE_CHECKING:
+    from verl_valgen.hosts.model_host import ModelHost
 
 logger = logging.getLogger(__name__)
 

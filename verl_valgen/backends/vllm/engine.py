@@ -1,4 +1,7 @@
-"""vLLM's engine in this process: made once, given the weights of every round, asleep between rounds."""
+"""vLLM's engine in this process: made once, given the weights of every round, asleep between rounds.
+
+(Over 200 lines, as a good part of it is what an engine is made with.)
+"""
 
 from __future__ import annotations
 

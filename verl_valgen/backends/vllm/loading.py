@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from verl_valgen.backends.vllm import versions
 from verl_valgen.text import describe
 
+_OUTPUT_HEADS = (".lm_head.weight", ".embed_out.weight")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -34,7 +35,7 @@ def load(llm: Any, weights: Iterator[tuple[str, Tensor]], prepare: Callable[[], 
             is not in the model.
     """
     group, size, _ = versions.tensor_parallel_group()
-    sent = Sent(versions.model_of(llm), size)
+    sent = Sent(versions.model_of(llm), size, is_tied=versions.ties_embeddings(llm))
     failure, sums = "", {}
     try:
         prepare()
@@ -77,10 +78,11 @@ class Sent:
 
     Args:
         size: Number of ranks that hold the model together.
+        is_tied: Whether the model uses the input's embeddings for the output, too.
     """
 
-    def __init__(self, model: nn.Module, size: int) -> None:
-        self.model, self.size = model, size
+    def __init__(self, model: nn.Module, size: int, *, is_tied: bool = False) -> None:
+        self.model, self.size, self.is_tied = model, size, is_tied
         self.parameters = dict(model.named_parameters())
         self.sums: dict[str, Tensor] = {}
         """Of whole tensors, by the parameter's name: () int64 each, wrapping around."""
@@ -90,8 +92,14 @@ class Sent:
         """For embeddings whose vocabulary is padded: which rows of the parameter count."""
 
     def watch(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Hands the weights on."""
+        """Hands the weights on.
+
+        Raises:
+            RuntimeError: There is an output head of its own where the model has none: vLLM would leave it out.
+        """
         for name, tensor in weights:
+            if self.is_tied and f".{name}".endswith(_OUTPUT_HEADS):
+                raise RuntimeError(f"the model ties its embeddings, and its adapters do not ({name})")
             own = versions.own_name(self.model, name)
             parameter = self.parameters.get(own) if own else None
             if own and parameter is not None and self._is_comparable(own, tensor, parameter):
@@ -104,11 +112,13 @@ class Sent:
             begin, end = shards.org_vocab_start_index, shards.org_vocab_end_index
             self._lengths[name] = (0, end - begin)
             return self.size > 1 or end - begin == len(tensor)
-        if parameter.numel() == tensor.numel():
+        if parameter.shape == tensor.shape:
             if self.size > 1:
                 self.replicated.add(name)
             return True
-        return parameter.numel() * self.size == tensor.numel()
+        pairs = zip(parameter.shape, tensor.shape, strict=False)
+        divided = [whole for part, whole in pairs if part != whole]
+        return parameter.ndim == tensor.ndim and len(divided) == 1 and parameter.numel() * self.size == tensor.numel()
 
     def found(self) -> dict[str, int]:
         """The sums of what lies in the model on this rank, for the same names. Waits for the device."""

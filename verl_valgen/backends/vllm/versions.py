@@ -76,6 +76,11 @@ def model_of(llm: Any) -> torch.nn.Module:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
 
 
+def ties_embeddings(llm: Any) -> bool:
+    """Whether vLLM's model takes the embeddings of the input for the output, and no weights for the latter."""
+    return bool(getattr(llm.llm_engine.model_config.hf_config.get_text_config(), "tie_word_embeddings", False))
+
+
 def tensor_parallel_group() -> tuple[ProcessGroup | None, int, int]:
     """The ranks that hold a model together: their group for host tensors (None for one alone), size, own place."""
     from vllm.distributed import parallel_state
