@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from verl_valgen.backends.lengths import most_new_tokens, most_positions
 from verl_valgen.settings.generation_config import SAMPLING_ONLY, as_ids
 
 if TYPE_CHECKING:
@@ -20,13 +21,6 @@ UNAFFECTED_BY_PADDING = SAMPLING_ONLY | {
 }
 """Parameters under which padding that the attention mask hides changes nothing. With any other it may."""
 
-MOST_PROMPT_TOKENS = 4096
-"""The most tokens, padding included, of prompts that are read at once to fill rows, but for a longer prompt."""
-MOST_IN_A_BATCH = 64
-"""So many sequences at once that run until the longest answer has ended; more gain little, for their memory."""
-ROW_MULTIPLE = 64
-"""The number of tokens that a row has room for is a multiple of this."""
-
 
 class Group(NamedTuple):
     """Requests that may run together, by their indices, the shortest prompts first."""
@@ -36,20 +30,6 @@ class Group(NamedTuple):
     """0 where the prompt fills the model's context."""
     use_cache: bool = True
     """False where keys and values of earlier tokens do not stay what they are while the answer grows."""
-
-
-def most_new_tokens(request: Request, config: PretrainedConfig) -> int:
-    """Returns how many tokens can follow a prompt: `max_new_tokens`, as far as the model's context reaches.
-
-    Args:
-        config: The model's. Without `max_position_embeddings` its context has no end.
-    """
-    return int(max(0, min(request.params["max_new_tokens"], most_positions(config) - len(request.input_ids))))
-
-
-def most_positions(config: PretrainedConfig) -> float:
-    """Returns the most tokens of a sequence, infinite where the configuration names no end."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def even_length(config: PretrainedConfig) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from verl_valgen.backends.batching import most_positions, table_boundaries
+from verl_valgen.backends.batching import table_boundaries
+from verl_valgen.backends.lengths import most_positions
 from verl_valgen.backends.padding import Sharing
 from verl_valgen.backends.sharing import known_sharing
 from verl_valgen.backends.trial import model_key

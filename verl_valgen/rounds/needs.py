@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from verl_valgen.backends.batching import MOST_PROMPT_TOKENS, ROW_MULTIPLE, most_new_tokens
+from verl_valgen.backends.lengths import MOST_PROMPT_TOKENS, ROW_MULTIPLE, most_new_tokens
 from verl_valgen.records import Request
 
 _JUDGING_BYTES = 2**28

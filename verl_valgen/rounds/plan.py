@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from verl_valgen.backends.batching import MOST_IN_A_BATCH
+from verl_valgen.backends.lengths import MOST_IN_A_BATCH
 
 
 class Bounds(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 
 from verl_valgen.backends import SHARDED, Way, backend_class
 from verl_valgen.backends.base import Work
-from verl_valgen.backends.batching import most_new_tokens
+from verl_valgen.backends.lengths import most_new_tokens
 from verl_valgen.collectives import world_size
 from verl_valgen.records import Request
 from verl_valgen.rounds.needs import (

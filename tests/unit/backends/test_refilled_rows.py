@@ -13,7 +13,6 @@ from row_cases import GREEDY, MIXED, PARAMETERS, SAMPLING, answer, model, reques
 
 from verl_valgen.backends import hf
 from verl_valgen.backends.base import Limits, UnsuitableError
-from verl_valgen.backends.batching import MOST_PROMPT_TOKENS
 from verl_valgen.backends.fast import backend as fast_backend
 from verl_valgen.backends.fast import loop
 from verl_valgen.backends.fast.backend import FastBackend
@@ -21,6 +20,7 @@ from verl_valgen.backends.fast.cache import RowCache
 from verl_valgen.backends.fast.loop import CHECK_EVERY_ON_CPU, DecodingLoop
 from verl_valgen.backends.fast.step import NOTHING, Decoder, Method
 from verl_valgen.backends.hf import HFBackend
+from verl_valgen.backends.lengths import MOST_PROMPT_TOKENS
 from verl_valgen.records import Request
 
 __all__ = ["model", "tokenizer"]

@@ -18,19 +18,12 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from verl_valgen.backends.base import UnsuitableError
-from verl_valgen.backends.batching import (
-    MOST_IN_A_BATCH,
-    ROW_MULTIPLE,
-    Group,
-    group_requests,
-    kind_of,
-    most_new_tokens,
-    refilled_groups,
-)
+from verl_valgen.backends.batching import Group, group_requests, kind_of, refilled_groups
 from verl_valgen.backends.fast.choice import CAPTURABLE
 from verl_valgen.backends.fast.fused import is_fused, unfuse
 from verl_valgen.backends.fast.suitability import try_model, why_unsuitable
 from verl_valgen.backends.hf import WITHOUT_PROCESSORS, HFBackend
+from verl_valgen.backends.lengths import MOST_IN_A_BATCH, ROW_MULTIPLE, most_new_tokens
 from verl_valgen.backends.observers import NanObserver
 from verl_valgen.backends.padding import Sharing, left_pad, next_batch
 from verl_valgen.backends.sampling import GumbelNoise, logits_warpers

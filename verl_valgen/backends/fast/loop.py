@@ -19,13 +19,13 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from verl_valgen.backends.base import UnsuitableError
-from verl_valgen.backends.batching import MOST_PROMPT_TOKENS
 from verl_valgen.backends.fast.attention import attention_for_decoding
 from verl_valgen.backends.fast.cuda_graph import CudaGraph
 from verl_valgen.backends.fast.rows import Admission, Rows, Waiting, in_chunks, sizes
 from verl_valgen.backends.fast.step import NOTHING, Decoder, Method, State, model_logits
 from verl_valgen.backends.fast.stops import StopStrings
 from verl_valgen.backends.hf import finish
+from verl_valgen.backends.lengths import MOST_PROMPT_TOKENS
 from verl_valgen.backends.sampling import stream_keys
 from verl_valgen.records import Completion, Request
 

@@ -14,10 +14,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from verl_valgen.backends.base import UnsuitableError
-from verl_valgen.backends.batching import even_length, most_positions
+from verl_valgen.backends.batching import even_length
 from verl_valgen.backends.fast import kernels
 from verl_valgen.backends.fast.decoded import decoded_logits
 from verl_valgen.backends.fast.fused import Proven, fuse, unfuse
+from verl_valgen.backends.lengths import most_positions
 from verl_valgen.backends.trial import (
     coarse_tolerance,
     difference,

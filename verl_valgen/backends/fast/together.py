@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
-from verl_valgen.backends.batching import MOST_PROMPT_TOKENS
 from verl_valgen.backends.fast.attention import attention_for_decoding
 from verl_valgen.backends.fast.loop import CHECK_EVERY, DecodingLoop
 from verl_valgen.backends.fast.rows import in_chunks
 from verl_valgen.backends.fast.step import NOTHING, Method
+from verl_valgen.backends.lengths import MOST_PROMPT_TOKENS
 from verl_valgen.backends.memory import as_list
 
 

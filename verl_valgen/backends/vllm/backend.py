@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from verl_valgen.backends.base import Backend, Limits
-from verl_valgen.backends.batching import most_new_tokens
+from verl_valgen.backends.lengths import most_new_tokens
 from verl_valgen.backends.vllm import versions
 from verl_valgen.backends.vllm.answering import Growing, StopStrings
 from verl_valgen.backends.vllm.loader import EngineLoader

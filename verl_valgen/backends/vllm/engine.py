@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
-from verl_valgen.backends.batching import most_positions
+from verl_valgen.backends.lengths import most_positions
 from verl_valgen.backends.vllm import allocator, loading, versions
 from verl_valgen.backends.vllm.process import Compartment
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from verl_valgen.backends.base import Loader, WeightSource, Work
-from verl_valgen.backends.batching import most_new_tokens
+from verl_valgen.backends.lengths import most_new_tokens
 from verl_valgen.collectives import OtherRankError, agree, attempt, gather_values
 from verl_valgen.text import describe
 
