@@ -55,7 +55,7 @@ test-all:  ## runs both, one after the other
 	$(MAKE) --no-print-directory test-slow
 
 # On CPU even where there are GPUs, and a torch that would find them.
-test-vllm: $(WITH_VLLM)/.installed  ## runs the tests of generation.backend=vllm on CPU, with vLLM 0.25.1 (VLLM=0.30.0): 15 minutes on two cores
+test-vllm: $(WITH_VLLM)/.installed  ## runs the tests of generation.backend=vllm on CPU, with vLLM 0.25.1 (VLLM=0.30.0): five minutes on two cores
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(WITH_VLLM)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 mutants: test  ## runs the tests, then plants faults, one after the other, each of which they must catch: an hour or more

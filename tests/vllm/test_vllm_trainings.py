@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import assert_greedy_samples, plain_model
-from end_to_end.trainer import Run
+from end_to_end.trainer import Run, run, strategy
 from same_training import assert_checkpoints_differ, assert_same_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from vllm_runs import (
     CASES,
     ENGINE,
+    GREEDY,
     LORA,
     MAX_NEW_TOKENS,
     NUM_ROWS,
@@ -22,9 +23,9 @@ from vllm_runs import (
     ROUNDS,
     SAMPLED,
     STEPS,
-    STOP_STRING,
     STOPPED_AT,
     STRATEGIES,
+    VLLM,
     WITH_LORA,
     WITH_STRATEGIES,
     Pair,
@@ -111,11 +112,12 @@ def test_every_prompt_is_answered_under_each_strategy(pair):
 @pytest.mark.parametrize("step", ROUNDS)
 def test_parameters_do_what_they_do_in_transformers(pair, assets, step):
     model, tokenizer = model_at(pair, assets, step), AutoTokenizer.from_pretrained(assets.model)
-    stopped = of(pair.on, step, "stop")
-    assert_greedy_samples(stopped, model, tokenizer, MAX_NEW_TOKENS, stop_strings=[STOP_STRING])
-    for name in ("penalty", "words"):
+    for name in ("stop", "penalty", "words"):
         parameters = {key: value for key, value in STRATEGIES[name].items() if key != "do_sample"}
-        assert_greedy_samples(of(pair.on, step, name), model, tokenizer, MAX_NEW_TOKENS, **parameters)
+        samples = of(pair.on, step, name)
+        assert_greedy_samples(samples, model, tokenizer, MAX_NEW_TOKENS, **parameters)
+        texts = [[sample["generation"] for sample in answers] for answers in (samples, greedy(pair.on, step))]
+        assert texts[0] != texts[1], "without the parameter it would be the same"
 
 
 @with_strategies
@@ -139,3 +141,18 @@ def test_sampled_answers_differ_and_are_scored_by_the_model(pair, assets):
 def mean_logprob(model: PreTrainedModel, prompt_ids: list[int], output_ids: list[int]) -> float:
     logits = model(torch.tensor([prompt_ids + output_ids])).logits[0, len(prompt_ids) - 1 : -1]  # (T, V)
     return logits.log_softmax(-1).gather(1, torch.tensor(output_ids)[:, None]).mean().item()
+
+
+def test_verls_own_command_under_torchrun(tmp_path, assets):
+    """Processes of their own from the start, as a user's are; verl's configuration, and a variable."""
+    overrides = [
+        *assets.overrides(), strategy("fsdp"), "trainer.save_freq=2", f"+{VLLM}", "+generation.tensor_parallel=2",
+        f"+{GREEDY}", f"+generation.max_new_tokens={MAX_NEW_TOKENS}",
+    ]  # fmt: skip
+    result = run(tmp_path, overrides, environment={"VERL_MAX_VAL_SAMPLES": str(NUM_ROWS)}, num_ranks=2)
+    assert result.returncode == 0, result.output[-5000:]
+    assert result.warnings == []
+    samples = result.samples(2)
+    assert [sample["verified"] for sample in samples] == [True] * NUM_ROWS
+    model = plain_model(result.checkpoints / "global_step_2", assets.model)
+    assert_greedy_samples(samples, model, AutoTokenizer.from_pretrained(assets.model), MAX_NEW_TOKENS)

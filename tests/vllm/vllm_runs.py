@@ -29,14 +29,16 @@ LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "bias": "none"
 WITH_LORA = ("model.lora_rank=4", "model.lora_alpha=16", "optim.lr=4e-3")
 VLLM = "generation.backend=vllm"
 GREEDY = "generation.do_sample=false"
-STOP_STRING = "a"
+STOP_STRINGS = [*"aeinorstAEINORST", "xyz"]
+"""Many, so that some of them come."""
+BAD_WORDS = [*([i] for i in range(20, 60)), [5, 6]]
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "nucleus": {"top_p": 0.95, "top_k": 0},
     "likeliest": {"best_of": 3},
-    "stop": {"do_sample": False, "stop_strings": [STOP_STRING]},
+    "stop": {"do_sample": False, "stop_strings": STOP_STRINGS},
     "penalty": {"do_sample": False, "repetition_penalty": 1.5},
-    "words": {"do_sample": False, "bad_words_ids": [[40], [5, 6]]},
+    "words": {"do_sample": False, "bad_words_ids": BAD_WORDS},
 }
 SAMPLED = ("nucleus", "likeliest")
 
