@@ -207,8 +207,14 @@ def measure_alone(arguments: argparse.Namespace, device: torch.device) -> None:
         **({} if device.type == "cuda" else {"kv_cache_memory_bytes": 2**28, "enforce_eager": True}),
     )
     say(f"vLLM alone: made in {time.perf_counter() - begin:.1f} s")
-    greedy = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False)
-    work = {"8 x 128": (even_prompts(NUM_PROMPTS, NUM_TOKENS), [greedy] * NUM_PROMPTS)}
+    greedy = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True, "detokenize": False}
+    work: dict[str, Any] = {
+        f"8 x 128{name}": (
+            even_prompts(NUM_PROMPTS, NUM_TOKENS),
+            [SamplingParams(**greedy, logprobs=logprobs)] * NUM_PROMPTS,
+        )
+        for name, logprobs in (("", None), (", with log-probabilities", 0))
+    }
     if arguments.prompts and arguments.lengths.exists():
         lengths = json.loads(arguments.lengths.read_text())["uneven"]
         work[f"{len(lengths)} uneven"] = (

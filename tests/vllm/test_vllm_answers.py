@@ -34,7 +34,7 @@ def engine(config):
 @pytest.fixture
 def backend(engine, model, tokenizer):
     engine.load(engines.weights(model))
-    return VLLMBackend(engine, tokenizer, 0)
+    return VLLMBackend(engine, tokenizer, 0, Limits(logprobs=True))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_greedy_answers_are_those_of_the_weights_loaded_last(engine, config, tok
     for seed in (1, 2, 1):
         model = engines.model(config, seed)
         engine.load(engines.weights(model))
-        completions = VLLMBackend(engine, tokenizer, 0).generate(requests)
+        completions = VLLMBackend(engine, tokenizer, 0, Limits(logprobs=True)).generate(requests)
         expected = engines.expected(model, tokenizer, requests)
         assert [(c.output_ids, c.finish_reason) for c in completions] == [
             (c.output_ids, c.finish_reason) for c in expected
@@ -95,6 +95,14 @@ def test_parameters_do_as_in_transformers(backend, model, tokenizer, prompts, pa
     requests = engines.requests(prompts, **params)
     completions, expected = backend.generate(requests), engines.expected(model, tokenizer, requests)
     assert [(c.output_ids, c.finish_reason) for c in completions] == [(c.output_ids, c.finish_reason) for c in expected]
+
+
+def test_greedy_answers_come_with_log_probabilities_where_these_are_wanted(engine, backend, tokenizer, prompts):
+    requests = engines.requests(prompts)
+    plain = VLLMBackend(engine, tokenizer, 0).generate(requests)
+    assert [c.logprobs for c in plain] == [None] * len(requests)
+    assert plain == backend.generate(requests)
+    assert all(len(c.logprobs) == len(c.output_ids) for c in backend.generate(requests))
 
 
 def test_bad_words_do_as_in_transformers(backend, model, tokenizer, prompts):
@@ -185,4 +193,7 @@ def test_nan_is_noticed(engine, tokenizer, config, prompts):
     broken = engines.model(config, 1)
     broken.model.norm.weight.data.fill_(torch.nan)
     engine.load(engines.weights(broken))
-    assert all(c.had_nan for c in VLLMBackend(engine, tokenizer, 0).generate(engines.requests(prompts)))
+    sampled = engines.requests(prompts, do_sample=True)
+    assert all(c.had_nan for c in VLLMBackend(engine, tokenizer, 0).generate(sampled))
+    greedy = VLLMBackend(engine, tokenizer, 0, Limits(logprobs=True)).generate(engines.requests(prompts))
+    assert all(c.had_nan for c in greedy)

@@ -38,6 +38,9 @@ class Limits:
     """Whether a backend may replace the model's modules by ones with fewer kernels."""
     one_at_a_time: bool = False
     """Whether every request has a batch of its own, whatever `batch_size` says."""
+    logprobs: bool = False
+    """Whether greedy answers, too, must come with the log-probabilities of their tokens, where a backend can give them:
+    where there are no logits to judge them by."""
 
 
 class WeightSource(Protocol):

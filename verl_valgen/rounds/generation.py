@@ -299,7 +299,9 @@ class Answerer:
         """The backend of a round's way, for the round's copy or for `model`."""
         model = gathered.model if model is None else model
         model.generation_config = self.special_tokens()
-        limits = gathered.way.within(Limits(gathered.plan.batch_size, gathered.deadline, self.settings.compile))
+        logprobs = self.settings.verify is False or self.host.why_not_sharded() is not None
+        limits = Limits(gathered.plan.batch_size, gathered.deadline, self.settings.compile, logprobs=logprobs)
+        limits = gathered.way.within(limits)
         return backend_class(gathered.way.backend, self.host.device.type)(model, tokenizer, self.settings.seed, limits)
 
     def _generate_through_the_sharded_model(self, gathered: GatheredRound) -> list[list[Any]]:

@@ -57,7 +57,7 @@ class Growing:
             mean_logprob=mean,
             error="vLLM gave it up" if self.reason == "error" else "",
             had_nan=any(map(math.isnan, values)),
-            logprobs=values,
+            logprobs=values if len(values) == len(self.output_ids) else None,
         )
 
 

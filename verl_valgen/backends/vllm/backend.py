@@ -58,7 +58,7 @@ class VLLMBackend(Backend):
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See `Backend.generate`. Collective over the ranks that hold the model together: all pass equal requests.
 
-        Every completion has `logprobs`.
+        Completions have `logprobs` where they are sampled, want a `mean_logprob`, or `limits.logprobs` says so.
 
         Raises:
             Exception: The engine has failed, with whatever vLLM raises.
@@ -105,7 +105,7 @@ class VLLMBackend(Backend):
             )
         eos_ids = eos_ids_of(request, self.engine.generation_config.eos_token_id)
         try:
-            params = sampling_params(request, limit, eos_ids, self.seed)
+            params = sampling_params(request, limit, eos_ids, self.seed, logprobs=self.limits.logprobs)
             vllm.add_request(name, {"prompt_token_ids": list(request.input_ids)}, params)
         except Exception as e:  # vLLM checks parameters now, and its errors are of many kinds
             vllm.abort_request([name])

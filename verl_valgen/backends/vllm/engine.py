@@ -170,6 +170,8 @@ class Engine:
         """Frees all that vLLM has here, so that another engine can be made. Collective as making one is."""
         if self._llm is not None:
             with self.in_force():
+                for tag in list(self._freed_bytes):  # memory that is asleep cannot be freed
+                    self._wake(tag)
                 self._free()
 
     def _make(self, model_class: type, compile: bool) -> Any:

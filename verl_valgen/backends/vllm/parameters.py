@@ -34,7 +34,9 @@ def eos_ids_of(request: Request, model_eos_ids: int | list[int] | None) -> list[
     return as_ids(model_eos_ids if own is None else own)
 
 
-def sampling_params(request: Request, max_new_tokens: int, eos_ids: list[int], seed: int) -> SamplingParams:
+def sampling_params(
+    request: Request, max_new_tokens: int, eos_ids: list[int], seed: int, *, logprobs: bool
+) -> SamplingParams:
     """What vLLM is asked for one request.
 
     Tokens that end an answer go as `stop_token_ids`, so that it is we who name them; stop strings are looked for here,
@@ -43,6 +45,7 @@ def sampling_params(request: Request, max_new_tokens: int, eos_ids: list[int], s
     Args:
         max_new_tokens: In place of the parameter of that name, as far as the context reaches; at least 1.
         seed: Of the run, in [0, 2**64).
+        logprobs: Whether greedy answers, too, are to come with log-probabilities: they take time.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -62,7 +65,7 @@ def sampling_params(request: Request, max_new_tokens: int, eos_ids: list[int], s
         min_tokens=min(params.get("min_new_tokens") or 0, max_new_tokens),
         ignore_eos=True,
         stop_token_ids=eos_ids,
-        logprobs=0,
+        logprobs=0 if logprobs or params.get("do_sample") or request.wants_logprob else None,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )

@@ -175,6 +175,10 @@ def _switches(device: torch.device) -> dict[str, Switch]:
         if owner in sys.modules:
             found = sys.modules[owner]
             switches[f"{owner}.{name}"] = _attribute(getattr(found, class_name) if class_name else found, name)
+    with suppress(ImportError):  # vLLM warns of others' kernels, too, when Triton compiles them
+        knobs = importlib.import_module("triton.knobs")
+        switches["triton hook"] = _attribute(knobs.runtime, "jit_post_compile_hook")
+        switches["triton autotuning"] = _attribute(knobs.autotuning, "print")
     for name in ("benchmark", "deterministic", "allow_tf32", "enabled"):
         switches[f"cudnn {name}"] = _attribute(torch.backends.cudnn, name)
     for name in ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
