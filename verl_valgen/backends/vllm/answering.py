@@ -34,8 +34,8 @@ class Growing:
         """Takes what one step of vLLM says of it (`CompletionOutput`, with new tokens alone); returns their number."""
         token_ids = list(output.token_ids)
         self.output_ids += token_ids
-        for token_id, values in zip(token_ids, output.logprobs or [], strict=False):
-            self.logprobs.append(float(values[token_id].logprob))
+        if (flat := output.logprobs) is not None:
+            self.logprobs += [flat.logprobs[first] for first in flat.start_indices]  # the chosen token is the first
         if output.finish_reason is not None:
             # No stop strings are vLLM's to look for: it stops at tokens that end an answer.
             reasons: dict[str, FinishReason] = {"stop": "eos", "length": "length"}

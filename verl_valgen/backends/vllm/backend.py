@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -64,6 +65,9 @@ class VLLMBackend(Backend):
             Exception: The engine has failed, with whatever vLLM raises.
         """
         with self.engine.in_force(), self.engine.failing_for_good():
+            # Put back with the process. vLLM makes many objects a step, and no circles of them; a look through all of
+            # the trainer's for garbage takes as long as a hundred steps.
+            gc.disable()
             return self._generate(requests)
 
     def _generate(self, requests: Sequence[Request]) -> list[Completion]:

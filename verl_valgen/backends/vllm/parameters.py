@@ -66,6 +66,7 @@ def sampling_params(
         ignore_eos=True,
         stop_token_ids=eos_ids,
         logprobs=0 if logprobs or params.get("do_sample") or request.wants_logprob else None,
+        flat_logprobs=True,  # numbers alone: objects for every token have Python look through all others for garbage
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
