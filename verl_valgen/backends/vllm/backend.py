@@ -18,7 +18,7 @@ from verl_valgen.backends.lengths import most_new_tokens
 from verl_valgen.backends.vllm import versions
 from verl_valgen.backends.vllm.answering import Growing, StopStrings
 from verl_valgen.backends.vllm.loader import EngineLoader
-from verl_valgen.backends.vllm.parameters import eos_ids_of, sampling_params
+from verl_valgen.backends.vllm.parameters import eos_ids_of, sampling_params, sampling_seeds
 from verl_valgen.records import Completion, Request
 from verl_valgen.text import describe, describe_at_length
 
@@ -76,9 +76,10 @@ class VLLMBackend(Backend):
         growing: dict[str, tuple[int, Growing]] = {}
         stops, clock = StopStrings(self.tokenizer), Clock(self.limits.deadline)
         try:
-            if not clock.is_over():
-                for i, request in enumerate(requests):
-                    asked = self._ask(vllm, str(i), request)
+            if requests and not clock.is_over():
+                seeds = sampling_seeds(self.seed, [request.key for request in requests])
+                for i, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
+                    asked = self._ask(vllm, str(i), request, seed)
                     if isinstance(asked, Completion):
                         completions[i] = asked
                     else:
@@ -97,7 +98,7 @@ class VLLMBackend(Backend):
         self.on_answers(len(growing))
         return [completion or Completion([], "time") for completion in completions]
 
-    def _ask(self, vllm: Any, name: str, request: Request) -> Completion | Growing:
+    def _ask(self, vllm: Any, name: str, request: Request, seed: int) -> Completion | Growing:
         """Hands a request to vLLM; returns the answer that grows, or a completion where there is none to come."""
         limit = most_new_tokens(request, self.engine.config)
         if limit <= 0:
@@ -109,7 +110,7 @@ class VLLMBackend(Backend):
             )
         eos_ids = eos_ids_of(request, self.engine.generation_config.eos_token_id)
         try:
-            params = sampling_params(request, limit, eos_ids, self.seed, logprobs=self.limits.logprobs)
+            params = sampling_params(request, limit, eos_ids, seed, logprobs=self.limits.logprobs)
             vllm.add_request(name, {"prompt_token_ids": list(request.input_ids)}, params)
         except Exception as e:  # vLLM checks parameters now, and its errors are of many kinds
             vllm.abort_request([name])

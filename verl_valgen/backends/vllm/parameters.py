@@ -5,6 +5,7 @@ Imports vLLM only where its own object is made.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
     from verl_valgen.records import Request
 
 
-def sampling_seed(seed: int, key: tuple[int, int]) -> int:
-    """The seed of one answer, in [0, 2**63), from the seed of all and the answer's (row, completion).
+def sampling_seeds(seed: int, keys: Sequence[tuple[int, int]]) -> list[int]:
+    """The seeds of answers, in [0, 2**63), from the seed of all and each answer's (row, completion).
 
-    The counter's first word keeps it apart from the noise of the other backends, where that is 0.
+    The counter's first word keeps them apart from the noise of the other backends, where that is 0.
     """
-    row, completion = key
-    words = philox_4x32((1, 0, torch.tensor(row), torch.tensor(completion)), (seed & 0xFFFFFFFF, seed >> 32))
-    return (int(words[0]) << 31) | (int(words[1]) >> 1)
+    rows, completions = (torch.tensor(numbers, dtype=torch.int64) for numbers in zip(*keys, strict=True))
+    words = philox_4x32((1, 0, rows, completions), (seed & 0xFFFFFFFF, seed >> 32))
+    return ((words[0] << 31) | (words[1] >> 1)).tolist()
 
 
 def eos_ids_of(request: Request, model_eos_ids: int | list[int] | None) -> list[int]:
@@ -44,7 +45,7 @@ def sampling_params(
 
     Args:
         max_new_tokens: In place of the parameter of that name, as far as the context reaches; at least 1.
-        seed: Of the run, in [0, 2**64).
+        seed: Of this answer, see `sampling_seeds`.
         logprobs: Whether greedy answers, too, are to come with log-probabilities: they take time.
     """
     from vllm import SamplingParams
@@ -57,7 +58,7 @@ def sampling_params(
     if params.get("do_sample"):
         values = {name: params.get(name) for name in ("temperature", "top_k", "top_p", "min_p")}
         sampling = {name: value for name, value in values.items() if value is not None}
-        sampling["seed"] = sampling_seed(seed, request.key)
+        sampling["seed"] = seed
     made = SamplingParams(
         **sampling,
         repetition_penalty=params.get("repetition_penalty") or 1.0,
