@@ -101,10 +101,21 @@ def load_weights(llm: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> set[s
 
     model: Any = model_of(llm)
     model_config = llm.llm_engine.model_config
+    _restore_loaders(model)
     with plain_cpu():
         loaded = model.load_weights(weights)
         process_weights_after_loading(model, model_config, next(model.parameters()).device)
     return loaded
+
+
+def _restore_loaders(model: torch.nn.Module) -> None:
+    """Gives parameters that vLLM has made anew since the model was made, those of experts, the loader of their module
+    again. Until it does so itself (it does from 0.30 on)."""
+    for module in model.modules():
+        loader = getattr(module, "weight_loader", None)
+        for parameter in module.parameters(recurse=False) if callable(loader) else ():
+            if not hasattr(parameter, "weight_loader"):
+                parameter.weight_loader = loader  # type: ignore[attr-defined]
 
 
 def own_name(model: Any, name: str) -> str | None:
