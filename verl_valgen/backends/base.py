@@ -98,6 +98,9 @@ class Loader(ABC):
     def release(self) -> None:  # noqa: B027  (a copy is gone with its last reference)
         """Called on every rank when the answers are there: gives training the memory back. Not collective."""
 
+    def close(self) -> None:  # noqa: B027  (as above)
+        """Called on every rank when the backend will answer no more in this run: gives back what is left."""
+
 
 class PlainLoader(Loader):
     """Builds a plain copy of the model: a module of its own, which the backend may change."""

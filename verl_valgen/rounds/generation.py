@@ -263,6 +263,11 @@ class Answerer:
             backend.make_ready(gathered.share)
         gathered.backend = backend
 
+    def close_loaders(self, ways: Sequence[Way]) -> None:
+        """Closes the loaders of backends that none of these ways needs. To be called on all ranks."""
+        for name in self.loaders.keys() - {way.backend for way in ways}:
+            self.loaders.pop(name).close()
+
     def _loader(self, way: Way) -> Loader:
         if way.backend not in self.loaders:
             self.loaders[way.backend] = backend_class(way.backend, self.host.device.type).loader()

@@ -223,6 +223,7 @@ class ProvenAnswerer:
             self._log("%s: %s", way.name, found or "passed")
             if verified:
                 self.ways, self.is_proven = self.ways[self.ways.index(way) :], True
+                self.answerer.close_loaders(self.ways)
                 self._warn(gathered.way, f"{reason}; the answers were made again, and will be from now on: {way.name}")
                 return again
             if verified is False:

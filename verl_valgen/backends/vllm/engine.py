@@ -152,8 +152,9 @@ class Engine:
 
     def sleep(self) -> None:
         """Gives up the memory of weights and cache, on CUDA. What they hold is lost."""
-        if self.device.type != "cuda" or self._llm is None or self._freed_bytes:
+        if self.device.type != "cuda" or self._llm is None or "weights" in self._freed_bytes:
             return
+        self._wake("kv_cache")  # it sleeps alone where the load has failed, and cannot be put to sleep twice
         with self.in_force(), self.failing_for_good():
             free = torch.cuda.mem_get_info(self.device)[0]
             self._llm.sleep(level=2)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from verl_valgen.backends.base import Loader, WeightSource, Work
 from verl_valgen.backends.lengths import most_new_tokens
-from verl_valgen.collectives import OtherRankError, agree, attempt, gather_values
+from verl_valgen.collectives import OtherRankError, attempt, gather_values
 from verl_valgen.text import describe
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MOST_FAILURES = 2
+_NONE, _FAILED, _SERVES, _TOO_SMALL = "none", "failed", "serves", "too small"
 
 
 class EngineLoader(Loader):
@@ -27,8 +28,8 @@ class EngineLoader(Loader):
     def __init__(self) -> None:
         self.engine: Engine | None = None
         self.failures: list[str] = []
-        """Why none could be made, the same number on all ranks. It is tried once more, as memory may be free then, but
-        not in every round: it takes a minute."""
+        """Why none could be made, or one had to be given up; the same number on all ranks. It is tried once more, as
+        memory may be free then, but not in every round: it takes a minute."""
 
     def load(self, source: WeightSource, work: Work) -> Engine | None:
         """Returns the engine with the weights of the moment; None on a rank that answers nothing. Collective.
@@ -39,15 +40,23 @@ class EngineLoader(Loader):
         device, size = source.device, _size(work, source)
         if len(self.failures) >= _MOST_FAILURES:
             raise RuntimeError(self.failures[-1])
-        if not agree(self.engine is not None and self.engine.serves(size), device):
+        states = gather_values(self._state(size), device)
+        if set(states) != {_SERVES}:
             if self.engine is not None:
                 logger.debug("the engine was made for %s: it is made anew for %s", self.engine.size, size)
             self.close()
+            if _FAILED in states:
+                self.failures.append("the engine has failed more than once")
             self._make(source, work, size)
         engine, has_share = self.engine, bool(work.share)
         assert engine is not None
         _together(lambda: source.stream(engine.load, work.dtype, keep=has_share), device)
         return engine if has_share else None
+
+    def _state(self, size: EngineSize) -> str:
+        if self.engine is None:
+            return _NONE
+        return _FAILED if self.engine.has_failed else _SERVES if self.engine.serves(size) else _TOO_SMALL
 
     def release(self) -> None:
         if self.engine is not None:

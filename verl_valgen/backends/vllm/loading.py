@@ -1,9 +1,9 @@
 """Loads streamed weights into vLLM's model and makes sure that they have arrived.
 
-vLLM's model joins some tensors and splits all among ranks. Those that it keeps under their names are compared: the sum
-of their bits as sent, and the sum, over the ranks, of the bits of what lies in the model afterwards. That does not
-depend on how a tensor was split, and shows a load that is lost: into a copy, before a sleep that discards it, or not at
-all.
+vLLM's model joins some tensors and splits all among ranks. Compared are the sum of their bits as sent, and the sum,
+over the ranks, of the bits of what lies in the model afterwards. That does not depend on how tensors were joined and
+split, and shows a load that is lost: into a copy, before a sleep that discards it, or not at all. (Not of experts,
+whose layout is vLLM's own, nor of heads that several ranks have.)
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ class Sent:
         self.parameters = dict(model.named_parameters())
         self.sums: dict[str, Tensor] = {}
         """Of whole tensors, by the parameter's name: () int64 each, wrapping around."""
+        self._joined: dict[str, int] = {}
+        """Numbers of elements that have come for parameters which several tensors make."""
         self.replicated: set[str] = set()
         """The names of parameters that every rank has whole."""
         self._lengths: dict[str, tuple[int, int]] = {}
@@ -107,10 +109,13 @@ class Sent:
         for name, tensor in weights:
             if self.is_tied and f".{name}".endswith(_OUTPUT_HEADS):
                 raise RuntimeError(f"the model ties its embeddings, and its adapters do not ({name})")
-            own = versions.own_name(self.model, name)
-            parameter = self.parameters.get(own) if own else None
-            if own and parameter is not None and self._is_comparable(own, tensor, parameter):
-                self.sums[own] = bit_sum(tensor.to(parameter.dtype)).to(parameter.device)
+            own, is_joined = versions.own_name(self.model, name)
+            parameter = self.parameters.get(own)
+            if parameter is not None and (is_joined or self._is_comparable(own, tensor, parameter)):
+                bits = bit_sum(tensor.to(parameter.dtype)).to(parameter.device)
+                self.sums[own] = self.sums[own] + bits if own in self._joined else bits
+                if is_joined:
+                    self._joined[own] = self._joined.get(own, 0) + tensor.numel()
             yield name, tensor
 
     def _is_comparable(self, name: str, tensor: Tensor, parameter: Tensor) -> bool:
@@ -129,6 +134,9 @@ class Sent:
 
     def found(self) -> dict[str, int]:
         """The sums of what lies in the model on this rank, for the same names. Waits for the device."""
+        for name, numel in self._joined.items():
+            if numel != self.parameters[name].numel() * self.size:  # some ranks have the same part
+                del self.sums[name]
         sums = {}
         for name in self.sums:
             parameter = self.model.get_parameter(name)

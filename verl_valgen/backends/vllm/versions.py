@@ -118,14 +118,21 @@ def _restore_loaders(model: torch.nn.Module) -> None:
                 parameter.weight_loader = loader  # type: ignore[attr-defined]
 
 
-def own_name(model: Any, name: str) -> str | None:
-    """The name that vLLM's model has for a name of the checkpoint; None for what it joins with others.
+def own_name(model: Any, name: str) -> tuple[str, bool]:
+    """The name that vLLM's model has for a name of the checkpoint, "" for none; and whether it joins others there.
 
     (From 0.30 on the mapper of names tells what is joined, too: `q_proj` becomes `qkv_proj`.)
     """
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     own = name if mapper is None else mapper._map_name(name)
-    return own if own and own.split(".")[-2:] == name.split(".")[-2:] else None
+    if not own or own.split(".")[-2:] != name.split(".")[-2:]:
+        return own or "", True
+    prefix, _, attribute = own.rpartition(".")
+    prefix, _, module = prefix.rpartition(".")
+    for joined, parts in (getattr(model, "packed_modules_mapping", None) or {}).items():
+        if module in parts and module != joined:
+            return f"{prefix}.{joined}.{attribute}", True
+    return own, False
 
 
 @contextmanager
@@ -203,7 +210,7 @@ def forget_memory() -> None:
         return
     from vllm.device_allocator.cumem import CuMemAllocator
 
-    if CuMemAllocator.instance is not None:
+    if hasattr(CuMemAllocator.instance, "release_pools"):  # not in 0.24
         CuMemAllocator.instance.release_pools()
     if getattr(current_platform, "_global_graph_pool", None) is not None:
         type(current_platform)._global_graph_pool = None
