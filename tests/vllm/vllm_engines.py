@@ -7,7 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from verl_valgen.backends.hf import HFBackend
 from verl_valgen.backends.vllm.engine import Engine, EngineSize
@@ -33,6 +40,22 @@ def model(config: Qwen2Config, seed: int) -> PreTrainedModel:
     for name, parameter in made.named_parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(12 if ".layers." in name else 3)
+    made.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=0, bos_token_id=1)
+    return made
+
+
+def mixture(vocab_size: int) -> PreTrainedModel:
+    """A mixture of experts, whose experts a checkpoint has one by one."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    ids = {"eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": 0, "tie_word_embeddings": False}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=vocab_size, **sizes, **heads, **experts, **ids)).eval()
+    for parameter in made.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(3)
     made.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=0, bos_token_id=1)
     return made
 

@@ -87,6 +87,11 @@ class Work:
 class Loader(ABC):
     """Brings the weights of the moment to where a backend answers with them. Every rank has one, for the whole run."""
 
+    @property
+    def is_made(self) -> bool:
+        """Whether this rank has made what it keeps from round to round, if it keeps anything."""
+        return False
+
     @abstractmethod
     def load(self, source: WeightSource, work: Work) -> Any:
         """Returns what the backend is made with; None on a rank that answers nothing. Collective: all ranks must call.

@@ -137,17 +137,18 @@ class Answerer:
         with ExitStack() as stack:
             stack.enter_context(preserved_blas_workspaces(host.device))
             offloading = stack.enter_context(ExitStack())
-            prepare = partial(self._prepare, offloading, free_beside_training)
+            prepare = partial(self._prepare, offloading, free_beside_training, way)
             free = run_on_all_ranks(prepare, host.is_logging_rank, host.device)
             if free is None:
                 return None
             try:
                 plan = None
                 if free_beside_training is not None:
-                    plan = self.planner.beside_training(all_requests, free, logging_rank, way)
+                    beside = [(now, later) for now, later, _ in free]
+                    plan = self.planner.beside_training(all_requests, beside, logging_rank, way)
                 is_beside_training = plan is not None
-                least = min(now for now, _ in free)
-                plan = plan or self.planner.plan(all_requests, least, way, has_engine=way.backend in self.loaders)
+                least, has_engine = min(now for now, _, _ in free), all(is_made for _, _, is_made in free)
+                plan = plan or self.planner.plan(all_requests, least, way, has_engine=has_engine)
             except Exception:  # on all ranks alike
                 if host.is_logging_rank:
                     raise
@@ -228,12 +229,15 @@ class Answerer:
             raise error
         return logging_rank, [] if received is None else unpack(received)
 
-    def _prepare(self, offloading: ExitStack, free_beside_training: Callable[[], float] | None) -> tuple[float, float]:
+    def _prepare(
+        self, offloading: ExitStack, free_beside_training: Callable[[], float] | None, way: Way
+    ) -> tuple[float, float, bool]:
         """Moves the parameters to where they can be gathered from. Returns the numbers of bytes that are free then, and
-        beside training."""
+        beside training; and whether the way's engine, if it has one, is made."""
         beside_training = free_beside_training() if free_beside_training is not None else 0.0
         offloading.enter_context(self.host.on_device())
-        return free_bytes(self.host.device), beside_training
+        is_made = way.is_engine and self._loader(way).is_made
+        return free_bytes(self.host.device), beside_training, is_made
 
     def _is_ready(self, gathered: GatheredRound) -> bool | None:
         """Whether the logging rank can answer beside training; None where it lacks the memory that it seemed to have.
@@ -265,7 +269,7 @@ class Answerer:
 
     def close_loaders(self, ways: Sequence[Way]) -> None:
         """Closes the loaders of backends that none of these ways needs. To be called on all ranks."""
-        for name in self.loaders.keys() - {way.backend for way in ways}:
+        for name in sorted(self.loaders.keys() - {way.backend for way in ways}):
             self.loaders.pop(name).close()
 
     def _loader(self, way: Way) -> Loader:

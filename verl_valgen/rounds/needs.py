@@ -16,8 +16,8 @@ from verl_valgen.records import Request
 
 _JUDGING_BYTES = 2**28
 """What judging.py makes of some rows of logits at a time."""
-_BLOCK = 64
-"""Tokens of a block of vLLM's cache, at most."""
+_BLOCK = 128
+"""Tokens of a block of vLLM's cache, at most: so many on CPU."""
 ENGINE_BYTES = 4 * 2**30
 """What vLLM takes on a device besides weights, keys and values, estimated on the large side: activations of the prompts
 that it reads at once, captured graphs, communicators. (Measured: docs/performance.md.)"""

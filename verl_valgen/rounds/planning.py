@@ -114,7 +114,7 @@ class Planner:
             dtype=self.dtype,
             batch_size=plan.batch_size,
             ranks_per_copy=plan.ranks_per_copy,
-            cache_bytes=plan.batch_size * sequence,
+            cache_bytes=(plan.batch_size + 1) * sequence,  # vLLM keeps a block for itself
             compile=self.settings.compile,
         )
 

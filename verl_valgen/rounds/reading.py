@@ -210,4 +210,6 @@ def agreed_finding(objections: Sequence[str | None] | None, error: Exception | N
         return Finding(False, found[0])
     if failures := [text for _, text in reports if text is not None]:
         return Finding(None, failures[0])
+    if not any(texts for texts, _ in reports):
+        return Finding(None, "no rank had anything to compare")
     return Finding(True)

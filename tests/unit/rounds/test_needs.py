@@ -79,11 +79,11 @@ def asked(*lengths: tuple[int, int]) -> list[Request]:
 @pytest.mark.parametrize(
     ("lengths", "num_tokens"),
     [
-        ([(10, 20)], 128),  # a block that is begun, and one more: a step looks ahead
-        ([(10, 54)], 128),
-        ([(10, 55)], 192),
-        ([(10, 20), (100, 3), (3, 100)], 192),
-        ([(10, 20)] * 1000, 128),  # of each; how many there are at once is the plan's
+        ([(10, 20)], 256),  # a block that is begun, and one more: a step looks ahead
+        ([(10, 118)], 256),
+        ([(10, 119)], 384),
+        ([(10, 20), (200, 3), (3, 200)], 384),
+        ([(10, 20)] * 1000, 256),  # of each; how many there are at once is the plan's
     ],
 )
 def test_an_engine_keeps_whole_blocks_of_the_longest_sequence(lengths, num_tokens):
@@ -92,7 +92,7 @@ def test_an_engine_keeps_whole_blocks_of_the_longest_sequence(lengths, num_token
 
 def test_an_engine_keeps_no_more_tokens_than_the_model_has_places_for():
     config = LlamaConfig(max_position_embeddings=2048)
-    assert engine_tokens(asked((48, 10**9)), config) == engine_tokens(asked((48, 2000)), config) == 2048 + 64
+    assert engine_tokens(asked((48, 10**9)), config) == engine_tokens(asked((48, 2000)), config) == 2048 + 128
 
 
 def test_keys_and_values_are_divided_by_heads_among_the_ranks_of_an_engine():
@@ -101,7 +101,7 @@ def test_keys_and_values_are_divided_by_heads_among_the_ranks_of_an_engine():
         config = LlamaConfig(hidden_size=16 * num_heads, num_hidden_layers=3, **heads)
         return engine_sequence_bytes(asked((10, 20)), config, torch.bfloat16, world_size)
 
-    of_a_head = 2 * 3 * 16 * 128 * 2
+    of_a_head = 2 * 3 * 16 * 256 * 2
     assert needs(1) == {1: 2 * of_a_head}
     assert needs(4) == {1: 2 * of_a_head, 2: of_a_head, 4: of_a_head}  # of fewer heads than ranks each has a whole one
     assert needs(6) == {1: 2 * of_a_head, 2: of_a_head}  # 8 heads are not divided by 3 or 6

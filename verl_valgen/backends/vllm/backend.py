@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _STEPS_BETWEEN_CLOCKS = 8
 """Ranks that hold a model together must stop at the same step, and their clocks differ."""
+_MOST_IDLE_STEPS = 1000
+"""In so many no answer grows where vLLM waits for room that never comes. (Prompts are read in far fewer.)"""
 
 
 class VLLMBackend(Backend):
@@ -74,21 +76,27 @@ class VLLMBackend(Backend):
         vllm: Any = self.engine.llm_engine
         completions: list[Completion | None] = [None] * len(requests)
         growing: dict[str, tuple[int, Growing]] = {}
+        self.engine.num_calls += 1
+        names = [f"{self.engine.num_calls}-{i}" for i in range(len(requests))]
         stops, clock = StopStrings(self.tokenizer), Clock(self.limits.deadline)
         try:
             if requests and not clock.is_over():
                 seeds = sampling_seeds(self.seed, [request.key for request in requests])
                 for i, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
-                    asked = self._ask(vllm, str(i), request, seed)
+                    asked = self._ask(vllm, names[i], request, seed)
                     if isinstance(asked, Completion):
                         completions[i] = asked
                     else:
-                        growing[str(i)] = (i, asked)
+                        growing[names[i]] = (i, asked)
             self.on_answers(len(requests) - len(growing))
-            num_steps = 0
+            num_steps = num_idle = 0
             while growing and not (num_steps % _STEPS_BETWEEN_CLOCKS == 0 and clock.is_over()):
                 num_steps += 1
-                for i, answer in self._step(vllm, growing, stops):
+                num_grown, ended = self._step(vllm, growing, stops)
+                num_idle = 0 if num_grown else num_idle + 1
+                if num_idle > _MOST_IDLE_STEPS:
+                    raise RuntimeError(f"vLLM makes no progress with {len(growing)} requests")
+                for i, answer in ended:
                     completions[i] = answer.completion()
         finally:
             with suppress(Exception):  # after one of its own
@@ -120,8 +128,8 @@ class VLLMBackend(Backend):
 
     def _step(
         self, vllm: Any, growing: dict[str, tuple[int, Growing]], stops: StopStrings
-    ) -> list[tuple[int, Growing]]:
-        """Lets all answers grow by a step; takes those that end out of `growing` and returns them."""
+    ) -> tuple[int, list[tuple[int, Growing]]]:
+        """Lets all answers grow by a step; takes those that end out of `growing`. Returns how many grew, and these."""
         grown: dict[str, tuple[int, Growing, int]] = {}
         for output in vllm.step():
             if output.request_id in growing:
@@ -136,7 +144,7 @@ class VLLMBackend(Backend):
             del growing[name]
         if ended:
             self.on_answers(len(ended))
-        return [(i, answer) for _, i, answer in ended]
+        return len(grown), [(i, answer) for _, i, answer in ended]
 
 
 class Clock:

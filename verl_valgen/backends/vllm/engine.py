@@ -95,11 +95,18 @@ class Engine:
         self._process = Compartment(_environment(self.size, device), device, compile=compile)
         self._llm: Any = None
         self._freed_bytes: dict[str, int] = {}
+        self._unreported: set[str] = set()
+        """See `loading.load`."""
+        self.num_calls = 0
+        """Of those that it has answered, so that requests have names of their own."""
         with self.in_force(), allocator.fit_for_pools(device):
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
                 self._llm = self._make(model_class, compile)
+                if (num_tokens := versions.cache_tokens(self._llm)) < self.size.max_model_len:
+                    # vLLM would wait for ever for room that never comes.
+                    raise RuntimeError(f"the cache has room for {num_tokens} tokens of {self.size.max_model_len}")
             except BaseException as e:
                 _clear_frames(e)  # they hold what there is of the engine
                 self._free()
@@ -117,7 +124,7 @@ class Engine:
     def serves(self, size: EngineSize) -> bool:
         """Whether requests of this size can be answered without making another engine.
 
-        A cache of another size does: vLLM lets sequences wait where it is full.
+        A cache of another size does, and somewhat fewer sequences at once: vLLM lets the others wait.
         """
         wanted = size.rounded(self.config)
         return (
@@ -125,7 +132,7 @@ class Engine:
             and not self.has_failed
             and wanted.tensor_parallel == self.size.tensor_parallel
             and wanted.max_model_len <= self.size.max_model_len
-            and wanted.max_num_seqs <= self.size.max_num_seqs
+            and wanted.max_num_seqs <= 2 * self.size.max_num_seqs
         )
 
     def load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -135,7 +142,7 @@ class Engine:
             weights: See `loading.load`, which says what is raised, too. After an error it has failed.
         """
         with self.in_force(), self.failing_for_good():
-            loading.load(self._llm, weights, prepare=lambda: self._wake("weights"))
+            loading.load(self._llm, weights, self._unreported, prepare=lambda: self._wake("weights"))
             self._wake("kv_cache")
             # Keys and values of equal prompts under earlier weights would be taken for theirs.
             if not self._llm.reset_prefix_cache():
@@ -152,11 +159,11 @@ class Engine:
 
     def sleep(self) -> None:
         """Gives up the memory of weights and cache, on CUDA. What they hold is lost."""
-        if self.device.type != "cuda" or self._llm is None or "weights" in self._freed_bytes:
+        if self.device.type != "cuda" or self._llm is None or self._freed_bytes:
             return
-        self._wake("kv_cache")  # it sleeps alone where the load has failed, and cannot be put to sleep twice
         with self.in_force(), self.failing_for_good():
             free = torch.cuda.mem_get_info(self.device)[0]
+            self._freed_bytes = {"weights": 0, "kv_cache": self.size.cache_bytes}
             self._llm.sleep(level=2)
             freed = max(0, torch.cuda.mem_get_info(self.device)[0] - free)
             self._freed_bytes = {"weights": max(0, freed - self.size.cache_bytes), "kv_cache": self.size.cache_bytes}
@@ -171,9 +178,11 @@ class Engine:
         """Frees all that vLLM has here, so that another engine can be made. Collective as making one is."""
         if self._llm is not None:
             with self.in_force():
-                for tag in list(self._freed_bytes):  # memory that is asleep cannot be freed
-                    self._wake(tag)
-                self._free()
+                try:
+                    for tag in list(self._freed_bytes):  # memory that is asleep cannot be freed
+                        self._wake(tag)
+                finally:
+                    self._free()
 
     def _make(self, model_class: type, compile: bool) -> Any:
         from vllm import LLM
@@ -270,7 +279,7 @@ def _environment(size: EngineSize, device: torch.device) -> dict[str, str]:
     preferred = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}  # memory that does not sleep
     if find_spec("flashinfer") is None:
         preferred["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
-    if size.tensor_parallel <= int(os.environ.get("LOCAL_WORLD_SIZE", size.tensor_parallel)):
+    if int(os.environ.get("LOCAL_WORLD_SIZE", size.tensor_parallel)) % size.tensor_parallel == 0:
         preferred["VLLM_HOST_IP"] = "127.0.0.1"  # who holds a model together is on one host
     if dist.is_available() and dist.is_initialized():
         rank = dist.get_rank()

@@ -27,6 +27,8 @@ class EngineLoader(Loader):
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
+        self.is_given_up = False
+        """Whether this rank's engine had failed in the last round."""
         self.failures: list[str] = []
         """Why none could be made, or one had to be given up; the same number on all ranks. It is tried once more, as
         memory may be free then, but not in every round: it takes a minute."""
@@ -41,21 +43,30 @@ class EngineLoader(Loader):
         if len(self.failures) >= _MOST_FAILURES:
             raise RuntimeError(self.failures[-1])
         states = gather_values(self._state(size), device)
-        if set(states) != {_SERVES}:
+        if set(states) == {_SERVES}:
+            self.failures.clear()  # the last round was a good one
+        else:
             if self.engine is not None:
                 logger.debug("the engine was made for %s: it is made anew for %s", self.engine.size, size)
             self.close()
             if _FAILED in states:
-                self.failures.append("the engine has failed more than once")
+                self.failures.append("the engine has failed twice")
+                if len(self.failures) >= _MOST_FAILURES:
+                    raise RuntimeError(self.failures[-1])
+            self.is_given_up = False
             self._make(source, work, size)
         engine, has_share = self.engine, bool(work.share)
         assert engine is not None
         _together(lambda: source.stream(engine.load, work.dtype, keep=has_share), device)
         return engine if has_share else None
 
+    @property
+    def is_made(self) -> bool:
+        return self.engine is not None and not self.engine.has_failed
+
     def _state(self, size: EngineSize) -> str:
         if self.engine is None:
-            return _NONE
+            return _FAILED if self.is_given_up else _NONE
         return _FAILED if self.engine.has_failed else _SERVES if self.engine.serves(size) else _TOO_SMALL
 
     def release(self) -> None:
@@ -63,7 +74,9 @@ class EngineLoader(Loader):
             _, error = attempt(self.engine.sleep)
             if error is not None:
                 logger.debug("the engine does not sleep: %s", describe(error))
+            if self.engine.has_failed:  # what is half asleep can only be freed
                 self.close()
+                self.is_given_up = True
 
     def close(self) -> None:
         """Gives up the engine; the next round makes another one."""

@@ -23,10 +23,17 @@ _OUTPUT_HEADS = (".lm_head.weight", ".embed_out.weight")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def load(llm: Any, weights: Iterator[tuple[str, Tensor]], prepare: Callable[[], None] = lambda: None) -> None:
+def load(
+    llm: Any,
+    weights: Iterator[tuple[str, Tensor]],
+    unreported: set[str],
+    prepare: Callable[[], None] = lambda: None,
+) -> None:
     """Loads all weights of a model. Collective over the ranks that hold it together.
 
     Args:
+        unreported: Names of parameters that vLLM loads without saying so (experts have other names then): empty for the
+            first load, before which weights are random, and filled by it.
         prepare: Called before; what it raises is raised as a failure of loading is.
         weights: Names as a checkpoint has them, with whole tensors, each valid until the next one is asked for.
 
@@ -39,14 +46,20 @@ def load(llm: Any, weights: Iterator[tuple[str, Tensor]], prepare: Callable[[], 
     failure, sums = "", {}
     try:
         prepare()
-        before = {name: bit_sum(parameter) for name, parameter in versions.model_of(llm).named_parameters()}
+        model = versions.model_of(llm)
+        before = {name: bit_sum(parameter) for name, parameter in model.named_parameters() if name not in unreported}
         loaded = versions.load_weights(llm, sent.watch(weights))
-        failure = _missing(versions.model_of(llm), loaded, before)
+        failure = _missing(model, loaded, before, unreported)
         sums = sent.found()
-    except Exception as e:
+        if not sums:
+            failure = failure or "none of its tensors can be compared with what was sent"
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # a panic of what is written in Rust is no Exception
         if group is None:
             raise
         failure = describe(e)
+    finally:
         exhaust(weights)  # others may wait for this rank's part in it; then all wait for each other below
     outcomes: list[Any] = [(failure, sums)]
     if group is not None:
@@ -67,16 +80,14 @@ def exhaust(weights: Iterator[object]) -> None:
             pass
 
 
-def _missing(model: nn.Module, loaded: set[str] | None, before: dict[str, Tensor]) -> str:
-    """Says which parameters were not loaded. Those whose names vLLM does not report (of experts it has others) must at
-    least have changed."""
+def _missing(model: nn.Module, loaded: set[str] | None, before: dict[str, Tensor], unreported: set[str]) -> str:
+    """Says which parameters were not loaded. Those that vLLM does not report must at least have changed when they were
+    loaded first."""
     if loaded is None:
         return ""
-    names = sorted(
-        name
-        for name, parameter in model.named_parameters()
-        if name not in loaded and (name not in before or bool(bit_sum(parameter) == before[name]))
-    )
+    silent = {name: p for name, p in model.named_parameters() if name not in loaded and name not in unreported}
+    names = sorted(name for name, p in silent.items() if name not in before or bool(bit_sum(p) == before[name]))
+    unreported.update(silent.keys() - set(names))
     return f"no weights for {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}" if names else ""
 
 

@@ -27,6 +27,9 @@ import torch
 import torch._dynamo
 
 from verl_valgen.patching import patched
+from verl_valgen.text import describe
+
+logger = logging.getLogger(__name__)
 
 QUIET = logging.ERROR
 """From which level on vLLM's own messages are shown, unless VLLM_LOGGING_LEVEL says otherwise."""
@@ -70,7 +73,8 @@ class Compartment:
         try:
             _apply_environment(self.environment)
             for name, value in self._values.items():
-                _put(switches[name], value)
+                if name in switches:  # some are the main thread's alone
+                    _put(switches[name], value)
             with _quiet_vllm(), nullcontext() if self.compile else patched(torch._dynamo.config, "disable", True):
                 yield
         finally:
@@ -78,13 +82,18 @@ class Compartment:
             self.environment = _differences(outer_environment, dict(os.environ))
             _apply_environment(_differences(dict(os.environ), outer_environment))
             for name, value in outside.items():
-                switch = switches[name]
-                inside = _value(switch)
-                if switch.is_kept and inside is not _UNKNOWN:
-                    self._values.pop(name, None)
-                    if not _same(inside, value):
-                        self._values[name] = _changed(value, inside) if isinstance(value, dict) else inside
-                _put(switch, value)
+                try:
+                    self._put_back(name, switches[name], value)
+                except Exception as e:  # the others are to be put back all the same
+                    logger.warning("what vLLM has changed is not as it was: %s: %s", name, describe(e))
+
+    def _put_back(self, name: str, switch: Switch, value: Any) -> None:
+        inside = _value(switch)
+        if switch.is_kept and inside is not _UNKNOWN:
+            self._values.pop(name, None)
+            if not _same(inside, value):
+                self._values[name] = _changed(value, inside) if isinstance(value, dict) else inside
+        _put(switch, value)
 
 
 _UNKNOWN = object()
@@ -159,7 +168,7 @@ def _switches(device: torch.device) -> dict[str, Switch]:
         "affinity": Switch(lambda: os.sched_getaffinity(0), lambda cpus: os.sched_setaffinity(0, cpus)),
         "gc enabled": Switch(gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
         "gc threshold": Switch(gc.get_threshold, lambda values: gc.set_threshold(*values)),
-        "gc frozen": Switch(lambda: gc.get_freeze_count() > 0, lambda on: None if on else gc.unfreeze(), False),
+        "gc frozen": Switch(lambda: gc.get_freeze_count() > 0, lambda on: gc.freeze() if on else gc.unfreeze(), False),
         "python random": Switch(random.getstate, random.setstate, False),
         "numpy random": Switch(np.random.get_state, np.random.set_state, False),
         "torch random": Switch(torch.get_rng_state, torch.set_rng_state, False),

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-import torch
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -19,6 +18,7 @@ from packaging.version import Version
 from verl_valgen.patching import patched
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import ProcessGroup
 
 SUPPORTED = SpecifierSet(">=0.24,<0.31")
@@ -79,6 +79,12 @@ def model_of(llm: Any) -> torch.nn.Module:
 def ties_embeddings(llm: Any) -> bool:
     """Whether vLLM's model takes the embeddings of the input for the output, and no weights for the latter."""
     return bool(getattr(llm.llm_engine.model_config.hf_config.get_text_config(), "tie_word_embeddings", False))
+
+
+def cache_tokens(llm: Any) -> int:
+    """For how many tokens a sequence alone finds room in the cache; vLLM keeps a block for itself."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    return (cache.num_gpu_blocks - 1) * cache.block_size
 
 
 def tensor_parallel_group() -> tuple[ProcessGroup | None, int, int]:
@@ -148,6 +154,7 @@ def plain_cpu() -> Iterator[None]:
     if not current_platform.is_cpu():
         yield
         return
+    import torch
     import vllm._custom_ops as ops
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.model_executor.layers import utils
