@@ -187,7 +187,7 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
         raise
     except BaseException as e:  # a panic of what is written in Rust is no Exception
         error = as_exception(e)
-        clear_frames(e)
+        traceback.clear_frames(e.__traceback__)
         return None, error
 
 
