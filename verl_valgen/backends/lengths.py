@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,3 +31,8 @@ def most_new_tokens(request: Request, config: PretrainedConfig) -> int:
 def most_positions(config: PretrainedConfig) -> float:
     """Returns the most tokens of a sequence, infinite where the configuration names no end."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def longest_sequence(requests: Sequence[Request], config: PretrainedConfig) -> int:
+    """Returns the tokens of the longest prompt with its answer, of at least one request."""
+    return max(len(request.input_ids) + most_new_tokens(request, config) for request in requests)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from verl_valgen.backends.lengths import MOST_PROMPT_TOKENS, ROW_MULTIPLE, most_new_tokens
+from verl_valgen.backends.lengths import MOST_PROMPT_TOKENS, ROW_MULTIPLE, longest_sequence, most_new_tokens
 from verl_valgen.records import Request
 
 _JUDGING_BYTES = 2**28
@@ -142,7 +142,7 @@ def rows_need(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> t
     what these take comes what is needed once.
     """
     prompts = [len(request.input_ids) for request in requests]
-    longest = max(length + most_new_tokens(request, config) for length, request in zip(prompts, requests, strict=True))
+    longest = longest_sequence(requests, config)
     at_once = min(len(prompts) * max(prompts), max(MOST_PROMPT_TOKENS, *prompts))
     row = row_bytes(config, ROW_MULTIPLE * math.ceil(longest / ROW_MULTIPLE), dtype)
     return row, prompt_bytes(config, at_once, dtype) + _WORKSPACE_BYTES
@@ -163,8 +163,7 @@ def engine_sequence_bytes(
 def engine_tokens(requests: Sequence[Request], config: Any) -> int:
     """The tokens for which an engine of others keeps keys and values of each of these requests, of which there is at
     least one: those of the longest, up to whole blocks."""
-    longest = max(len(request.input_ids) + most_new_tokens(request, config) for request in requests)
-    return _BLOCK * (math.ceil(longest / _BLOCK) + 1)
+    return _BLOCK * (math.ceil(longest_sequence(requests, config) / _BLOCK) + 1)
 
 
 def logprobs_bytes(requests: Sequence[Request], config: Any, dtype: torch.dtype) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from verl_valgen.backends import SHARDED, Way, backend_class
 from verl_valgen.backends.base import Work
-from verl_valgen.backends.lengths import most_new_tokens
+from verl_valgen.backends.lengths import longest_sequence, most_new_tokens
 from verl_valgen.collectives import world_size
 from verl_valgen.records import Request
 from verl_valgen.rounds.needs import (
@@ -186,9 +186,8 @@ class Planner:
         if self.settings.verify is False:
             return 0
         config = self.host.model_config.get_text_config()
-        nums_new = [most_new_tokens(request, config) for request in requests]
-        longest = max(len(request.input_ids) + num for request, num in zip(requests, nums_new, strict=True))
-        return reading_bytes(config, longest, max(nums_new), self.dtype)
+        most_new = max(most_new_tokens(request, config) for request in requests)
+        return reading_bytes(config, longest_sequence(requests, config), most_new, self.dtype)
 
 
 def _why_not_beside_training(requests: Sequence[Request]) -> str | None:

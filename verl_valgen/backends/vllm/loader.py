@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from verl_valgen.backends.base import Loader, WeightSource, Work
-from verl_valgen.backends.lengths import most_new_tokens
+from verl_valgen.backends.lengths import longest_sequence
 from verl_valgen.collectives import OtherRankError, attempt, gather_values
 from verl_valgen.text import describe
 
@@ -105,8 +105,7 @@ class EngineLoader(Loader):
 def _size(work: Work, source: WeightSource) -> EngineSize:
     from verl_valgen.backends.vllm.engine import EngineSize
 
-    config = source.model_config
-    longest = max(len(request.input_ids) + most_new_tokens(request, config) for request in work.requests)
+    longest = longest_sequence(work.requests, source.model_config)
     return EngineSize(work.ranks_per_copy, longest, work.batch_size, work.cache_bytes)
 
 
