@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any, TypeVar
 
@@ -122,14 +122,32 @@ def run_on_all_ranks(
     except Exception as e:  # this rank's value cannot be sent
         reports, error = [[None, describe(e)]], e
     reports = [report or [None, "what it found could not be sent"] for report in reports]
-    failed = {rank: text for rank, (_, text) in enumerate(reports) if text is not None}
-    if not failed:
+    failure = _failure_of_ranks([text for _, text in reports])
+    if failure is None:
         return [value for value, _ in reports]
     if not is_logging_rank:
         if error is not None:
             logger.debug("this rank failed: %s", describe_at_length(error))
         return None
-    raise error or OtherRankError("; ".join(f"rank {rank}: {text}" for rank, text in failed.items()))
+    raise error or failure
+
+
+def on_all_or_none(function: Callable[[], object], device: torch.device) -> None:
+    """Runs `function` on every rank. Collective: all ranks must call.
+
+    Raises:
+        Exception: On all ranks, where one failed: what it raised there, elsewhere `OtherRankError`.
+    """
+    _, error = attempt(function)
+    failure = _failure_of_ranks(gather_values(None if error is None else describe(error), device))
+    if failure is not None:
+        raise error or failure
+
+
+def _failure_of_ranks(reasons: Sequence[str | None]) -> OtherRankError | None:
+    """One error of what failed on the ranks, in their order; None where nothing did."""
+    failed = {rank: text for rank, text in enumerate(reasons) if text is not None}
+    return OtherRankError("; ".join(f"rank {rank}: {text}" for rank, text in failed.items())) if failed else None
 
 
 def together(prepare: Callable[[], _T], device: torch.device) -> tuple[_T | None, bool]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from verl_valgen.backends.base import Loader, WeightSource, Work
 from verl_valgen.backends.lengths import longest_sequence
-from verl_valgen.collectives import OtherRankError, attempt, gather_values
+from verl_valgen.collectives import attempt, gather_values, on_all_or_none
 from verl_valgen.text import describe
 
 if TYPE_CHECKING:
-    import torch
-
     from verl_valgen.backends.vllm.engine import Engine, EngineSize
 
 logger = logging.getLogger(__name__)
@@ -57,7 +54,7 @@ class EngineLoader(Loader):
             self._make(source, work, size)
         engine, has_share = self.engine, bool(work.share)
         assert engine is not None
-        _together(lambda: source.stream(engine.load, work.dtype, keep=has_share), device)
+        on_all_or_none(lambda: source.stream(engine.load, work.dtype, keep=has_share), device)
         return engine if has_share else None
 
     @property
@@ -95,7 +92,7 @@ class EngineLoader(Loader):
             self.engine = Engine(config, model_class, size, work.dtype, source.device, compile=work.compile)
 
         try:
-            _together(make, source.device)
+            on_all_or_none(make, source.device)
         except Exception as e:
             self.failures.append(f"no engine could be made: {describe(e)}")
             self.close()
@@ -107,17 +104,3 @@ def _size(work: Work, source: WeightSource) -> EngineSize:
 
     longest = longest_sequence(work.requests, source.model_config)
     return EngineSize(work.ranks_per_copy, longest, work.batch_size, work.cache_bytes)
-
-
-def _together(function: Callable[[], object], device: torch.device) -> None:
-    """Calls a function on all ranks. Collective: all ranks must call.
-
-    Raises:
-        Exception: On all ranks, where one failed: what it raised there, elsewhere `OtherRankError`.
-    """
-    _, error = attempt(function)
-    reasons = gather_values(None if error is None else describe(error), device)
-    if error is not None:
-        raise error
-    if failed := {number: reason for number, reason in enumerate(reasons) if reason is not None}:
-        raise OtherRankError("; ".join(f"rank {number}: {reason}" for number, reason in failed.items()))
