@@ -11,6 +11,7 @@ import vllm_engines as engines
 
 from verl_valgen.backends.base import Limits
 from verl_valgen.backends.judging import logprobs
+from verl_valgen.backends.vllm import backend as backend_module
 from verl_valgen.backends.vllm.backend import VLLMBackend
 from verl_valgen.records import Request
 
@@ -175,6 +176,34 @@ def test_a_request_that_vllm_refuses_takes_no_other_with_it(backend, prompts):
     assert all(c.output_ids for i, c in enumerate(completions) if i != 1)
     assert sum(told) == len(completions)
     assert not backend.engine.has_failed
+
+
+def test_prompts_wait_until_several_can_be_read_together(engine, backend, model, tokenizer, config, monkeypatch):
+    monkeypatch.setattr(backend_module, "_FEWEST_EMPTY", 2)
+    num_places = engine.size.max_num_seqs
+    prompts = engines.prompts(config.vocab_size, 4 * num_places)
+    requests = [
+        Request(ids, (i, 0), {"do_sample": False, "max_new_tokens": 3 + 5 * i % 19}) for i, ids in enumerate(prompts)
+    ]
+    handed_on = [0]  # between steps
+    add_request, step = engine.llm_engine.add_request, engine.llm_engine.step
+
+    def counted_request(*args):
+        handed_on[-1] += 1
+        return add_request(*args)
+
+    def counted_step():
+        handed_on.append(0)
+        return step()
+
+    monkeypatch.setattr(engine.llm_engine, "add_request", counted_request)
+    monkeypatch.setattr(engine.llm_engine, "step", counted_step)
+    found = backend.generate(requests)
+    assert [c.output_ids for c in found] == [c.output_ids for c in engines.expected(model, tokenizer, requests)]
+    numbers = [number for number in handed_on if number]
+    assert sum(numbers) == len(requests)
+    assert numbers[0] == num_places
+    assert all(number >= num_places // 2 for number in numbers[:-1])
 
 
 def test_an_engine_that_fails_says_so_and_is_of_no_use(backend, engine, prompts, monkeypatch):

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import logging
 import multiprocessing
 import os
-import random
-import signal
-import sys
-import types
-import warnings
-from importlib import import_module
 from importlib.metadata import version
 
-import numpy as np
 import pytest
 import torch
 import vllm_engines as engines
 from packaging.version import Version
+from process_state import assert_unchanged, observed
 from transformers import Qwen2ForCausalLM
 
 from verl_valgen.backends.vllm import loading, process, versions
@@ -118,6 +110,8 @@ def test_another_engine_can_take_its_place(config, model):
     first = engines.engine(config)
     first.load(engines.weights(model))
     expected = answers(first, config)
+    with first.in_force():
+        environment = dict(os.environ)
     assert first.serves(EngineSize(1, 128, 4, 2**20))
     assert not first.serves(EngineSize(1, 129, 4, 2**20))
     assert first.serves(EngineSize(1, 100, 16, 2**20))  # some wait
@@ -129,6 +123,8 @@ def test_another_engine_can_take_its_place(config, model):
 
     second = engines.engine(config, EngineSize(1, 300, 3, 2**24))
     assert second.size.max_model_len == 320
+    with second.in_force():  # what vLLM set when it was imported, for the first one
+        assert set(os.environ) >= set(environment)
     second.load(engines.weights(model))
     assert answers(second, config) == expected
     second.close()
@@ -161,84 +157,30 @@ def test_nothing_of_the_process_is_changed(config, model, monkeypatch):
     try:
         before = observed()
         engine = engines.engine(config)
-        differences(before, observed(), "made")
+        assert_unchanged(before, "made")
         inside = {}
         for seed in (1, 2):
             engine.load(engines.weights(engines.model(config, seed)))
-            differences(before, observed(), "loaded")
+            assert_unchanged(before, "loaded")
             answers(engine, config)
-            differences(before, observed(), "answered")
+            assert_unchanged(before, "answered")
             with engine.in_force():
                 inside = dict(os.environ)
         assert inside["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
         assert inside["VLLM_NO_USAGE_STATS"] == "1"
         engine.sleep()
         engine.close()
-        differences(before, observed(), "closed")
+        assert_unchanged(before, "closed")
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision("highest")
 
 
-def observed() -> dict[str, object]:
-    """What training could notice, read here and not as the code under test does."""
-    modules = ("torch", "torch.cuda", "torch.accelerator", "torch.random", "torch.nn.functional", "torch.distributed")
-    functions = {
-        f"{name}.{attribute}": value
-        for name in modules
-        for attribute, value in vars(import_module(name)).items()
-        if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type)
-    }
-    compilers = {
-        f"{name}.{key}": repr(value)
-        for name in ("torch._dynamo.config", "torch._inductor.config")
-        for key, value in import_module(name).get_config_copy().items()
-    }
-    loggers = {
-        f"logger {name}": (logger.level, list(logger.handlers), logger.propagate, logger.disabled)
-        for name, logger in {"": logging.root, **logging.root.manager.loggerDict}.items()
-        if isinstance(logger, logging.Logger)
-    }
-    return {
-        **functions,
-        **compilers,
-        **loggers,
-        **{f"${name}": value for name, value in os.environ.items()},
-        "python": random.getstate(),
-        "numpy": str(np.random.get_state()),
-        "torch": torch.get_rng_state().tolist(),
-        "dtype": torch.get_default_dtype(),
-        "device": torch.get_default_device(),
-        "threads": torch.get_num_threads(),
-        "matmul": torch.get_float32_matmul_precision(),
-        "deterministic": torch.get_deterministic_debug_mode(),
-        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
-        "attention": [
-            getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
-            for name in ("flash", "mem_efficient", "math", "cudnn")
-        ],
-        "gc": (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count() > 0),
-        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)],
-        "hook": sys.excepthook,
-        "start method": multiprocessing.get_start_method(allow_none=True),
-        "affinity": os.sched_getaffinity(0),
-        "warnings": list(warnings.filters),
-        "memory policy": open("/proc/self/numa_maps").readline().split()[1],
-        "grad": torch.is_grad_enabled(),
-        "validation": torch.distributions.Distribution._validate_args,
-    }
-
-
-def differences(before: dict[str, object], after: dict[str, object], when: str) -> None:
-    changed = {name: (value, after.get(name)) for name, value in before.items() if after.get(name) != value}
-    new = {name for name in after if name not in before and name.startswith("$")}
-    assert not changed, when
-    assert not new, when
-
-
 def test_what_vllm_has_set_is_in_force_again(monkeypatch):
     monkeypatch.delenv("SET_INSIDE", raising=False)
     monkeypatch.setenv("UNSET_INSIDE", "1")
+    monkeypatch.setattr(process.Compartment, "_values", {})
+    monkeypatch.setattr(process.Compartment, "_environment", {})
     compartment = process.Compartment({"FROM_THE_START": "1"}, engines.CPU, compile=False)
     with compartment.entered():
         assert os.environ["FROM_THE_START"] == "1"

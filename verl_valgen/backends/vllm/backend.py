@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _STEPS_BETWEEN_CLOCKS = 8
 """Ranks that hold a model together must stop at the same step, and their clocks differ."""
+_FEWEST_EMPTY = 8
+"""One of so many places must be empty before prompts are read: on average half as many are."""
 _MOST_IDLE_STEPS = 1000
 """In so many no answer grows where vLLM waits for room that never comes. (Prompts are read in far fewer.)"""
 
@@ -67,9 +69,6 @@ class VLLMBackend(Backend):
             Exception: The engine has failed, with whatever vLLM raises.
         """
         with self.engine.in_force(), self.engine.failing_for_good():
-            # Put back with the process. vLLM makes many objects a step, and no circles of them; a look through all of
-            # the trainer's for garbage takes as long as a hundred steps.
-            gc.disable()
             return self._generate(requests)
 
     def _generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -77,20 +76,22 @@ class VLLMBackend(Backend):
         completions: list[Completion | None] = [None] * len(requests)
         growing: dict[str, tuple[int, Growing]] = {}
         self.engine.num_calls += 1
-        names = [f"{self.engine.num_calls}-{i}" for i in range(len(requests))]
+        seeds = sampling_seeds(self.seed, [request.key for request in requests]) if requests else []
+        waiting = deque(range(len(requests)))
         stops, clock = StopStrings(self.tokenizer), Clock(self.limits.deadline)
+        num_steps = num_idle = 0
         try:
-            if requests and not clock.is_over():
-                seeds = sampling_seeds(self.seed, [request.key for request in requests])
-                for i, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
-                    asked = self._ask(vllm, names[i], request, seed)
+            while (waiting or growing) and not (num_steps % _STEPS_BETWEEN_CLOCKS == 0 and clock.is_over()):
+                for i in self._next(waiting, len(growing)):
+                    name = f"{self.engine.num_calls}-{i}"
+                    asked = self._ask(vllm, name, requests[i], seeds[i])
                     if isinstance(asked, Completion):
                         completions[i] = asked
+                        self.on_answers(1)
                     else:
-                        growing[names[i]] = (i, asked)
-            self.on_answers(len(requests) - len(growing))
-            num_steps = num_idle = 0
-            while growing and not (num_steps % _STEPS_BETWEEN_CLOCKS == 0 and clock.is_over()):
+                        growing[name] = (i, asked)
+                if not growing:
+                    continue
                 num_steps += 1
                 num_grown, ended = self._step(vllm, growing, stops)
                 num_idle = 0 if num_grown else num_idle + 1
@@ -103,8 +104,20 @@ class VLLMBackend(Backend):
                 vllm.abort_request(list(growing))
         for i, answer in growing.values():  # out of time
             completions[i] = answer.completion()
-        self.on_answers(len(growing))
+        self.on_answers(len(growing) + len(waiting))
         return [completion or Completion([], "time") for completion in completions]
+
+    def _next(self, waiting: deque[int], num_growing: int) -> list[int]:
+        """Takes the requests that vLLM is to have now.
+
+        It would read a prompt whenever an answer ends, in most steps; and these run without a CUDA graph, several times
+        as long. So places are left empty until there are some, for a step that reads several prompts.
+        """
+        num_places = self.engine.size.max_num_seqs
+        num_empty = num_places - num_growing
+        if num_empty < max(1, num_places // _FEWEST_EMPTY):
+            return []
+        return [waiting.popleft() for _ in range(min(num_empty, len(waiting)))]
 
     def _ask(self, vllm: Any, name: str, request: Request, seed: int) -> Completion | Growing:
         """Hands a request to vLLM; returns the answer that grows, or a completion where there is none to come."""

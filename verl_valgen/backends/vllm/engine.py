@@ -240,7 +240,7 @@ class Engine:
         gc.collect()
         versions.destroy_groups(owns_world=not self._is_distributed)
         gc.collect()
-        versions.forget_memory()
+        versions.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -248,7 +248,10 @@ class Engine:
 def _compilation(max_num_seqs: int, compile: bool) -> dict[str, Any]:
     """CUDA graphs for up to so many sequences, in steps that grow: each keeps memory, and takes time when it is made.
 
-    Without torch.compile only whole steps can be captured; those that read prompts are not.
+    Without torch.compile only whole steps can be captured. Of those that read prompts vLLM could have graphs, too (the
+    mode `FULL`), and then answers wrongly: after the first token with 0.25 on H100, where its older model runner runs,
+    which mixtures of experts have; torchtitan met the same (pytorch/torchtitan#3709). There are few of these steps, as
+    `VLLMBackend` hands prompts on in groups.
     """
     steps = [(8, 8), (64, 8), (256, 16), (max_num_seqs, 64)]
     sizes, last = [1, 2, 4], 0

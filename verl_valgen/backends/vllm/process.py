@@ -20,7 +20,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,8 @@ class Switch(NamedTuple):
 
 
 class Compartment:
-    """The process as vLLM wants it.
+    """The process as vLLM wants it, for all of its engines: vLLM is imported once, and what it sets and replaces then
+    has to be in force for the second engine as for the first.
 
     Args:
         environment: Variables to begin with.
@@ -53,33 +54,37 @@ class Compartment:
         compile: Whether torch.compile does anything inside. vLLM compiles small functions whatever it is told.
     """
 
+    _environment: ClassVar[dict[str, str | None]] = {}
+    """What differs inside; None: not set."""
+    _values: ClassVar[dict[str, Any]] = {}
+    """The same of switches, by name."""
+    _is_entered: ClassVar[bool] = False
+
     def __init__(self, environment: Mapping[str, str], device: torch.device, *, compile: bool) -> None:
-        self.environment: dict[str, str | None] = dict(environment)
-        """What differs inside; None: not set."""
+        Compartment._environment = {**Compartment._environment, **environment}
         self.device, self.compile = device, compile
-        self._values: dict[str, Any] = {}
-        self._is_entered = False
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """In force while open. May be opened within itself. Not for two threads at once."""
-        if self._is_entered:
+        if Compartment._is_entered:
             yield
             return
         switches = _switches(self.device)
         outside = {name: value for name, switch in switches.items() if (value := _value(switch)) is not _UNKNOWN}
         outer_environment = dict(os.environ)
-        self._is_entered = True
+        Compartment._is_entered = True
         try:
-            _apply_environment(self.environment)
-            for name, value in self._values.items():
+            _apply_environment(Compartment._environment)
+            for name, value in Compartment._values.items():
                 if name in switches:  # some are the main thread's alone
                     _put(switches[name], value)
-            with _quiet_vllm(), nullcontext() if self.compile else patched(torch._dynamo.config, "disable", True):
+            compiling = nullcontext() if self.compile else patched(torch._dynamo.config, "disable", True)
+            with _in_order(outside.get("cuda stream")), _frozen(), _quiet_vllm(), compiling:
                 yield
         finally:
-            self._is_entered = False
-            self.environment = _differences(outer_environment, dict(os.environ))
+            Compartment._is_entered = False
+            Compartment._environment = _differences(outer_environment, dict(os.environ))
             _apply_environment(_differences(dict(os.environ), outer_environment))
             for name, value in outside.items():
                 try:
@@ -157,6 +162,37 @@ def _quiet_vllm() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextmanager
+def _in_order(outer: torch.cuda.Stream | None) -> Iterator[None]:
+    """vLLM has a stream of its own: its work comes after what was launched before, and before what comes after."""
+    if outer is None:
+        yield
+        return
+    torch.cuda.current_stream(outer.device).wait_stream(outer)
+    try:
+        yield
+    finally:
+        outer.wait_stream(torch.cuda.current_stream(outer.device))
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """Lets garbage be looked for among what is made while open alone: vLLM looks for it whenever it falls asleep.
+
+    To count what is frozen takes as long as to look, but for nothing.
+    """
+    was_frozen = gc.get_freeze_count() > 0
+    if not was_frozen:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if not was_frozen:
+            gc.unfreeze()
+        elif not gc.get_freeze_count():
+            gc.freeze()
+
+
 def _switches(device: torch.device) -> dict[str, Switch]:
     switches = {
         "dtype": Switch(torch.get_default_dtype, torch.set_default_dtype),
@@ -168,7 +204,6 @@ def _switches(device: torch.device) -> dict[str, Switch]:
         "affinity": Switch(lambda: os.sched_getaffinity(0), lambda cpus: os.sched_setaffinity(0, cpus)),
         "gc enabled": Switch(gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
         "gc threshold": Switch(gc.get_threshold, lambda values: gc.set_threshold(*values)),
-        "gc frozen": Switch(lambda: gc.get_freeze_count() > 0, lambda on: gc.freeze() if on else gc.unfreeze(), False),
         "python random": Switch(random.getstate, random.setstate, False),
         "numpy random": Switch(np.random.get_state, np.random.set_state, False),
         "torch random": Switch(torch.get_rng_state, torch.set_rng_state, False),

@@ -205,19 +205,21 @@ def shut_down(llm: Any) -> None:
         llm.llm_engine.engine_core.shutdown()
 
 
-def forget_memory() -> None:
-    """Lets go of pools of CUDA memory that outlive an engine, once it is garbage.
+def forget() -> None:
+    """Lets go of what outlives an engine, once it is garbage: vLLM expects one in a process (0.25).
 
-    Another one would find the pools of weights occupied after a failure, and capture its graphs into a pool that is
-    gone (0.25).
+    Another one would find the pools of weights occupied after a failure, capture its graphs into a pool that is gone,
+    and not be allowed to capture any after one whose model runner is of the other kind.
     """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda_alike():
         return
+    from vllm.compilation import monitor
     from vllm.device_allocator.cumem import CuMemAllocator
 
     if hasattr(CuMemAllocator.instance, "release_pools"):  # not in 0.24
         CuMemAllocator.instance.release_pools()
     if getattr(current_platform, "_global_graph_pool", None) is not None:
         type(current_platform)._global_graph_pool = None
+    monitor.set_cudagraph_capturing_enabled(True)

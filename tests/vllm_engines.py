@@ -1,4 +1,4 @@
-"""Small models for vLLM's engine on CPU, and what transformers answers with them."""
+"""Small models for vLLM's engine, and what transformers answers with them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import (
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -44,14 +45,14 @@ def model(config: Qwen2Config, seed: int) -> PreTrainedModel:
     return made
 
 
-def mixture(vocab_size: int) -> PreTrainedModel:
+def mixture(vocab_size: int, seed: int = 0) -> PreTrainedModel:
     """A mixture of experts, whose experts a checkpoint has one by one."""
     sizes = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512}
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
     ids = {"eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": 0, "tie_word_embeddings": False}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         made = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=vocab_size, **sizes, **heads, **experts, **ids)).eval()
     for parameter in made.parameters():
         if parameter.ndim > 1:
@@ -69,8 +70,16 @@ def weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
             sent.fill_(torch.nan)
 
 
-def engine(config: Qwen2Config, size: EngineSize = SIZE) -> Engine:
-    made = Engine(config, Qwen2ForCausalLM, size, torch.float32, CPU, compile=False)
+def engine(
+    config: PretrainedConfig,
+    size: EngineSize = SIZE,
+    *,
+    model_class: type[PreTrainedModel] = Qwen2ForCausalLM,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    compile: bool = False,
+) -> Engine:
+    made = Engine(config, model_class, size, dtype, device, compile=compile)
     made.generation_config = GenerationConfig(eos_token_id=EOS)
     return made
 
