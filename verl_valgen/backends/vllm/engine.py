@@ -194,7 +194,11 @@ class Engine:
             arguments |= {"distributed_executor_backend": "external_launcher"}
         if on_cuda:
             arguments |= {"enable_sleep_mode": True, "compilation_config": _compilation(size.max_num_seqs, compile)}
-        with tempfile.TemporaryDirectory(prefix="verl-valgen-") as folder, versions.plain_cpu():
+        with (
+            tempfile.TemporaryDirectory(prefix="verl-valgen-") as folder,
+            versions.plain_cpu(),
+            versions.without_bars(),
+        ):
             self._write_config(Path(folder), model_class)
             return LLM(
                 model=folder,

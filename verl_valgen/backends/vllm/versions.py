@@ -168,6 +168,21 @@ def plain_cpu() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keeps vLLM from showing how the capture of CUDA graphs goes on (until it has a switch: `use_tqdm_on_load` is for
+    one of its two model runners)."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda_alike():
+        yield
+        return
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    with patched(cudagraph_utils, "tqdm", lambda iterable, **kwargs: iterable):
+        yield
+
+
 def set_bad_words(params: Any, words: list[list[int]]) -> None:
     """Sets token sequences that are not to be generated. Until `SamplingParams` takes ids: it wants texts, which it
     turns into ids with a tokenizer that this engine has not."""
