@@ -194,6 +194,9 @@ class Engine:
             arguments |= {"distributed_executor_backend": "external_launcher"}
         if on_cuda:
             arguments |= {"enable_sleep_mode": True, "compilation_config": _compilation(size.max_num_seqs, compile)}
+        else:
+            # Where a step reads part of a prompt, the noise of a seeded answer is taken back: not by CPU's generators.
+            arguments |= {"enable_chunked_prefill": False}
         with (
             tempfile.TemporaryDirectory(prefix="verl-valgen-") as folder,
             versions.plain_cpu(),
@@ -211,7 +214,9 @@ class Engine:
                 max_model_len=size.max_model_len,
                 max_num_seqs=size.max_num_seqs,
                 max_num_batched_tokens=max(
-                    size.max_num_seqs, min(_MOST_PROMPT_TOKENS, size.max_num_seqs * size.max_model_len)
+                    size.max_num_seqs,
+                    size.max_model_len,
+                    min(_MOST_PROMPT_TOKENS, size.max_num_seqs * size.max_model_len),
                 ),
                 kv_cache_memory_bytes=size.cache_bytes,
                 gpu_memory_utilization=_SMALLEST_SHARE,

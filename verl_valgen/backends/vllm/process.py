@@ -31,8 +31,9 @@ from verl_valgen.text import describe
 
 logger = logging.getLogger(__name__)
 
-QUIET = logging.ERROR
-"""From which level on vLLM's own messages are shown, unless VLLM_LOGGING_LEVEL says otherwise."""
+QUIET = logging.CRITICAL
+"""From which level on vLLM's own messages are shown, unless VLLM_LOGGING_LEVEL says otherwise. (Where it fails it dumps
+its configuration and all requests under way: what it raises is told in our own line.)"""
 
 
 class Switch(NamedTuple):
