@@ -23,7 +23,7 @@ pytestmark = [
 if HAS_ENGINES:
     import vllm_engines as engines
 
-    from verl_valgen.backends.vllm import allocator
+    from verl_valgen.backends.vllm import allocator, process
     from verl_valgen.backends.vllm.backend import VLLMBackend
     from verl_valgen.backends.vllm.engine import Engine, EngineSize
 
@@ -151,20 +151,23 @@ def test_another_engine_can_take_its_place(closing, compile):
     assert mean_gap(model("dense", 2), asked, answers(second, asked)) < SMALL_GAP
 
 
-def test_what_was_launched_before_comes_first(closing):
-    engine = make(model("dense", 1))
-    closing.append(engine)
+def test_what_was_launched_before_comes_first(monkeypatch):
+    monkeypatch.setattr(process.Compartment, "_values", {})
+    compartment = process.Compartment({}, torch.device("cuda", torch.cuda.current_device()), compile=False)
+    with compartment.entered():
+        torch.cuda.set_stream(torch.cuda.Stream())  # as vLLM may
     outer = torch.cuda.current_stream()
     numbers = torch.zeros(2**20, device="cuda")
     torch.cuda._sleep(10**8)  # some tens of milliseconds
     numbers.fill_(1)
-    with engine.in_force():
+    with compartment.entered():
         assert torch.cuda.current_stream() != outer
         inside = numbers.clone()
         torch.cuda._sleep(10**8)
         numbers.fill_(2)
+    outside = numbers.clone()
     assert (inside == 1).all()
-    assert (numbers == 2).all()
+    assert (outside == 2).all()
 
 
 def test_a_failed_one_leaves_room_for_another(closing):

@@ -223,11 +223,16 @@ def shut_down(llm: Any) -> None:
 def forget() -> None:
     """Lets go of what outlives an engine, once it is garbage: vLLM expects one in a process (0.25).
 
-    Another one would find the pools of weights occupied after a failure, capture its graphs into a pool that is gone,
-    and not be allowed to capture any after one whose model runner is of the other kind.
+    After an engine that could not be made, another one would find the pool of weights occupied: by tables of rotary
+    embeddings, say, which models share. And it would capture its graphs into a pool that is gone, or not be allowed to
+    capture any, after one whose model runner is of the other kind.
     """
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
     from vllm.platforms import current_platform
+    from vllm.v1.worker.workspace import reset_workspace_manager
 
+    _ROPE_DICT.clear()
+    reset_workspace_manager()
     if not current_platform.is_cuda_alike():
         return
     from vllm.compilation import monitor
