@@ -124,7 +124,7 @@ class Engine:
     def serves(self, size: EngineSize) -> bool:
         """Whether requests of this size can be answered without making another engine.
 
-        A cache of another size does, and somewhat fewer sequences at once: vLLM lets the others wait.
+        A cache of another size does, and somewhat fewer sequences at once: the others wait.
         """
         wanted = size.rounded(self.config)
         return (
@@ -189,6 +189,7 @@ class Engine:
 
         on_cuda = self.device.type == "cuda"
         size = self.size
+        num_read = max(size.max_num_seqs, min(_MOST_PROMPT_TOKENS, size.max_num_seqs * size.max_model_len))
         arguments: dict[str, Any] = {}
         if self._is_distributed:
             arguments |= {"distributed_executor_backend": "external_launcher"}
@@ -197,6 +198,7 @@ class Engine:
         else:
             # Where a step reads part of a prompt, the noise of a seeded answer is taken back: not by CPU's generators.
             arguments |= {"enable_chunked_prefill": False}
+            num_read = max(num_read, size.max_model_len)
         with (
             tempfile.TemporaryDirectory(prefix="verl-valgen-") as folder,
             versions.plain_cpu(),
@@ -213,11 +215,7 @@ class Engine:
                 tensor_parallel_size=size.tensor_parallel,
                 max_model_len=size.max_model_len,
                 max_num_seqs=size.max_num_seqs,
-                max_num_batched_tokens=max(
-                    size.max_num_seqs,
-                    size.max_model_len,
-                    min(_MOST_PROMPT_TOKENS, size.max_num_seqs * size.max_model_len),
-                ),
+                max_num_batched_tokens=num_read,
                 kv_cache_memory_bytes=size.cache_bytes,
                 gpu_memory_utilization=_SMALLEST_SHARE,
                 enable_prefix_caching=True,
