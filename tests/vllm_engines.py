@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from verl_valgen.backends.hf import HFBackend
-from verl_valgen.backends.vllm.engine import Engine, EngineSize
+from verl_valgen.backends.vllm.engine import Engine
+from verl_valgen.backends.vllm.making import EngineSize
 from verl_valgen.records import Completion, Request
 
 EOS = 2

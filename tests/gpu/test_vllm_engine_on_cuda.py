@@ -25,7 +25,8 @@ if HAS_ENGINES:
 
     from verl_valgen.backends.vllm import allocator, process
     from verl_valgen.backends.vllm.backend import VLLMBackend
-    from verl_valgen.backends.vllm.engine import Engine, EngineSize
+    from verl_valgen.backends.vllm.engine import Engine
+    from verl_valgen.backends.vllm.making import EngineSize
 
 VOCAB_SIZE = 1000
 CACHE_BYTES = 2**28

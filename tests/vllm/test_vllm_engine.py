@@ -15,10 +15,10 @@ from packaging.version import Version
 from process_state import assert_unchanged, observed
 from transformers import Qwen2ForCausalLM
 
-from verl_valgen.backends.vllm import engine as engine_module
-from verl_valgen.backends.vllm import loading, process, versions
+from verl_valgen.backends.vllm import loading, making, process, versions
 from verl_valgen.backends.vllm.backend import VLLMBackend
-from verl_valgen.backends.vllm.engine import Engine, EngineSize
+from verl_valgen.backends.vllm.engine import Engine
+from verl_valgen.backends.vllm.making import EngineSize
 from verl_valgen.records import Request
 from verl_valgen.weights.checkpoint_stream import stream
 
@@ -239,7 +239,7 @@ def test_a_cache_without_room_for_the_longest_answer_is_refused(config):
 
 def test_prompts_that_are_too_long_for_one_step_together(config, model, monkeypatch):
     """Noise of a seeded answer is taken back where a step reads part of its prompt: CPU's generators cannot."""
-    monkeypatch.setattr(engine_module, "_MOST_PROMPT_TOKENS", 1)
+    monkeypatch.setattr(making, "_MOST_PROMPT_TOKENS", 1)
     engine = engines.engine(config)
     engine.load(engines.weights(model))
     prompt = list(range(3, 3 + 60))

@@ -20,7 +20,8 @@ import vllm_engines as engines
 from verl_valgen.backends.base import Limits
 from verl_valgen.backends.vllm import versions
 from verl_valgen.backends.vllm.backend import VLLMBackend
-from verl_valgen.backends.vllm.engine import Engine, EngineSize
+from verl_valgen.backends.vllm.engine import Engine
+from verl_valgen.backends.vllm.making import EngineSize
 
 CONFIG = engines.config(vocab_size=100)
 SIZES = {"together": EngineSize(2, 100, 8, 2**24), "alone": EngineSize(1, 200, 4, 2**24)}

@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 
 from verl_valgen.backends.base import Work
 from verl_valgen.backends.vllm import engine as engine_module
-from verl_valgen.backends.vllm.engine import EngineSize
 from verl_valgen.backends.vllm.loader import EngineLoader
+from verl_valgen.backends.vllm.making import EngineSize
 from verl_valgen.records import Request
 
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from verl_valgen.backends.base import Loader, WeightSource, Work
 from verl_valgen.backends.lengths import longest_sequence
+from verl_valgen.backends.vllm.making import EngineSize
 from verl_valgen.collectives import attempt, gather_values, on_all_or_none
 from verl_valgen.text import describe
 
 if TYPE_CHECKING:
-    from verl_valgen.backends.vllm.engine import Engine, EngineSize
+    from verl_valgen.backends.vllm.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,5 @@ class EngineLoader(Loader):
 
 
 def _size(work: Work, source: WeightSource) -> EngineSize:
-    from verl_valgen.backends.vllm.engine import EngineSize
-
     longest = longest_sequence(work.requests, source.model_config)
     return EngineSize(work.ranks_per_copy, longest, work.batch_size, work.cache_bytes)
