@@ -113,6 +113,9 @@ def write_program(path: Path, body: str, *, before: str = "", module: str = VERL
     return path
 
 
+LATE = re.compile(r"\w+: a round takes longer than [\d.]+ s to record; training does not wait")
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run."""
@@ -130,6 +133,11 @@ class Run:
     def warnings(self) -> list[str]:
         """Ours, without where and when."""
         return re.findall(r"\[verl_valgen[.\w]*\]\[WARNING\] - (.*)", self.output)
+
+    @property
+    def warnings_but_late(self) -> list[str]:
+        """Without those of records that take long: a disk may be slow for a moment, on a busy machine."""
+        return [warning for warning in self.warnings if not LATE.fullmatch(warning)]
 
     @property
     def checkpoints(self) -> Path:

@@ -126,6 +126,18 @@ def test_an_answer_ends_with_the_token_that_completes_a_stop_string(backend, mod
     assert all(len(c.logprobs) == len(c.output_ids) for c in completions)
 
 
+def test_answers_that_are_stopped_together_are_given_up_in_order(backend, tokenizer, prompts, monkeypatch):
+    """Given up at once they are a set to vLLM, and on each rank in an order of its own."""
+    ends = tokenizer.decode(backend.generate(engines.requests(prompts[:1]))[0].output_ids[2:4])
+    given_up = []
+    vllm = backend.engine.llm_engine
+    abort_request = vllm.abort_request
+    monkeypatch.setattr(vllm, "abort_request", lambda names: (given_up.append(list(names)), abort_request(names)))
+    completions = backend.generate(engines.requests(prompts[:1] * 6, stop_strings=[ends]))
+    assert [c.finish_reason for c in completions] == ["stop"] * 6
+    assert [[name.partition("-")[2] for name in names] for names in given_up] == [[str(i)] for i in range(6)]
+
+
 def test_the_ends_that_a_request_names_take_the_place_of_the_models(backend, engine, prompts):
     plain = backend.generate(engines.requests(prompts[:1]))[0].output_ids
     (completion,) = backend.generate(engines.requests(prompts[:1], eos_token_id=[plain[5]]))
@@ -139,7 +151,7 @@ def test_answers_end_where_the_models_context_does(backend, config, prompts):
     assert backend.generate(requests)[0].finish_reason == "length"
     with pytest.raises(ValueError, match="engine was made for"):
         backend.generate([Request(almost, (0, 0), {"do_sample": False, "max_new_tokens": 4})])
-    backend.engine.has_failed = False
+    assert not backend.engine.has_failed
 
 
 def test_what_is_unfinished_at_the_deadline_says_so(engine, backend, tokenizer, prompts, monkeypatch):

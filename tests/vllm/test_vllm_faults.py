@@ -29,19 +29,19 @@ def assert_answered_by_the_model(run: Run, assets: Assets) -> None:
 
 FAILED = """
 import os
-from verl_valgen.backends.vllm.engine import Engine
+from verl_valgen.backends.vllm import making
 
 def plant():
-    make, failing = Engine._make, {ranks}
+    make, failing = making.make, {ranks}
 
-    def fail(self, *args, **kwargs):
+    def fail(*args, **kwargs):
         if len(failing) < int(os.environ.get("WORLD_SIZE", 1)):
-            made = make(self, *args, **kwargs)  # all ranks take part: vLLM's own collectives would wait for this one
+            made = make(*args, **kwargs)  # all ranks take part: vLLM's own collectives would wait for this one
             if int(os.environ.get("RANK", 0)) not in failing:
                 return made
         raise RuntimeError("planted: no engine")
 
-    Engine._make = fail
+    making.make = fail
 
 plant()
 """
@@ -53,7 +53,7 @@ def test_without_an_engine_others_answer_and_one_warning_says_so(server, tmp_pat
     assert_answered_by_the_model(run, assets)
     told = [warning for warning in run.warnings if "planted: no engine" in warning]
     assert len(told) == 1
-    assert run.warnings == told
+    assert run.warnings_but_late == told
     assert "generation.backend=vllm" in told[0]
 
 
@@ -79,14 +79,14 @@ def test_answers_of_the_weights_of_an_earlier_round_are_not_shown(server, tmp_pa
     case = replace(case, overrides=["optim.lr=4e-3"])  # with which two rounds' answers are far from each other's
     run = train(server, tmp_path / "run", assets, case, *case.generation, before=STALE)
     assert_answered_by_the_model(run, assets)
-    assert len(run.warnings) == 1
-    assert "vllm" in run.warnings[0]
+    assert len(run.warnings_but_late) == 1
+    assert "vllm" in run.warnings_but_late[0]
 
 
 def test_overlap_waits_for_vllm_and_one_line_says_so(server, tmp_path, assets):
     run = train(server, tmp_path / "run", assets, ONE_RANK, *ONE_RANK.generation, "generation.overlap=true")
     assert_answered_by_the_model(run, assets)
-    assert run.warnings == []
+    assert run.warnings_but_late == []
     lines = [line for line in run.output.splitlines() if "generation.overlap" in line and "[INFO]" in line]
     assert len(lines) == 1
     assert "vllm" in lines[0]

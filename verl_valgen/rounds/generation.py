@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from pkgutil import resolve_name
@@ -135,7 +135,7 @@ class Answerer:
         if not all_requests:
             return None
         with ExitStack() as stack:
-            stack.enter_context(preserved_blas_workspaces(host.device))
+            stack.enter_context(self._own_workspaces(way))
             offloading = stack.enter_context(ExitStack())
             prepare = partial(self._prepare, offloading, free_beside_training, way)
             free = run_on_all_ranks(prepare, host.is_logging_rank, host.device)
@@ -163,6 +163,12 @@ class Answerer:
             if is_ready is False:
                 return None
         return self.begin(requests, way, deadline)  # there was no room beside training: then it waits
+
+    def _own_workspaces(self, way: Way) -> AbstractContextManager[None]:
+        """Frees at the end what cuBLAS was given in this round. Not where there is an engine, asleep or awake: its CUDA
+        graphs go on to write to where the workspace was when they were captured."""
+        has_graphs = way.is_engine or any(loader.is_made for loader in self.loaders.values())
+        return nullcontext() if has_graphs else preserved_blas_workspaces(self.host.device)
 
     def _gathered(
         self, way: Way, plan: Plan, requests: list[Request], logging_rank: int, offloading: ExitStack

@@ -9,11 +9,14 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from verl_valgen.backends import Way
 from verl_valgen.backends.base import Work
 from verl_valgen.backends.vllm import engine as engine_module
 from verl_valgen.backends.vllm.loader import EngineLoader
 from verl_valgen.backends.vllm.making import EngineSize
 from verl_valgen.records import Request
+from verl_valgen.rounds import generation
+from verl_valgen.rounds.generation import Answerer
 
 
 class FakeEngine:
@@ -120,3 +123,16 @@ def test_failures_far_apart_do_not_add_up(loader):
         assert one_round(loader) == "planted: weights do not arrive"
         FakeEngine.failing.clear()
         assert [one_round(loader) for _ in range(2)] == ["loaded"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "is_made", "are_freed"), [("fast", False, True), ("vllm", False, False), ("fast", True, False)]
+)
+def test_workspaces_that_graphs_write_to_stay(loader, monkeypatch, name, is_made, are_freed):
+    """Those of an engine write where cuBLAS's workspace was when they were captured, in later rounds, too."""
+    if is_made:
+        loader.load(SOURCE, work())
+    monkeypatch.setattr(generation, "preserved_blas_workspaces", lambda device: "freed")
+    answerer: Any = SimpleNamespace(loaders={"vllm": loader}, host=SimpleNamespace(device=SOURCE.device))
+    way = Way(name, name, is_engine=name == "vllm")
+    assert (Answerer._own_workspaces(answerer, way) == "freed") == are_freed

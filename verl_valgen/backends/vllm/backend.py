@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -66,25 +66,27 @@ class VLLMBackend(Backend):
         Completions have `logprobs` where they are sampled, want a `mean_logprob`, or `limits.logprobs` says so.
 
         Raises:
+            ValueError: The engine was made for shorter requests.
             Exception: The engine has failed, with whatever vLLM raises.
         """
+        limits = [self._limit(request) for request in requests]
         with self.engine.in_force(), self.engine.failing_for_good():
-            return self._generate(requests)
+            return self._generate(requests, limits)
 
-    def _generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def _generate(self, requests: Sequence[Request], limits: Sequence[int]) -> list[Completion]:
         vllm: Any = self.engine.llm_engine
         completions: list[Completion | None] = [None] * len(requests)
         growing: dict[str, tuple[int, Growing]] = {}
-        self.engine.num_calls += 1
         seeds = sampling_seeds(self.seed, [request.key for request in requests]) if requests else []
         waiting = deque(range(len(requests)))
         stops, clock = StopStrings(self.tokenizer), Clock(self.limits.deadline)
+        self.engine.num_calls += 1
         num_steps = num_idle = 0
         try:
             while (waiting or growing) and not (num_steps % _STEPS_BETWEEN_CLOCKS == 0 and clock.is_over()):
                 for i in self._next(waiting, len(growing)):
                     name = f"{self.engine.num_calls}-{i}"
-                    asked = self._ask(vllm, name, requests[i], seeds[i])
+                    asked = self._ask(vllm, name, requests[i], limits[i], seeds[i])
                     if isinstance(asked, Completion):
                         completions[i] = asked
                         self.on_answers(1)
@@ -101,7 +103,7 @@ class VLLMBackend(Backend):
                     completions[i] = answer.completion()
         finally:
             with suppress(Exception):  # after one of its own
-                vllm.abort_request(list(growing))
+                _abort(vllm, growing)
         for i, answer in growing.values():  # out of time
             completions[i] = answer.completion()
         self.on_answers(len(growing) + len(waiting))
@@ -119,16 +121,20 @@ class VLLMBackend(Backend):
             return []
         return [waiting.popleft() for _ in range(min(num_empty, len(waiting)))]
 
-    def _ask(self, vllm: Any, name: str, request: Request, seed: int) -> Completion | Growing:
-        """Hands a request to vLLM; returns the answer that grows, or a completion where there is none to come."""
+    def _limit(self, request: Request) -> int:
+        """How many tokens it may have at most; see `most_new_tokens`."""
         limit = most_new_tokens(request, self.engine.config)
-        if limit <= 0:
-            return Completion([], "length")
-        if len(request.input_ids) + limit > self.engine.size.max_model_len:
+        if limit > 0 and len(request.input_ids) + limit > self.engine.size.max_model_len:
             raise ValueError(
                 f"the engine was made for {self.engine.size.max_model_len} tokens, "
                 f"and a request needs {len(request.input_ids)} + {limit}"
             )
+        return limit
+
+    def _ask(self, vllm: Any, name: str, request: Request, limit: int, seed: int) -> Completion | Growing:
+        """Hands a request to vLLM; returns the answer that grows, or a completion where there is none to come."""
+        if limit <= 0:
+            return Completion([], "length")
         eos_ids = eos_ids_of(request, self.engine.generation_config.eos_token_id)
         try:
             params = sampling_params(request, limit, eos_ids, seed, logprobs=self.limits.logprobs)
@@ -150,14 +156,23 @@ class VLLMBackend(Backend):
                 grown[output.request_id] = (i, answer, answer.extend(output.outputs[0]))
         unfinished = {id(answer) for _, answer, _ in grown.values() if answer.reason is None}
         stopped = {id(answer) for answer in stops.stop([(answer, num_new) for _, answer, num_new in grown.values()])}
-        if abandoned := [name for name, (_, answer, _) in grown.items() if id(answer) in stopped & unfinished]:
-            vllm.abort_request(abandoned)
+        _abort(vllm, [name for name, (_, answer, _) in grown.items() if id(answer) in stopped & unfinished])
         ended = [(name, i, answer) for name, (i, answer, _) in grown.items() if answer.reason is not None]
         for name, _, _ in ended:
             del growing[name]
         if ended:
             self.on_answers(len(ended))
         return len(grown), [(i, answer) for _, i, answer in ended]
+
+
+def _abort(vllm: Any, names: Iterable[str]) -> None:
+    """Ends requests one after the other.
+
+    Of several at once vLLM makes a set, and gives their blocks back in its order, another one on each rank. Ranks that
+    hold a model together would then find other prompts' keys and values there, and run steps of different sizes.
+    """
+    for name in names:
+        vllm.abort_request([name])
 
 
 class Clock:

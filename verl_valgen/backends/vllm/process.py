@@ -60,6 +60,7 @@ class Compartment:
         outside = {name: value for name, switch in switches.items() if (value := switch.value) is not UNKNOWN}
         outer_environment = dict(os.environ)
         Compartment._is_entered = True
+        has_begun = False
         try:
             _apply_environment(Compartment._environment)
             for name, value in Compartment._values.items():
@@ -67,24 +68,28 @@ class Compartment:
                     switches[name].put(value)
             compiling = nullcontext() if self.compile else patched(torch._dynamo.config, "disable", True)
             with _in_order(outside.get("cuda stream")), _frozen(), _quiet_vllm(), compiling:
+                has_begun = True
                 yield
         finally:
             Compartment._is_entered = False
-            Compartment._environment = _differences(outer_environment, dict(os.environ))
+            if has_begun:
+                Compartment._environment = _differences(outer_environment, dict(os.environ))
             _apply_environment(_differences(dict(os.environ), outer_environment))
             for name, value in outside.items():
                 try:
-                    self._put_back(name, switches[name], value)
+                    if has_begun:
+                        self._keep(name, switches[name], value)
+                    switches[name].put(value)
                 except Exception as e:  # the others are to be put back all the same
                     logger.warning("what vLLM has changed is not as it was: %s: %s", name, describe(e))
 
-    def _put_back(self, name: str, switch: Switch, outside: Any) -> None:
+    def _keep(self, name: str, switch: Switch, outside: Any) -> None:
+        """For the next time, where it differs."""
         inside = switch.value
         if switch.is_kept and inside is not UNKNOWN:
             self._values.pop(name, None)
             if not same(inside, outside):
                 self._values[name] = changed(outside, inside) if isinstance(outside, dict) else inside
-        switch.put(outside)
 
 
 def _differences(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
