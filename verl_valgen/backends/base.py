@@ -88,9 +88,9 @@ class Loader(ABC):
     """Brings the weights of the moment to where a backend answers with them. Every rank has one, for the whole run."""
 
     @property
-    def is_made(self) -> bool:
-        """Whether this rank has made what it keeps from round to round, if it keeps anything."""
-        return False
+    def ranks_per_kept_copy(self) -> int:
+        """How many ranks hold a copy together in what this rank keeps from round to round; 0: it keeps nothing."""
+        return 0
 
     @abstractmethod
     def load(self, source: WeightSource, work: Work) -> Any:

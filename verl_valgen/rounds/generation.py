@@ -147,8 +147,9 @@ class Answerer:
                     beside = [(now, later) for now, later, _ in free]
                     plan = self.planner.beside_training(all_requests, beside, logging_rank, way)
                 is_beside_training = plan is not None
-                least, has_engine = min(now for now, _, _ in free), all(is_made for _, _, is_made in free)
-                plan = plan or self.planner.plan(all_requests, least, way, has_engine=has_engine)
+                least, kept = min(now for now, _, _ in free), {ranks_per_copy for _, _, ranks_per_copy in free}
+                ranks_per_kept_copy = kept.pop() if len(kept) == 1 else 0
+                plan = plan or self.planner.plan(all_requests, least, way, ranks_per_kept_copy=ranks_per_kept_copy)
             except Exception:  # on all ranks alike
                 if host.is_logging_rank:
                     raise
@@ -167,7 +168,7 @@ class Answerer:
     def _own_workspaces(self, way: Way) -> AbstractContextManager[None]:
         """Frees at the end what cuBLAS was given in this round. Not where there is an engine, asleep or awake: its CUDA
         graphs go on to write to where the workspace was when they were captured."""
-        has_graphs = way.is_engine or any(loader.is_made for loader in self.loaders.values())
+        has_graphs = way.is_engine or any(loader.ranks_per_kept_copy for loader in self.loaders.values())
         return nullcontext() if has_graphs else preserved_blas_workspaces(self.host.device)
 
     def _gathered(
@@ -237,13 +238,13 @@ class Answerer:
 
     def _prepare(
         self, offloading: ExitStack, free_beside_training: Callable[[], float] | None, way: Way
-    ) -> tuple[float, float, bool]:
+    ) -> tuple[float, float, int]:
         """Moves the parameters to where they can be gathered from. Returns the numbers of bytes that are free then, and
-        beside training; and whether the way's engine, if it has one, is made."""
+        beside training; and how many ranks hold a copy together in the way's engine, if it has one: see `Loader`."""
         beside_training = free_beside_training() if free_beside_training is not None else 0.0
         offloading.enter_context(self.host.on_device())
-        is_made = way.is_engine and self._loader(way).is_made
-        return free_bytes(self.host.device), beside_training, is_made
+        kept = self._loader(way).ranks_per_kept_copy if way.is_engine else 0
+        return free_bytes(self.host.device), beside_training, kept
 
     def _is_ready(self, gathered: GatheredRound) -> bool | None:
         """Whether the logging rank can answer beside training; None where it lacks the memory that it seemed to have.

@@ -63,6 +63,8 @@ class EngineNeeds:
     """Keys and values of the longest sequence on each device, by the number of ranks that hold a copy together."""
     fixed: int
     """What it takes on each device besides."""
+    fixed_if_kept: int
+    """What of that it takes once more where it is kept from round to round."""
 
 
 @dataclass(frozen=True)
@@ -148,13 +150,16 @@ def make_engine_plan(
     tensor_parallel: int | str,
     ranks: int | str,
     batch_size: int | str,
+    ranks_per_kept_copy: int = 0,
 ) -> Plan:
-    """Chooses how many ranks hold the weights of an engine together: the fewest that have room for a sequence.
+    """Chooses how many ranks hold the weights of an engine together: the fewest that have room for a sequence, or as
+    many as before where an engine sleeps on all ranks, as it takes a minute to make one.
 
     Args:
         num_requests: At least one.
         free: Bytes that are free on every rank, what an engine that sleeps has kept left out.
         tensor_parallel, ranks, batch_size: The settings of these names.
+        ranks_per_kept_copy: Of the engine that sleeps on all ranks; 0 for none.
 
     Raises:
         MemoryError: There is no room, not even on all ranks together where that may be chosen.
@@ -170,12 +175,15 @@ def make_engine_plan(
             )
         possible = [int(tensor_parallel)]
 
+    possible.sort(key=lambda ranks_per_copy: ranks_per_copy != ranks_per_kept_copy)
+
     def takes(ranks_per_copy: int) -> float:
-        return needs.weights / ranks_per_copy + needs.unit + needs.fixed
+        fixed = needs.fixed_if_kept if ranks_per_copy == ranks_per_kept_copy else needs.fixed
+        return needs.weights / ranks_per_copy + needs.unit + fixed
 
     fitting = [n for n in possible if takes(n) + needs.sequence[n] <= free]
     if not fitting:
-        most = possible[-1]
+        most = max(possible)
         raise MemoryError(
             f"vLLM needs {_gib(takes(most) + needs.sequence[most])} on each device"
             f"{f' of {most} that hold the model together' if most > 1 else ''}, and {_gib(free)} can be had"

@@ -59,14 +59,14 @@ class Planner:
         way: Way,
         settings: GenerationSettings | None = None,
         *,
-        has_engine: bool = False,
+        ranks_per_kept_copy: int = 0,
     ) -> Plan:
         """The same on all ranks, or the same exception.
 
         Args:
             free: Bytes that are free on every rank.
             settings: In place of those of the run.
-            has_engine: Whether the way's engine is there already, and sleeps.
+            ranks_per_kept_copy: Of the way's engine, where it is there already, and sleeps; see `Loader`.
 
         Raises:
             MemoryError: The round does not fit.
@@ -74,7 +74,9 @@ class Planner:
         """
         settings = settings or self.settings
         plan = (
-            self._of_engine(requests, free, has_engine) if way.is_engine else self._plan(requests, free, way, settings)
+            self._of_engine(requests, free, ranks_per_kept_copy)
+            if way.is_engine
+            else self._plan(requests, free, way, settings)
         )
         logger.debug("%s for %d prompts; %.1f GiB are free", plan, len(requests), free / 2**30)
         return plan
@@ -154,13 +156,14 @@ class Planner:
             )
         return plan
 
-    def _of_engine(self, requests: Sequence[Request], free: float, has_engine: bool) -> Plan:
+    def _of_engine(self, requests: Sequence[Request], free: float, ranks_per_kept_copy: int) -> Plan:
         host = self.host
         needs = EngineNeeds(
             weights=host.num_parameters * self.dtype.itemsize,
             unit=host.largest_unit_bytes,
             sequence=self._engine_sequence_bytes(requests),
-            fixed=ENGINE_AWAKE_BYTES if has_engine else ENGINE_BYTES,
+            fixed=ENGINE_BYTES,
+            fixed_if_kept=ENGINE_AWAKE_BYTES,
         )
         return make_engine_plan(
             len(requests),
@@ -170,6 +173,7 @@ class Planner:
             tensor_parallel=self.settings.tensor_parallel,
             ranks=self.settings.ranks,
             batch_size=self.settings.batch_size,
+            ranks_per_kept_copy=ranks_per_kept_copy,
         )
 
     def _engine_sequence_bytes(self, requests: Sequence[Request]) -> dict[int, int]:

@@ -77,11 +77,11 @@ def one_round(loader: EngineLoader, **kwargs: Any) -> str:
 
 
 def test_one_engine_serves_all_rounds_and_sleeps_in_between(loader):
-    assert not loader.is_made
+    assert loader.ranks_per_kept_copy == 0
     assert [one_round(loader) for _ in range(3)] == ["loaded"] * 3
     (engine,) = FakeEngine.made
     assert engine.said == ["load", "sleep"] * 3
-    assert loader.is_made
+    assert loader.ranks_per_kept_copy == 1
 
 
 def test_a_longer_request_makes_it_anew(loader):
@@ -110,7 +110,7 @@ def test_an_engine_that_has_failed_is_freed_at_once_and_made_anew_once(loader):
     FakeEngine.failing.add("load")
     assert one_round(loader) == "planted: weights do not arrive"
     assert FakeEngine.made[0].said == ["load", "sleep", "close"]
-    assert not loader.is_made
+    assert loader.ranks_per_kept_copy == 0
     assert one_round(loader) == "planted: weights do not arrive"
     assert [one_round(loader) for _ in range(2)] == ["the engine has failed twice"] * 2
     assert len(FakeEngine.made) == 2

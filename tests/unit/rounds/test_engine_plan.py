@@ -14,7 +14,7 @@ from verl_valgen.rounds.plan import ROWS, EngineNeeds, Plan, make_engine_plan
 
 GIB = 2**30
 NEEDS = EngineNeeds(
-    weights=16 * GIB, unit=GIB, sequence={n: GIB // (8 * n) for n in (1, 2, 4, 8)}, fixed=4 * GIB
+    weights=16 * GIB, unit=GIB, sequence={n: GIB // (8 * n) for n in (1, 2, 4, 8)}, fixed=4 * GIB, fixed_if_kept=GIB
 )  # fmt: skip
 
 
@@ -52,6 +52,17 @@ def takes(ranks_per_copy: int, num_sequences: float = 0, needs: EngineNeeds = NE
 )
 def test_with_memory_to_spare(num_requests, settings, expected):
     assert plan(num_requests, **settings) == expected
+
+
+def test_an_engine_that_is_kept_is_not_made_anew_for_memory_that_comes_and_goes():
+    """A part of what it takes is there already; of another one all would have to come."""
+    enough_for_one = takes(1, 1.01)
+    assert plan(1, free=enough_for_one).ranks_per_copy == 1
+    assert plan(1, free=enough_for_one, ranks_per_kept_copy=2).ranks_per_copy == 2
+    assert plan(1, free=enough_for_one - 2 * GIB).ranks_per_copy == 2
+    assert plan(1, free=enough_for_one - 2 * GIB, ranks_per_kept_copy=1).ranks_per_copy == 1
+    assert plan(1, free=enough_for_one - 4 * GIB, ranks_per_kept_copy=1).ranks_per_copy == 2
+    assert plan(1, tensor_parallel=4, ranks_per_kept_copy=2).ranks_per_copy == 4
 
 
 def test_the_fewest_ranks_that_have_room_for_a_sequence_hold_a_copy():

@@ -101,9 +101,11 @@ class VLLMBackend(Backend):
                     raise RuntimeError(f"vLLM makes no progress with {len(growing)} requests")
                 for i, answer in ended:
                     completions[i] = answer.completion()
-        finally:
-            with suppress(Exception):  # after one of its own
+        except BaseException:
+            with suppress(Exception):
                 _abort(vllm, growing)
+            raise
+        _abort(vllm, growing)
         for i, answer in growing.values():  # out of time
             completions[i] = answer.completion()
         self.on_answers(len(growing) + len(waiting))

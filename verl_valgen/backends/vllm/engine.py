@@ -61,6 +61,8 @@ class Engine:
         """See `loading.load`."""
         self.num_calls = 0
         """Of those that it has answered, so that requests have names of their own."""
+        if device.type == "cuda":
+            torch.cuda.current_blas_handle()  # with a workspace that does not lie in one of vLLM's pools
         with self.in_force(), allocator.fit_for_pools(device):
             if device.type == "cuda":
                 torch.cuda.empty_cache()

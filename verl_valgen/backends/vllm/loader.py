@@ -59,8 +59,8 @@ class EngineLoader(Loader):
         return engine if has_share else None
 
     @property
-    def is_made(self) -> bool:
-        return self.engine is not None and not self.engine.has_failed
+    def ranks_per_kept_copy(self) -> int:
+        return 0 if self.engine is None or self.engine.has_failed else self.engine.size.tensor_parallel
 
     def _state(self, size: EngineSize) -> str:
         if self.engine is None:
