@@ -68,6 +68,12 @@ def test_ranks_stop_at_the_same_step(outcomes):
     assert {reason for _, reason in outcomes[0]["stopped"]} == {"time"}
 
 
+def test_ranks_have_the_same_cache_after_answers_that_stopped_together(outcomes):
+    """Else one would find a prompt there that another has lost, and their steps would be of different sizes."""
+    assert outcomes[0]["free blocks"] == outcomes[1]["free blocks"]
+    assert sorted(outcomes[0]["free blocks"]) != outcomes[0]["free blocks"], "the order would say nothing"
+
+
 def test_the_trainers_ranks_go_on(outcomes):
     for outcome in outcomes:
         assert [outcome[f"sum after {name}"] for name in vllm_ranks.SIZES] == [3, 3]

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch.distributed as dist
 import vllm_engines as engines
 
 from verl_valgen.backends.base import Limits
-from verl_valgen.backends.vllm import versions
+from verl_valgen.backends.vllm import backend, versions
+from verl_valgen.backends.vllm.answering import Growing
 from verl_valgen.backends.vllm.backend import VLLMBackend
 from verl_valgen.backends.vllm.engine import Engine
 from verl_valgen.backends.vllm.making import EngineSize
@@ -65,6 +66,28 @@ def stopped_together(engine: Engine, rank: int) -> list[tuple[int, str]]:
     return [(len(completion.output_ids), completion.finish_reason) for completion in completions]
 
 
+class StopsTogether:
+    """In the place of `StopStrings`: all answers have a stop string at the same place."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        pass
+
+    def stop(self, grown: Sequence[tuple[Growing, int]]) -> list[Growing]:
+        stopped = [answer for answer, _ in grown if len(answer.output_ids) >= 5]
+        for answer in stopped:
+            answer.stop_at(5)
+        return stopped
+
+
+def free_blocks(engine: Engine) -> list[int]:
+    """The free blocks of the cache in the order in which they will be taken, after answers that stopped together."""
+    backend.StopStrings, real = StopsTogether, backend.StopStrings
+    answers(engine, eos_token_id=[])
+    backend.StopStrings = real
+    pool = engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    return [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
+
+
 def faults(engine: Engine, rank: int) -> dict[str, str]:
     """What both ranks say where one does not get all weights."""
     found = {}
@@ -103,6 +126,7 @@ def main(folder: Path) -> None:
             outcome["stopped"] = stopped_together(engine, rank)
             engine.load(gathered(engines.weights(engines.model(CONFIG, 1))))
             outcome["after faults"] = answers(engine)
+            outcome["free blocks"] = free_blocks(engine)
         engine.close()
         total = torch.tensor(rank + 1)
         dist.all_reduce(total)  # the trainer's own group
