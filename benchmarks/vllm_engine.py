@@ -87,6 +87,10 @@ def measure_rounds(arguments: argparse.Namespace, device: torch.device) -> None:
     with torch.no_grad():  # as training has: communicators, and what cuBLAS keeps
         host.model(torch.zeros(1, NUM_TOKENS, dtype=torch.int64, device=device))
     used_before = used_gib(device)
+
+    def say_used(name: str) -> None:
+        say(f"{name}: {used_gib(device) - used_before:.2f} GiB more in use on the device than before the first round")
+
     for way in arguments.ways:
         tensor_parallel = {"tensor_parallel": world_size()} if way == "vllm" else {}
         settings = GenerationSettings(
@@ -103,7 +107,7 @@ def measure_rounds(arguments: argparse.Namespace, device: torch.device) -> None:
         rounds = [measured(lambda: answer(even), parts, device) for _ in range(1 + arguments.repetitions)]  # noqa: B023
         show(f"{way}, {NUM_PROMPTS} x {NUM_TOKENS}, first", rounds[:1])
         show(f"{way}, {NUM_PROMPTS} x {NUM_TOKENS}", rounds[1:])
-        say(f"{way}: {used_gib(device) - used_before:.2f} GiB more in use on the device than before the first round")
+        say_used(f"{way}, {NUM_PROMPTS} x {NUM_TOKENS}")
         if arguments.prompts and way != "sharded":
             ends.append(transformers.GenerationConfig(pad_token_id=0, eos_token_id=EOS_ID))
             prompts = uneven_prompts(arguments.prompts, SIZES[arguments.size]["vocab_size"])
@@ -113,9 +117,9 @@ def measure_rounds(arguments: argparse.Namespace, device: torch.device) -> None:
             show(f"{way}, {arguments.prompts} uneven", rounds[1:])
             if way == "vllm" and host.is_logging_rank:
                 lengths["uneven"] = [len(completion.output_ids) for completion in rounds[1]["answers"].completions]
-            say(f"{way}: {used_gib(device) - used_before:.2f} GiB more than before the first round")
+            say_used(f"{way}, {arguments.prompts} uneven")
         answerer.answerer.close_loaders([])
-        say(f"{way}: {used_gib(device) - used_before:.2f} GiB more than before the first round, without it")
+        say_used(f"{way}, closed")
     if lengths:
         arguments.lengths.write_text(json.dumps(lengths))
 

@@ -13,6 +13,7 @@ from end_to_end.trainer import HAS_ENGINES
 from process_state import assert_unchanged, observed
 from transformers import PreTrainedModel
 
+from verl_valgen.backends.judging import logprobs
 from verl_valgen.records import Completion, Request
 from verl_valgen.weights.checkpoint_stream import stream
 
@@ -68,12 +69,17 @@ def answers(engine: Engine, requests: list[Request]) -> list[Completion]:
 
 
 @torch.no_grad()
+def logits_of(model: PreTrainedModel, request: Request, completion: Completion) -> torch.Tensor:
+    """(T, V) float32: what the model gives before each of the answer's tokens."""
+    assert completion.output_ids
+    ids = torch.tensor([request.input_ids + completion.output_ids], device="cuda")
+    return model(ids).logits[0, len(request.input_ids) - 1 : -1].float()
+
+
 def mean_gap(model: PreTrainedModel, requests: list[Request], completions: list[Completion]) -> float:
     gaps = []
     for request, completion in zip(requests, completions, strict=True):
-        assert completion.output_ids
-        ids = torch.tensor([request.input_ids + completion.output_ids], device="cuda")
-        logits = model(ids).logits[0, len(request.input_ids) - 1 : -1].float()  # (T, V)
+        logits = logits_of(model, request, completion)
         chosen = logits[torch.arange(len(logits)), completion.output_ids]
         gaps.append((logits.max(-1).values - chosen) / logits.std(-1))
     return torch.cat(gaps).mean().item()
@@ -129,10 +135,7 @@ def test_sampled_answers_come_with_the_models_log_probabilities(closing):
     assert len({tuple(completion.output_ids) for completion in found}) == len(asked)
     assert [c.output_ids for c in answers(engine, asked)] == [c.output_ids for c in found]
     for request, completion in zip(asked, found, strict=True):
-        ids = torch.tensor([request.input_ids + completion.output_ids], device="cuda")
-        with torch.no_grad():
-            logits = plain(ids).logits[0, len(request.input_ids) - 1 : -1].float()
-        expected = logits.log_softmax(-1)[torch.arange(len(logits)), completion.output_ids].cpu()
+        expected = logprobs(logits_of(plain, request, completion), completion.output_ids).cpu()
         assert completion.logprobs is not None
         assert (torch.tensor(completion.logprobs) - expected).abs().mean() < 0.1
 

@@ -13,11 +13,9 @@ import torch
 import vllm_engines as engines
 from packaging.version import Version
 from process_state import assert_unchanged, observed
-from transformers import Qwen2ForCausalLM
 
 from verl_valgen.backends.vllm import loading, making, process, versions
 from verl_valgen.backends.vllm.backend import VLLMBackend
-from verl_valgen.backends.vllm.engine import Engine
 from verl_valgen.backends.vllm.making import EngineSize
 from verl_valgen.records import Request
 from verl_valgen.weights.checkpoint_stream import stream
@@ -189,11 +187,16 @@ def test_nothing_of_the_process_is_changed(config, model, monkeypatch):
         torch.set_float32_matmul_precision("highest")
 
 
-def test_what_vllm_has_set_is_in_force_again(monkeypatch):
-    monkeypatch.delenv("SET_INSIDE", raising=False)
-    monkeypatch.setenv("UNSET_INSIDE", "1")
+@pytest.fixture
+def nothing_set(monkeypatch):
+    """As if vLLM had not run in this process."""
     monkeypatch.setattr(process.Compartment, "_values", {})
     monkeypatch.setattr(process.Compartment, "_environment", {})
+
+
+def test_what_vllm_has_set_is_in_force_again(monkeypatch, nothing_set):
+    monkeypatch.delenv("SET_INSIDE", raising=False)
+    monkeypatch.setenv("UNSET_INSIDE", "1")
     compartment = process.Compartment({"FROM_THE_START": "1"}, engines.CPU, compile=False)
     with compartment.entered():
         assert os.environ["FROM_THE_START"] == "1"
@@ -217,9 +220,7 @@ def test_what_vllm_has_set_is_in_force_again(monkeypatch):
     assert "SET_INSIDE" not in os.environ
 
 
-def test_what_vllm_has_set_survives_an_entry_that_fails(monkeypatch):
-    monkeypatch.setattr(process.Compartment, "_values", {})
-    monkeypatch.setattr(process.Compartment, "_environment", {})
+def test_what_vllm_has_set_survives_an_entry_that_fails(monkeypatch, nothing_set):
     compartment = process.Compartment({}, engines.CPU, compile=False)
     with compartment.entered():
         torch.set_default_dtype(torch.float16)
@@ -244,7 +245,7 @@ def test_the_same_weights_can_be_loaded_again_experts_too():
     """A parameter that has not changed has been loaded all the same, and one that vLLM does not report, too."""
     vocab_size = 128
     made = engines.mixture(vocab_size)
-    engine = Engine(made.config, type(made), engines.SIZE, torch.float32, engines.CPU, compile=False)
+    engine = engines.engine(made.config, model_class=type(made))
     found = []
     for _ in range(2):
         stream(made, engine.load, dtype=torch.float32, device=engines.CPU, keep=True)
@@ -260,7 +261,7 @@ def test_the_same_weights_can_be_loaded_again_experts_too():
 def test_a_cache_without_room_for_the_longest_answer_is_refused(config):
     """vLLM would wait for ever for room that never comes."""
     with pytest.raises(Exception, match=r"room for|KV cache|memory for the cache"):
-        Engine(config, Qwen2ForCausalLM, EngineSize(1, 500, 1, 2**10), torch.float32, engines.CPU, compile=False)
+        engines.engine(config, EngineSize(1, 500, 1, 2**10))
 
 
 def test_prompts_that_are_too_long_for_one_step_together(config, model, monkeypatch):

@@ -64,7 +64,7 @@ class EngineNeeds:
     fixed: int
     """What it takes on each device besides."""
     fixed_if_kept: int
-    """What of that it takes once more where it is kept from round to round."""
+    """What of `fixed` an engine takes once more that is kept, asleep, from round to round."""
 
 
 @dataclass(frozen=True)

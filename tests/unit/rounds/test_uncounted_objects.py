@@ -61,7 +61,7 @@ def test_a_process_that_sees_to_its_garbage_itself_is_left_alone():
         with uncounted_objects():
             assert gc.isenabled()
             made = [[] for _ in range(1000)]
-        assert 0 < gc.get_freeze_count() < frozen + len(made)  # some of the frozen may be gone by now
+        assert 0 < gc.get_freeze_count() < frozen + len(made) // 2  # some of the frozen may be gone by now
     finally:
         gc.unfreeze()
     gc.disable()

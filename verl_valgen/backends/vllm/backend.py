@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _STEPS_BETWEEN_CLOCKS = 8
 """Ranks that hold a model together must stop at the same step, and their clocks differ."""
 _FEWEST_EMPTY = 8
-"""One of so many places must be empty before prompts are read: on average half as many are."""
+"""Prompts are read once one of so many of the engine's places is empty. (On average half as many places are.)"""
 _MOST_IDLE_STEPS = 1000
 """In so many no answer grows where vLLM waits for room that never comes. (Prompts are read in far fewer.)"""
 
@@ -124,7 +124,7 @@ class VLLMBackend(Backend):
         return [waiting.popleft() for _ in range(min(num_empty, len(waiting)))]
 
     def _limit(self, request: Request) -> int:
-        """How many tokens it may have at most; see `most_new_tokens`."""
+        """The most new tokens of a request; see `most_new_tokens`."""
         limit = most_new_tokens(request, self.engine.config)
         if limit > 0 and len(request.input_ids) + limit > self.engine.size.max_model_len:
             raise ValueError(

@@ -53,7 +53,7 @@ class Engine:
         """Set by who answers: its `eos_token_id` ends answers."""
         self.has_failed = False
         """Whether it raised where that ended more than one request: it is of no use then, but to be closed."""
-        self._is_distributed = dist.is_available() and dist.is_initialized()
+        self._is_distributed = dist.is_initialized()
         self._process = Compartment(making.environment(self.size, device), device, compile=compile)
         self._llm: Any = None
         self._freed_bytes: dict[str, int] = {}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _LENGTH_MULTIPLE = 64
 _MOST_PROMPT_TOKENS = 8192
-"""Read in one step."""
+"""Tokens of prompts that are read in one step, at most."""
 _SMALLEST_SHARE = 0.01
 """Of the device's memory, which vLLM compares with what is free before it makes anything. What it takes is said in
 bytes."""
@@ -68,7 +68,7 @@ def make(
     on_cuda = device.type == "cuda"
     num_read = max(size.max_num_seqs, min(_MOST_PROMPT_TOKENS, size.max_num_seqs * size.max_model_len))
     arguments: dict[str, Any] = {}
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         arguments |= {"distributed_executor_backend": "external_launcher"}
     if on_cuda:
         arguments |= {"enable_sleep_mode": True, "compilation_config": _compilation(size.max_num_seqs, compile)}
@@ -149,7 +149,7 @@ def environment(size: EngineSize, device: torch.device) -> dict[str, str]:
         preferred["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     if int(os.environ.get("LOCAL_WORLD_SIZE", size.tensor_parallel)) % size.tensor_parallel == 0:
         preferred["VLLM_HOST_IP"] = "127.0.0.1"  # who holds a model together is on one host
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         rank = dist.get_rank()
         local_rank = device.index if device.type == "cuda" else os.environ.get("LOCAL_RANK", rank)
         required |= {"RANK": str(rank), "WORLD_SIZE": str(dist.get_world_size()), "LOCAL_RANK": str(local_rank)}

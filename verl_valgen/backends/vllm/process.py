@@ -84,12 +84,12 @@ class Compartment:
                     logger.warning("what vLLM has changed is not as it was: %s: %s", name, describe(e))
 
     def _keep(self, name: str, switch: Switch, outside: Any) -> None:
-        """For the next time, where it differs."""
+        """Remembers how vLLM leaves something, where that differs from outside, for the next time that it runs."""
         inside = switch.value
         if switch.is_kept and inside is not UNKNOWN:
-            self._values.pop(name, None)
+            Compartment._values.pop(name, None)
             if not same(inside, outside):
-                self._values[name] = changed(outside, inside) if isinstance(outside, dict) else inside
+                Compartment._values[name] = changed(outside, inside) if isinstance(outside, dict) else inside
 
 
 def _differences(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
